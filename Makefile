@@ -1,0 +1,43 @@
+# Without a GPU, PyPI's Linux torch still brings several GB of CUDA packages. The CPU build is smaller:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3.11
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+
+.PHONY: demo test lint fmt clean
+
+demo: $(BASE)
+	$(BIN)/python -m moray.deploy.cli demo
+
+test: $(DEV)
+	$(BIN)/python -m pytest
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Leaves the environment, which is slow to rebuild: `rm -rf .venv` for that.
+clean:
+	rm -rf build dist src/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find actors cluster deploy runtime src tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(BASE): pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e .
+	touch $@
+
+$(DEV): pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	touch $(BASE) $@

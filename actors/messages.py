@@ -1,0 +1,69 @@
+"""What crosses actor boundaries: frozen values, no dicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moray.cluster.client import HostAddress
+from moray.runtime.arena import ArenaRef
+from moray.runtime.experts.meter import ExpertsStats
+from moray.runtime.experts.source import SourceInfo
+from moray.runtime.kernels.ops import Numerics
+from moray.runtime.layout.shard import ExpertKey
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """An expert host's orders. Complete: a restarted host needs nothing else but its old arena."""
+
+    address: HostAddress
+    store_path: str
+    keys: tuple[ExpertKey, ...]
+    num_threads: int
+    owner_pid: int | None  # end with this process of the same machine; None: live until told
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """A host that is ready."""
+
+    host_id: str
+    node_id: str
+    pid: int
+    num_experts: int
+    arena: ArenaRef
+    loaded_bytes: int  # read from disk; less than the arena's if it took an arena back
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeConfig:
+    """The compute actor's orders."""
+
+    store_path: str
+    hosts: tuple[HostAddress, ...]
+    numerics: Numerics
+    device: str
+    num_threads: int
+    owner_pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeReport:
+    """A compute actor that is ready."""
+
+    node_id: str
+    pid: int
+    device: str
+    context_length: int
+    has_tokenizer: bool
+    arenas: dict[str, ArenaRef]  # host id -> this process's descriptor of its arena
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeStats:
+    """What the compute actor has done so far."""
+
+    experts: ExpertsStats
+    sources: tuple[SourceInfo, ...]

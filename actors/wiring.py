@@ -1,0 +1,162 @@
+"""Every actor of an engine, and every Ray option they have. The only place with ``ray.remote``.
+
+The classes themselves are plain. Options worth knowing:
+- ``num_cpus=0``: threads are set explicitly, and an engine must start on a machine whose CPU slots Ray thinks taken;
+- ``max_restarts=-1`` for hosts: a lost host comes back by itself and takes its arena back;
+- ``max_concurrency`` for the compute actor: streams, cancels and statistics at once.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+from moray.actors.compute import ComputeActor
+from moray.actors.host import ExpertHost
+from moray.actors.messages import ComputeConfig, ComputeReport, HostConfig, HostReport
+from moray.actors.orchestrator import Orchestrator
+from moray.cluster.client import HostAddress
+from moray.runtime.arena import ArenaRef
+from moray.runtime.errors import ClusterError, MorayError
+from moray.runtime.kernels.ops import Numerics
+
+T = TypeVar("T")
+
+# A worker started for one of our actors gives Numba and torch their threads explicitly (set_num_threads).
+_RUNTIME_ENV = {"env_vars": {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}}
+_MAX_STREAMS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """Handles of a running engine, and what its actors reported."""
+
+    compute: Any
+    hosts: tuple[Any, ...]
+    orchestrator: Any
+    compute_report: ComputeReport
+    host_reports: tuple[HostReport, ...]
+
+    @property
+    def num_actors(self) -> int:
+        return 2 + len(self.hosts)
+
+    @property
+    def num_nodes(self) -> int:
+        return len({self.compute_report.node_id} | {report.node_id for report in self.host_reports})
+
+
+def start_actors(
+    store_path: str,
+    *,
+    num_hosts: int,
+    numerics: Numerics,
+    device: str,
+    num_gpus: int,
+    num_threads: int,
+    is_local: bool,
+) -> Actors:
+    """Start an engine's actors and wait until they are ready. On failure none is left behind.
+
+    ``num_gpus`` is what the compute actor asks of Ray: 0 or 1. ``is_local``: Ray was started by this process, so the actors end with it, however it ends.
+    """
+    name = f"engine-{secrets.token_hex(4)}"
+    owner_pid = os.getpid() if is_local else None
+    token = secrets.token_hex(32)
+    host_ids = [f"host-{index}" for index in range(num_hosts)]
+    started: list[Any] = []
+    try:
+        orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator").remote(store_path, host_ids)
+        started.append(orchestrator)
+        placement = call(orchestrator.placement)
+        lookup = _survivor_lookup(f"{name}-orchestrator")
+        hosts = []
+        for host_id in host_ids:
+            # An abstract socket: no file, and gone with its process.
+            address = HostAddress(host_id, f"ipc://@moray-{name}-{host_id}", token)
+            config = HostConfig(address, store_path, tuple(placement[host_id]), num_threads, owner_pid)
+            actor = _remote(ExpertHost, name=f"{name}-{host_id}", max_restarts=-1).remote(config, _node_id, lookup)
+            hosts.append((address, actor))
+            started.append(actor)
+        host_reports = tuple(call(actor.report) for _, actor in hosts)
+        addresses = tuple(address for address, _ in hosts)
+        compute_config = ComputeConfig(store_path, addresses, numerics, device, num_threads, owner_pid)
+        options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus}
+        compute = _remote(ComputeActor, **options).remote(compute_config, _node_id)
+        started.append(compute)
+        compute_report = call(compute.report)
+        call(orchestrator.record_survivors, compute_report.arenas)
+    except BaseException:
+        _kill(started)
+        raise
+    return Actors(compute, tuple(actor for _, actor in hosts), orchestrator, compute_report, host_reports)
+
+
+def stop_actors(actors: Actors) -> None:
+    """End the actors. Their memory is gone with their processes."""
+    _kill([actors.compute, *actors.hosts, actors.orchestrator])
+
+
+def call(method: Any, *args: object) -> Any:
+    """Call an actor's method and wait. Raises our own errors as they were raised there."""
+    return fetch(lambda: ray.get(method.remote(*args)))
+
+
+def fetch(get: Callable[[], T]) -> T:
+    """Map Ray's errors to ours, at this one edge."""
+    try:
+        return get()
+    except RayTaskError as error:
+        if isinstance(error.cause, MorayError):
+            raise error.cause from None
+        raise
+    except ActorDiedError as error:
+        cause = _constructor_error(error)
+        if cause is not None:
+            raise cause from None
+        raise ClusterError(f"an actor of the engine died ({_first_line(error)}); start the engine again") from error
+    except RayActorError as error:
+        raise ClusterError(f"an actor of the engine does not answer ({_first_line(error)})") from error
+
+
+def _constructor_error(error: ActorDiedError) -> MorayError | None:
+    """The error of ours that an actor's constructor raised, if that is why it died."""
+    cause = getattr(error, "__cause__", None) or getattr(error, "cause", None)
+    while cause is not None:
+        if isinstance(cause, MorayError):
+            return cause
+        cause = getattr(cause, "cause", None)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _remote(kind: type, **options: object) -> Any:
+    return ray.remote(kind).options(num_cpus=0, runtime_env=_RUNTIME_ENV, **options)
+
+
+def _node_id() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _survivor_lookup(orchestrator_name: str) -> Callable[[str], ArenaRef | None]:
+    def lookup(host_id: str) -> ArenaRef | None:
+        orchestrator = ray.get_actor(orchestrator_name)
+        reference: Any = orchestrator.survivor.remote(host_id)
+        found: ArenaRef | None = ray.get(reference)
+        return found
+
+    return lookup
+
+
+def _kill(actors: list[Any]) -> None:
+    for actor in reversed(actors):
+        ray.kill(actor)

@@ -1,0 +1,1 @@
+"""Where things are: topology, placement, health and the data plane. Ray only in ray_session."""

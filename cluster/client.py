@@ -1,0 +1,89 @@
+"""The compute process's end of the data plane: one connection to one host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import monotonic
+
+import zmq
+
+from moray.cluster.messages import MAX_MESSAGE_BYTES, Hello, Message, Refused, Welcome, decode, encode
+from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class HostAddress:
+    """Where a host listens, and the token its peers must show. Treat as a secret."""
+
+    host_id: str
+    address: str  # ipc://... or tcp://...
+    token: str
+
+
+class HostClient:
+    """Sends requests and matches replies. Used by one thread at a time."""
+
+    def __init__(self, host: HostAddress, client: str, *, timeout_s: float = 30.0) -> None:
+        self.host = host
+        self._client, self._timeout_s = client, timeout_s
+        self._next_id = 0
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(host.address)
+
+    def greet(self) -> Welcome:
+        """Introduce this process; again after the host was restarted."""
+        reply, _ = self.receive(self.send(Hello(client=self._client, token=self.host.token)))
+        if not isinstance(reply, Welcome):
+            raise ProtocolError(f"host {self.host.host_id} answered Hello with {type(reply).__name__}")
+        return reply
+
+    def send(self, message: Message, *buffers: memoryview) -> int:
+        """Send without waiting, so that all hosts work at once. Returns the id to ``receive``."""
+        self._next_id += 1
+        self._socket.send_multipart([encode(self._next_id, message), *buffers], copy=False)
+        return self._next_id
+
+    def receive(self, request_id: int) -> tuple[Message, list[bytes]]:
+        """The reply to a request, and its buffers; replies to older, abandoned requests are skipped.
+
+        Raises HostLostError after the deadline, CorruptShardError or ProtocolError if the host refused.
+        """
+        deadline = monotonic() + self._timeout_s
+        while self._socket.poll(max(0, int(1000 * (deadline - monotonic())))):
+            header, *buffers = self._socket.recv_multipart()
+            answered, message = decode(header)
+            if answered != request_id:
+                continue
+            if isinstance(message, Refused):
+                raise _refusal(self.host.host_id, message)
+            return message, buffers
+        raise HostLostError(
+            f"expert host {self.host.host_id} did not answer within {self._timeout_s:g} s; "
+            "its process may have died: see `ray list actors`, then start the engine again"
+        )
+
+    def request(self, message: Message, *buffers: memoryview) -> tuple[Message, list[bytes]]:
+        """Send and receive, introducing this process again if the host was restarted meanwhile."""
+        try:
+            return self.receive(self.send(message, *buffers))
+        except HelloRequiredError:
+            self.greet()
+            return self.receive(self.send(message, *buffers))
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+class HelloRequiredError(ProtocolError):
+    """The host does not know this client: it was restarted."""
+
+
+def _refusal(host_id: str, refused: Refused) -> Exception:
+    text = f"expert host {host_id}: {refused.message}"
+    if refused.reason == "hello":
+        return HelloRequiredError(text)
+    return CorruptShardError(text) if refused.reason == "shard" else ProtocolError(text)

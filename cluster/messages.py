@@ -1,0 +1,112 @@
+"""The data plane's messages.
+
+A message is a msgpack header [version, request id, type, fields] followed by raw buffers, one ZeroMQ frame each.
+Nothing is pickled. What does not decode into exactly one of these types is refused.
+
+    client -> host                          host -> client
+    Hello   who I am, the session's token   Welcome   what I hold, and my arena
+    Need    these experts of a layer        Granted   their slots and generations
+    Compute these experts, + activations    Computed  + outputs
+    Hint    likely needed soon              (nothing)
+    Release slots no longer used            (nothing)
+                                            Refused   why
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moray.runtime.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 30
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Hello(Message):
+    client: str
+    token: str
+
+
+class Welcome(Message):
+    host_id: str
+    store_fingerprint: str
+    layout_id: str
+    numerics_id: str
+    arena_pid: int
+    arena_fd: int
+    arena_bytes: int
+    experts: list[list[int]]  # [layer]: its experts that live on this host
+
+
+class Need(Message):
+    layer: int
+    experts: list[int]
+
+
+class Granted(Message):
+    slots: list[int]
+    generations: list[int]
+
+
+class Compute(Message):
+    """Buffer: float32 activations [sum(counts), H], sorted by expert."""
+
+    layer: int
+    experts: list[int]
+    counts: list[int]
+    numerics: Literal["int8", "float"]
+
+
+class Computed(Message):
+    """Buffer: float32 outputs [sum(counts), H], unweighted."""
+
+
+class Hint(Message):
+    layer: int
+    experts: list[int]
+
+
+class Release(Message):
+    slots: list[int]
+
+
+class Refused(Message):
+    reason: Literal["hello", "request", "shard", "failed"]  # "hello": introduce yourself first
+    message: str
+
+
+MESSAGES: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (Hello, Welcome, Need, Granted, Compute, Computed, Hint, Release, Refused)
+}
+
+
+def encode(request_id: int, message: Message) -> bytes:
+    header = [PROTOCOL_VERSION, request_id, type(message).__name__, message.model_dump()]
+    packed: bytes = msgpack.packb(header)
+    return packed
+
+
+def decode(frame: bytes) -> tuple[int, Message]:
+    """Read a header. Raises ProtocolError for anything but a well-formed message of this version."""
+    try:
+        header: Any = msgpack.unpackb(frame, max_array_len=1 << 20, max_map_len=64, max_str_len=1 << 16)
+    except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as error:
+        raise ProtocolError(f"a frame is not msgpack: {error}") from error
+    if not isinstance(header, list) or len(header) != 4:
+        raise ProtocolError("a header is not [version, request id, type, fields]")
+    version, request_id, kind, fields = header
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"the peer speaks protocol {version}, this moray speaks {PROTOCOL_VERSION}; upgrade both")
+    if not isinstance(request_id, int) or not isinstance(kind, str) or kind not in MESSAGES:
+        raise ProtocolError(f"unknown message type {kind!r}")
+    try:
+        return request_id, MESSAGES[kind].model_validate(fields)
+    except ValidationError as error:
+        raise ProtocolError(f"a {kind} message is malformed: {error.error_count()} wrong fields") from error

@@ -1,0 +1,91 @@
+"""Starting Ray, or joining it. The only file of cluster/ that knows Ray.
+
+A local session is light (docs/architecture.md): no dashboard, a small object store, no workers started ahead.
+It has a fresh token of its own, so nothing else on the machine can talk to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+
+import ray
+from ray._raylet import Config
+
+from moray.runtime.errors import ClusterError
+
+OBJECT_STORE_BYTES = 128 << 20  # experts live in arenas; Ray's store carries only messages
+NAMESPACE = "moray"
+_CONNECT_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class RaySession:
+    """What this process did to have Ray."""
+
+    started_here: bool  # we started it, so we stop it
+    num_gpus: int  # in the whole cluster
+
+
+def start_local(num_cpus: int) -> RaySession:
+    """Start Ray on this machine for this process alone. Raises ClusterError."""
+    if ray.is_initialized():
+        return RaySession(False, _count_gpus())
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
+    # Ray's processes inherit these. They stay set: Ray keeps the first token it has seen for the process's life.
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    Config.initialize("")  # Ray read these when it was imported; this is how its own code makes it read them again
+    try:
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace=NAMESPACE,
+            _system_config={"prestart_worker_first_driver": False},
+        )
+    except Exception as error:
+        raise ClusterError(f"Ray did not start on this machine ({error}); run `moray doctor`") from error
+    return RaySession(True, _count_gpus())
+
+
+def join(address: str) -> RaySession:
+    """Connect to a running cluster at HOST:PORT. Raises ClusterError at once if nothing listens there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"the Ray address {address!r} is not HOST:PORT; give the head node's, e.g. 10.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({error}); start one there with `ray start --head --port={port}`, "
+            "or leave out the address to run on this machine alone"
+        ) from error
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
+    except Exception as error:
+        raise ClusterError(
+            f"the Ray cluster at {address} refused this process ({error}); RAY_AUTH_MODE and the token must be the "
+            "same on every machine"
+        ) from error
+    return RaySession(False, _count_gpus())
+
+
+def leave(session: RaySession) -> None:
+    """Stop Ray if it was started here."""
+    if session.started_here and ray.is_initialized():
+        ray.shutdown()
+
+
+def _count_gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))

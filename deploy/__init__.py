@@ -1,0 +1,1 @@
+"""How people reach moray: command line, Python API, Ray Serve, dashboards."""

@@ -1,0 +1,217 @@
+"""The command line: ``moray COMMAND --help`` shows an example for each.
+
+Errors of the user's are one line on stderr and exit code 2; of the cluster's, exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moray.runtime.errors import InputError, MorayError
+
+app = typer.Typer(
+    help="Run Mixture-of-Experts language models that are bigger than your GPU, your RAM or one of your machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True)
+
+StoreArgument = Annotated[
+    Path | None,
+    typer.Argument(help="A store made by `moray convert`; none: the embedded demonstration model."),
+]
+HostsOption = Annotated[int | None, typer.Option(help="Expert hosts on this machine.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+NumericsOption = Annotated[str | None, typer.Option(help="auto, int8 or float (docs/format.md).")]
+AddressOption = Annotated[str | None, typer.Option(help="HOST:PORT of a running Ray cluster; none: start Ray here.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads that compute; none: every core.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="YAML file with the same names; flags win over it.")]
+MaxTokensOption = Annotated[int, typer.Option(help="Most tokens to generate.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")]
+TopKOption = Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0: all.")]
+SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def command(epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose errors are one line, with an example under its help."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except InputError as error:
+                _fail(error, 2)
+            except MorayError as error:
+                _fail(error, 1)
+            except KeyboardInterrupt:
+                errors.print("stopped")
+                raise typer.Exit(130) from None
+
+        app.command(epilog=f"Example: {epilog}")(run)
+        return function
+
+    return register
+
+
+def _fail(error: Exception, code: int) -> None:
+    errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+    raise typer.Exit(code) from None
+
+
+# -------------------------------------------------------------------------------------- stores
+
+
+@command("moray convert ./Mixtral-8x7B-v0.1 ./mixtral-hqq4 --recipe experts=hqq3,attention=hqq4:64")
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint (safetensors, 16 or 32 bits).")],
+    store: Annotated[Path, typer.Argument(help="The directory to make.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="One scheme for experts and attention, or COMPONENT=SCHEME,... Components: experts, attention, "
+            "shared, dense, embeddings. Schemes: none, hqq8, hqq4, hqq3, hqq2, each with :GROUP."
+        ),
+    ] = "hqq4",
+    workers: Annotated[int | None, typer.Option(help="Processes that quantize; none: one for each core.")] = None,
+) -> None:
+    """Convert a checkpoint into a store. Run again after an interruption, it resumes."""
+    from moray.deploy.store_commands import convert_store
+
+    convert_store(checkpoint, store, recipe, workers, console)
+
+
+@command("moray info ./mixtral-hqq4 --verify")
+def info(
+    store: StoreArgument = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and check it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a store holds."""
+    from moray.deploy.store_commands import show_store
+
+    show_store(store, verify=verify, as_json=as_json, console=console)
+
+
+# ---------------------------------------------------------------------------------- generation
+
+
+@command("moray generate 'import os' --max-new-tokens 60")
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    store: Annotated[Path | None, typer.Option(help="A store; none: the embedded demonstration model.")] = None,
+    max_new_tokens: MaxTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given again.")] = None,
+    hosts: HostsOption = None,
+    device: DeviceOption = None,
+    numerics: NumericsOption = None,
+    address: AddressOption = None,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text, streaming it."""
+    from moray.deploy.config import make_config
+    from moray.deploy.terminal import run_generate
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
+    options = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    run_generate(settings, text, options | {"max_new_tokens": max_new_tokens}, console, as_json=as_json)
+
+
+@command("moray chat --store ./mixtral-instruct-hqq4 --temperature 0.7")
+def chat(
+    store: Annotated[Path | None, typer.Option(help="A store; none: the embedded demonstration model.")] = None,
+    max_new_tokens: MaxTokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    system: Annotated[str | None, typer.Option(help="A system message for the chat template.")] = None,
+    hosts: HostsOption = None,
+    device: DeviceOption = None,
+    numerics: NumericsOption = None,
+    address: AddressOption = None,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Talk to a model. Earlier turns are not computed again."""
+    from moray.deploy.config import make_config
+    from moray.deploy.terminal import run_chat
+
+    settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    run_chat(settings, system, options | {"max_new_tokens": max_new_tokens}, console)
+
+
+@command("moray demo --hosts 3")
+def demo(hosts: HostsOption = 2, max_new_tokens: MaxTokensOption = 120) -> None:
+    """Stream text from the embedded model through real Ray actors, then print one summary."""
+    from moray.deploy.config import make_config
+    from moray.deploy.terminal import run_demo
+
+    run_demo(make_config({"hosts": hosts}), max_new_tokens, console)
+
+
+# ------------------------------------------------------------------------------------- machine
+
+
+@command("moray doctor ./mixtral-hqq4")
+def doctor(store: StoreArgument = None, as_json: JsonOption = False) -> None:
+    """Check this machine: what is wrong and what to do about it. Exits with 1 if anything is."""
+    from moray.deploy.terminal import run_doctor
+
+    if not run_doctor(store, console, as_json=as_json):
+        raise typer.Exit(1)
+
+
+def _engine_values(
+    store: Path | None,
+    hosts: int | None,
+    device: str | None,
+    numerics: str | None,
+    address: str | None,
+    threads: int | None,
+) -> dict[str, Any]:
+    return {
+        "store": store,
+        "hosts": hosts,
+        "device": device,
+        "numerics": numerics,
+        "address": address,
+        "threads": threads,
+    }
+
+
+def main() -> None:
+    # No model hub is ever asked: checkpoints and stores are local directories.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

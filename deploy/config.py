@@ -1,0 +1,75 @@
+"""An engine's configuration: defaults, then one YAML file, then flags. Unknown keys are refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moray.runtime.errors import ConfigError
+
+
+class EngineConfig(BaseModel):
+    """Names are those of ``moray.launch`` and of the command line's flags."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Directory of a converted checkpoint; none: the embedded demonstration model.
+    store: Path | None = None
+    #: Where attention and hot experts are computed. auto: a GPU if Ray has one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: Expert hosts on this node; each holds a share of the experts in shared memory.
+    hosts: int = Field(1, ge=1, le=64)
+    #: HOST:PORT of a running Ray cluster; none: start Ray on this machine, for this engine alone.
+    address: str | None = None
+    #: Numerics class on CPUs (docs/format.md). auto: int8.
+    numerics: Literal["auto", "int8", "float"] = "auto"
+    #: Threads that compute; none: as many as this process may use.
+    threads: int | None = Field(None, ge=1, le=1024)
+
+    @property
+    def store_path(self) -> Path:
+        return self.store if self.store is not None else demo_store()
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def demo_store() -> Path:
+    """The embedded demonstration model: a small trained Mixtral (its MODEL_CARD.md says what it is)."""
+    return Path(__file__).parent / "demo" / "store"
+
+
+def make_config(values: dict[str, Any], file: Path | None = None) -> EngineConfig:
+    """Defaults < ``file`` < ``values`` (None: not given). Raises ConfigError."""
+    settings = _read(file) if file is not None else {}
+    settings |= {name: value for name, value in values.items() if value is not None}
+    try:
+        return EngineConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{file} holds a {type(document).__name__}, expected keys and values (see configs/engine)")
+    return {str(name): value for name, value in document.items()}
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(EngineConfig.model_fields)
+        return f"unknown configuration key {name!r}; known keys: {known}"
+    return f"configuration key {name!r} is {first['input']!r}: {first['msg']}"

@@ -1,0 +1,170 @@
+"""The Python interface: ``moray.launch`` and ``Engine``."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch
+
+from moray.actors.messages import ComputeStats
+from moray.actors.wiring import Actors, call, fetch, start_actors, stop_actors
+from moray.cluster import ray_session
+from moray.cluster.ray_session import RaySession
+from moray.deploy.config import EngineConfig, make_config
+from moray.runtime.errors import ClusterError
+from moray.runtime.generation.request import FinishReason, SamplingParams, Timings, TokenEvent, Usage
+from moray.runtime.generation.text import Message, Prompt
+from moray.runtime.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished generation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+def launch(
+    store: str | Path | None = None,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    hosts: int = 1,
+    address: str | None = None,
+    numerics: Literal["auto", "int8", "float"] = "auto",
+    threads: int | None = None,
+) -> Engine:
+    """Start an engine on a store; None is the embedded demonstration model. ``EngineConfig`` describes the options.
+
+    Use it as a context manager, or call ``close``. Raises MorayError: see moray.runtime.errors.
+
+        with moray.launch() as engine:
+            print(engine.generate("def main(", max_new_tokens=40).text)
+    """
+    values = {"store": store, "device": device, "hosts": hosts, "address": address}
+    return Engine(make_config(values | {"numerics": numerics, "threads": threads}))
+
+
+class Engine:
+    """A running engine: actors that hold a model, ready to generate. Safe to use from several threads."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        path = config.store_path.absolute()
+        Store.open(path).close()  # a bad store is refused before Ray starts
+        self._session = ray_session.join(config.address) if config.address else _start_local(config)
+        self._actors: Actors | None = None
+        try:
+            self._actors = self._start(str(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def actors(self) -> Actors:
+        """Handles and reports of the engine's actors. Raises ClusterError after ``close``."""
+        if self._actors is None:
+            raise ClusterError("the engine is closed; launch another")
+        return self._actors
+
+    def generate(self, prompt: Prompt, **options: Any) -> Completion:
+        """Generate to the end. Takes the options of ``stream``."""
+        events = list(self.stream(prompt, **options))
+        finished = events[-1].finished
+        assert finished is not None
+        return Completion(
+            text="".join(event.text for event in events),
+            token_ids=tuple(i for event in events for i in event.token_ids),
+            finish_reason=finished.reason,
+            usage=finished.usage,
+            timings=finished.timings,
+        )
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+        """Generate the next turn of a chat, through the checkpoint's chat template where it has one.
+
+        The KV cache of earlier turns is used again: ``usage.cached_tokens`` says how much of it.
+        """
+        return self.generate(messages, **options)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[TokenEvent]:
+        """Yield tokens and text as they come; the last event has ``finished``. Leaving the iterator cancels.
+
+        ``prompt`` is a text, token ids, or a list of ``Message``. Temperature 0 is greedy; ``top_k`` 0 is all.
+        Raises RequestError.
+        """
+        sampling = SamplingParams(temperature, top_p, top_k, seed)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        request_id = secrets.token_hex(8)
+        compute = self.actors.compute
+        generator = compute.generate.options(num_returns="streaming").remote(
+            request_id, prompt if isinstance(prompt, str) else list(prompt), max_new_tokens, sampling, stops
+        )
+        finished = False
+        try:
+            while not finished:
+                event: TokenEvent = fetch(lambda: ray.get(next(generator)))
+                finished = event.finished is not None
+                yield event
+        finally:
+            if not finished and self._actors is not None:
+                compute.cancel.remote(request_id)
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """float32 [T, V]: the model's logits after each of the T tokens."""
+        return torch.from_numpy(call(self.actors.compute.logits, list(token_ids)).copy())
+
+    def stats(self) -> ComputeStats:
+        """What the experts did so far: tokens per expert, bytes by source, time by part."""
+        stats: ComputeStats = call(self.actors.compute.stats)
+        return stats
+
+    def close(self) -> None:
+        """Stop the actors, and Ray if this engine started it. May be called twice."""
+        actors, self._actors = self._actors, None
+        if actors is not None:
+            stop_actors(actors)
+        ray_session.leave(self._session)
+
+    def _start(self, path: str) -> Actors:
+        config = self.config
+        has_gpu = self._session.num_gpus > 0
+        if config.device == "cuda" and not has_gpu:
+            raise ClusterError("device is cuda, but Ray sees no GPU on any node; use device cpu, or run `moray doctor`")
+        return start_actors(
+            path,
+            num_hosts=config.hosts,
+            numerics="float" if config.numerics == "float" else "int8",
+            device=config.device,
+            num_gpus=1 if has_gpu and config.device != "cpu" else 0,
+            num_threads=config.num_threads,
+            is_local=self._session.started_here,
+        )
+
+
+def _start_local(config: EngineConfig) -> RaySession:
+    return ray_session.start_local(config.num_threads)

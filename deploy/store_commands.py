@@ -1,0 +1,110 @@
+"""``moray convert`` and ``moray info``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from moray.deploy.config import demo_store
+from moray.runtime.convert.converter import convert
+from moray.runtime.convert.recipe import Recipe
+from moray.runtime.memory import format_bytes
+from moray.runtime.store.manifest import Manifest
+from moray.runtime.store.store import Store
+
+
+class _Bar:
+    """The converter's progress as a bar with an estimate of the time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("reading checkpoint", total=None)
+
+    def start(self, total_bytes: int) -> None:
+        self._progress.update(self._task, total=total_bytes)
+
+    def advance(self, num_bytes: int, what: str) -> None:
+        self._progress.update(self._task, advance=num_bytes, description=what)
+
+
+def convert_store(checkpoint: Path, store: Path, recipe: str, workers: int | None, console: Console) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        manifest = convert(checkpoint, store, Recipe.parse(recipe), workers=workers, progress=_Bar(progress))
+    console.print(f"{store} is complete:", highlight=False)
+    console.print(_table(_describe(store, manifest)), highlight=False)
+
+
+def show_store(path: Path | None, *, verify: bool, as_json: bool, console: Console) -> None:
+    with Store.open(path or demo_store()) as store:
+        if verify:
+            _verify(store, console, quiet=as_json)
+        facts = _describe(store.path, store.manifest) | {"fingerprint": store.fingerprint}
+        if verify:
+            facts["verified"] = "every byte"
+    if as_json:
+        console.print_json(json.dumps(facts))
+    else:
+        console.print(_table(facts), highlight=False)
+
+
+def _verify(store: Store, console: Console, quiet: bool) -> None:
+    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet) as progress:
+        task = progress.add_task("", total=len(store.manifest.shards) + 1)
+        for _ in store.verify():
+            progress.advance(task)
+
+
+def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
+    encodings = Counter(
+        f"{tensor.spec.encoding}{f' g{tensor.spec.group}' if tensor.spec.group else ''}"
+        for layer in manifest.layers
+        for tensor in layer.layout.tensors
+        if tensor.spec
+    )
+    counts = sorted({layer.num_experts for layer in manifest.layers})
+    return {
+        "store": str(path),
+        "family": manifest.family,
+        "parameters": f"{manifest.num_parameters:,}",
+        "MoE layers": len(manifest.layers),
+        "experts a layer": ", ".join(str(count) for count in counts),
+        "one expert": format_bytes(manifest.slot_bytes),
+        "all experts": format_bytes(manifest.expert_bytes),
+        "trunk": format_bytes(manifest.trunk_bytes),
+        "recipe": ", ".join(f"{component}={scheme}" for component, scheme in manifest.recipe.items()),
+        "expert encodings": ", ".join(encodings),
+        "format": manifest.format_version,
+        "layout": manifest.layout_id,
+        "numerics": f"{manifest.numerics_id} (exact across CPUs), float (reference)",
+        "source": ", ".join(f"{key} {value}" for key, value in manifest.source.items()),
+    } | ({"notes": "; ".join(manifest.notes)} if manifest.notes else {})
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table

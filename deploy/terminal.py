@@ -1,0 +1,157 @@
+"""What generation looks like in a terminal: streamed text, one summary, clean interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moray.deploy.config import EngineConfig
+from moray.deploy.engine import Engine
+from moray.runtime.generation.request import Finished, TokenEvent
+from moray.runtime.generation.text import Message
+from moray.runtime.memory import format_bytes
+
+DEMO_PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n"
+_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+def run_generate(
+    config: EngineConfig, prompt: str, options: dict[str, Any], console: Console, *, as_json: bool
+) -> None:
+    with _engine(config, console, quiet=as_json) as (engine, start_s):
+        if as_json:
+            completion = engine.generate(prompt, **options)
+            console.print_json(json.dumps({"prompt": prompt, "completion": asdict(completion)}))
+            return
+        _write(console, prompt, style="dim")
+        finished = _stream(engine.stream(prompt, **options), console)
+        _summarize(engine, finished, start_s, console)
+
+
+def run_demo(config: EngineConfig, max_new_tokens: int, console: Console) -> None:
+    with _engine(config, console) as (engine, start_s):
+        _write(console, DEMO_PROMPT, style="dim")
+        finished = _stream(engine.stream(DEMO_PROMPT, max_new_tokens=max_new_tokens), console)
+        _summarize(engine, finished, start_s, console)
+
+
+def run_chat(config: EngineConfig, system: str | None, options: dict[str, Any], console: Console) -> None:
+    messages = [Message("system", system)] if system else []
+    with _engine(config, console) as (engine, start_s):
+        console.print("Empty line, Ctrl-D or Ctrl-C at the prompt: end. Ctrl-C while it answers: stop the answer.")
+        finished = None
+        while line := _read_line(console):
+            messages.append(Message("user", line))
+            answer: list[str] = []
+            events = engine.stream(messages, **options)
+            try:
+                finished = _stream(events, console, answer)
+                _report_turn(finished, console)
+            except KeyboardInterrupt:
+                console.print("\n(stopped)", style="dim")
+            messages.append(Message("assistant", "".join(answer)))
+        if finished is not None:
+            _summarize(engine, finished, start_s, console)
+
+
+def run_doctor(store: Path | None, console: Console, *, as_json: bool) -> bool:
+    """Print every check as it ends. Returns whether nothing is wrong."""
+    from moray.deploy.doctor import run_checks
+
+    checks = []
+    for check in run_checks(store):
+        checks.append(check)
+        if not as_json:
+            console.print(f"[{_STYLES[check.status]}]{check.status:8}[/] {check.name:18} ", end="")
+            console.print(check.found, markup=False, highlight=False, soft_wrap=True)
+            if check.remedy:
+                console.print(f"{'':28}-> {check.remedy}", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        console.print_json(json.dumps([asdict(check) for check in checks]))
+    return all(check.status != "problem" for check in checks)
+
+
+@contextmanager
+def _engine(config: EngineConfig, console: Console, quiet: bool = False) -> Iterator[tuple[Engine, float]]:
+    """A running engine and the seconds it took to start."""
+    started = perf_counter()
+    with console.status(f"Starting Ray and {config.hosts} expert host(s)...") if not quiet else _nothing():
+        engine = Engine(config)
+    try:
+        yield engine, perf_counter() - started
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _read_line(console: Console) -> str:
+    try:
+        return console.input("[bold]you>[/] ").strip()
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return ""
+
+
+def _stream(events: Iterator[TokenEvent], console: Console, text: list[str] | None = None) -> Finished:
+    """Write text as it comes; ``text`` collects it, whole even if the stream is interrupted."""
+    finished = None
+    for event in events:
+        _write(console, event.text)
+        if text is not None:
+            text.append(event.text)
+        finished = event.finished
+    console.print()
+    assert finished is not None
+    return finished
+
+
+def _write(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()
+
+
+def _report_turn(finished: Finished, console: Console) -> None:
+    usage = finished.usage
+    console.print(
+        f"({usage.prompt_tokens - usage.cached_tokens} of {usage.prompt_tokens} prompt tokens computed, "
+        f"{usage.cached_tokens} kept; {usage.completion_tokens} generated, {finished.reason})",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _summarize(engine: Engine, finished: Finished, start_s: float, console: Console) -> None:
+    usage, timings, actors = finished.usage, finished.timings, engine.actors
+    stats = engine.stats()
+    experts = stats.experts
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("start", f"{start_s:.1f} s: Ray, {actors.num_actors} actors on {actors.num_nodes} node(s)")
+    table.add_row(
+        "prefill",
+        f"{timings.prefill_rate(usage):.1f} tokens/s, {usage.prompt_tokens - usage.cached_tokens} tokens"
+        + (f" ({usage.cached_tokens} more kept from before)" if usage.cached_tokens else ""),
+    )
+    table.add_row("decode", f"{timings.decode_rate(usage):.1f} tokens/s, {usage.completion_tokens} tokens")
+    table.add_row("experts", f"{experts.num_used} of {experts.num_experts} used")
+    places = {source.name: source for source in stats.sources}
+    for name, num_bytes in experts.bytes_by_source.items():
+        place = places[name]
+        table.add_row(
+            f"  {name}",
+            f"{format_bytes(num_bytes)} read in place from its {place.tier}, which holds {place.num_experts} experts "
+            f"in {format_bytes(place.num_bytes)}",
+        )
+    console.print()
+    console.print(table, highlight=False)

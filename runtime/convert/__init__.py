@@ -1,0 +1,1 @@
+"""Checkpoint directory to store."""

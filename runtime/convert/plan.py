@@ -1,0 +1,129 @@
+"""The plan of a conversion: every byte range of the store and what goes there, before anything is written."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moray.runtime.convert.checkpoint import Checkpoint
+from moray.runtime.convert.encode import Piece, TensorPlan, choose_spec
+from moray.runtime.convert.recipe import Recipe
+from moray.runtime.convert.sources import ModelShapes, Source, SourceIndex, index_sources
+from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME, TrunkPlan, plan_trunk
+from moray.runtime.errors import UnsupportedModelError
+from moray.runtime.layout.packed import PackedSpec
+from moray.runtime.layout.shard import ExpertKey, ShardLayout, plan_layout
+from moray.runtime.model.families import EXPERT_PARAMETERS, build_model, expert_modules, expert_params
+from moray.runtime.store.manifest import ExpertsLayer
+
+_SHARD_ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+assert set(_SHARD_ORDER) == set(EXPERT_PARAMETERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole store, as it will be. ``files``: name -> size in bytes of what pieces are written to."""
+
+    layers: tuple[ExpertsLayer, ...]
+    shards: dict[ExpertKey, Piece]
+    trunk: TrunkPlan
+    shapes: ModelShapes
+    files: dict[str, int]
+    num_parameters: int
+    num_expert_parameters: int
+    notes: list[str]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [*self.trunk.pieces, *self.shards.values()]
+
+
+def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Plan a conversion. Reads no weights.
+
+    Raises CheckpointError (a tensor is missing or does not fit the config) and UnsupportedModelError.
+    """
+    model = build_model(config, torch.bfloat16, "meta")
+
+    def describe(key: str, expert: int | None) -> torch.Tensor:
+        shape, dtype = checkpoint.describe(key)
+        return torch.empty(shape if expert is None else (1, *shape[1:]), dtype=dtype, device="meta")
+
+    index = index_sources(model, checkpoint.tensors, describe)
+    layers: list[ExpertsLayer] = []
+    shards: dict[ExpertKey, Piece] = {}
+    notes: dict[str, None] = {}
+    for layer, (path, module) in enumerate(expert_modules(model)):
+        layout, tensors = _plan_layer(path, module, index, recipe, index.experts[layer][0], notes)
+        layers.append(ExpertsLayer(path, len(index.experts[layer]), layout))
+        for expert, sources in enumerate(index.experts[layer]):
+            key = ExpertKey(layer, expert)
+            shards[key] = _plan_shard(key, layout, tensors, sources)
+    trunk = plan_trunk(model, index, recipe, checkpoint)
+    files = {PARTIAL_TRUNK_NAME: trunk.num_bytes}
+    for piece in shards.values():
+        files[piece.file] = max(files.get(piece.file, 0), piece.offset + piece.num_bytes)
+    in_trunk, in_experts = _count_parameters(model)
+    notes |= dict.fromkeys(trunk.notes) | dict.fromkeys(_describe_unexpected(model, index.unexpected))
+    return Plan(tuple(layers), shards, trunk, index.shapes, files, in_trunk + in_experts, in_experts, list(notes))
+
+
+def experts_file(layer: int) -> str:
+    return f"experts-{layer:05d}.bin"
+
+
+def _plan_layer(
+    path: str,
+    module: nn.Module,
+    index: SourceIndex,
+    recipe: Recipe,
+    sources: dict[str, Source],
+    notes: dict[str, None],
+) -> tuple[ShardLayout, list[TensorPlan]]:
+    """Layout of a layer's shards, and the plan of each tensor of its first expert."""
+    tensors: list[TensorPlan] = []
+    placed: list[tuple[str, PackedSpec | int]] = []
+    for name in sorted(sources, key=_SHARD_ORDER.index):
+        shape = index.shapes.shapes[f"{path}.{name}"][1:]
+        transpose = bool(module.is_transposed) and len(shape) == 2
+        if len(shape) == 1:
+            tensors.append(TensorPlan(name, sources[name], None, torch.float32))
+            placed.append((name, shape[0]))
+            continue
+        if len(shape) != 2:
+            raise UnsupportedModelError(f"{path}.{name} has shape {list(shape)} for one expert, expected 2 dimensions")
+        rows, columns = shape[::-1] if transpose else shape
+        dtype = index.dtypes[f"{path}.{name}"]
+        spec, note = choose_spec(recipe["experts"], (rows, columns), dtype, sources[name])
+        notes |= {note: None} if note else {}
+        tensors.append(TensorPlan(name, sources[name], spec, dtype, transpose))
+        placed.append((name, spec))
+    return plan_layout(placed), tensors
+
+
+def _plan_shard(key: ExpertKey, layout: ShardLayout, tensors: list[TensorPlan], sources: dict[str, Source]) -> Piece:
+    own = tuple(TensorPlan(plan.name, sources[plan.name], plan.spec, plan.dtype, plan.transpose) for plan in tensors)
+    label = f"expert {key.expert} of MoE layer {key.layer}"
+    offset = key.expert * layout.num_bytes
+    return Piece(experts_file(key.layer), offset, layout.num_bytes, label, own, (key, layout))
+
+
+def _count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    shapes = (shape for _, module in expert_modules(model) for shape, _ in expert_params(module).values())
+    return sum(p.numel() for p in model.parameters()), sum(math.prod(shape) for shape in shapes)
+
+
+def _describe_unexpected(model: PreTrainedModel, keys: list[str]) -> list[str]:
+    """Notes on keys of the checkpoint that no part of the model wants, with layers and experts folded."""
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    counts: dict[str, int] = {}
+    for key in keys:
+        if not any(re.search(pattern, key) for pattern in ignored):
+            folded = re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", key)
+            counts[folded] = counts.get(folded, 0) + 1
+    return [f"not used by the model: {name} ({count} tensors)" for name, count in counts.items()]

@@ -1,0 +1,126 @@
+"""Making and writing pieces, in this process or in several."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from moray.runtime.convert.checkpoint import Checkpoint
+from moray.runtime.convert.encode import Piece, encode_piece
+from moray.runtime.convert.sources import ModelShapes
+from moray.runtime.errors import ResourceError
+
+_PR_SET_PDEATHSIG = 1
+Done = Callable[[Piece, int], None]  # a piece whose bytes are in its file, and their checksum
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What a worker needs to make any piece."""
+
+    checkpoint: Checkpoint
+    shapes: ModelShapes
+    store: Path
+
+    def make(self, piece: Piece) -> int:
+        """Write one piece to its place. Returns the xxh3-64 of its bytes. Holds one expert in memory."""
+        data = encode_piece(piece, self.checkpoint, self.shapes)
+        assert data.nbytes == piece.num_bytes, (piece.label, data.nbytes, piece.num_bytes)
+        write_at(self.store / piece.file, piece.offset, data.data)
+        return xxhash.xxh3_64_intdigest(data.data)
+
+
+def write_at(path: Path, offset: int, view: memoryview) -> None:
+    """Write all of a buffer at an offset of an existing file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(descriptor, view[done:], offset + done)
+    finally:
+        os.close(descriptor)
+
+
+def make_pieces(workshop: Workshop, pieces: Sequence[Piece], workers: int, done: Done) -> None:
+    """Make all pieces, calling ``done`` in this process as each one is written.
+
+    With one worker in this process; otherwise in ``workers`` spawned processes, which die with this
+    one. On an error or an interrupt the workers are stopped at once. The bytes do not depend on ``workers``.
+    """
+    if workers == 1:
+        with _one_thread():
+            for piece in pieces:
+                done(piece, workshop.make(piece))
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (workshop, os.getpid()))
+    try:
+        for piece, checksum in _in_flight(pool, pieces, 2 * workers):
+            done(piece, checksum)
+    except BrokenProcessPool as error:
+        raise ResourceError(
+            f"a conversion worker was killed, most likely for memory ({workers} workers, each holds one expert); "
+            "run again with fewer workers, finished experts are kept"
+        ) from error
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_flight(pool: ProcessPoolExecutor, pieces: Sequence[Piece], limit: int) -> Iterator[tuple[Piece, int]]:
+    """Pieces as they finish, with at most ``limit`` handed out at a time."""
+    waiting = iter(pieces)
+    running: dict[Future[int], Piece] = {}
+    while True:
+        while len(running) < limit and (piece := next(waiting, None)) is not None:
+            running[pool.submit(_make, piece)] = piece
+        if not running:
+            return
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            yield running.pop(future), future.result()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread, as in workers: sums in another order could give another code now and then."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_workshop: Workshop | None = None  # of this worker process
+
+
+def _start_worker(workshop: Workshop, parent: int) -> None:
+    global _workshop
+    _workshop = workshop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request above
+        os._exit(1)
+
+
+def _make(piece: Piece) -> int:
+    assert _workshop is not None
+    return _workshop.make(piece)

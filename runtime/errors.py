@@ -1,0 +1,82 @@
+"""Every error moray raises on purpose.
+
+MorayError
+├── InputError                 what the user gave is wrong (exit code 2)
+│   ├── CheckpointError        a checkpoint directory, or a tensor in it
+│   ├── UnsupportedModelError  a dense model, or a family without the experts interface
+│   ├── RecipeError            an unknown quantization recipe
+│   ├── ConfigError            an unknown key or a wrong value in configuration
+│   ├── StoreError             a store that is missing, incomplete, newer or corrupt
+│   │   └── CorruptShardError  a shard whose checksum fails
+│   ├── ResourceError          not enough memory or disk: says needed and free
+│   └── RequestError           a generation request that cannot be served
+├── ClusterError               Ray or a node is not there
+│   └── HostLostError          an expert host does not answer
+└── ProtocolError              a data-plane peer sent something we do not accept
+
+A message says what was found, what was expected and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+
+class MorayError(Exception):
+    """Base of all errors raised on purpose."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process boundaries through Ray: keep them picklable whatever their __init__.
+        return (_rebuild, (type(self), str(self)))
+
+
+def _rebuild(cls: type[MorayError], message: str) -> MorayError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    return error
+
+
+class InputError(MorayError):
+    """What the user gave is wrong. The command line exits with code 2."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint directory, file or tensor cannot be used."""
+
+
+class UnsupportedModelError(InputError):
+    """The model has no routed experts, or its family is not routed through the experts interface."""
+
+
+class RecipeError(InputError):
+    """A quantization recipe is unknown or malformed."""
+
+
+class ConfigError(InputError):
+    """A configuration key is unknown or its value is wrong."""
+
+
+class StoreError(InputError):
+    """A store is missing, incomplete, newer than this version or damaged."""
+
+
+class CorruptShardError(StoreError):
+    """A shard's bytes do not match its checksum."""
+
+
+class ResourceError(InputError):
+    """Memory or disk is too small. The message gives needed and free bytes."""
+
+
+class RequestError(InputError):
+    """A generation request cannot be served as asked."""
+
+
+class ClusterError(MorayError):
+    """Ray, a node or an actor is not there."""
+
+
+class HostLostError(ClusterError):
+    """An expert host does not answer."""
+
+
+class ProtocolError(MorayError):
+    """A data-plane peer sent something that is not accepted."""

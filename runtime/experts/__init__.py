@@ -1,0 +1,1 @@
+"""Where expert shards come from, and the experts function that uses them."""

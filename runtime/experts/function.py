@@ -1,0 +1,158 @@
+"""The experts function: what transformers calls in place of its own experts, once per MoE layer.
+
+Registered with transformers' experts interface under the name "moray". Each experts module carries an
+``ExpertsBinding`` that knows its layer, its kernels and where its shards come from.
+
+    group the (token, k) pairs by expert -> lease the active experts' shards -> one kernel launch ->
+    check the lease (retry if a slot changed under it) -> weighted sum, in the router's order
+"""
+
+from __future__ import annotations
+
+import ctypes
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
+
+from moray.runtime.experts.meter import ExpertsMeter
+from moray.runtime.experts.source import ExpertSource, Ints
+from moray.runtime.kernels import ops
+from moray.runtime.kernels.dequantize import dequantize
+from moray.runtime.kernels.ops import Grouping, MatrixKernel, Numerics
+from moray.runtime.layout.shard import ShardLayout, ShardTensor
+
+IMPLEMENTATION = "moray"
+
+
+class ExpertsBinding:
+    """One MoE layer's experts: computes them on the device of the hidden states.
+
+    Called by the step loop's thread only.
+    """
+
+    def __init__(
+        self, module: nn.Module, layer: int, layout: ShardLayout, source: ExpertSource, numerics: Numerics
+    ) -> None:
+        self.layer = layer
+        self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
+        self.source = source
+        self.meter: ExpertsMeter | None = None
+        self._layout = layout
+        self._up = layout["gate_up_proj" if module.has_gate else "up_proj"]
+        self._down = layout["down_proj"]
+        self._up_bias = _optional(layout, self._up.name + "_bias")
+        self._down_bias = _optional(layout, "down_proj_bias")
+        assert self._up.spec is not None and self._down.spec is not None
+        self._up_kernel = MatrixKernel.of(self._up.spec, numerics)
+        self._down_kernel = MatrixKernel.of(self._down.spec, numerics)
+        self._is_fused = _is_plain_swiglu(module) and self._up_bias is None and self._down_bias is None
+
+    def forward(self, module: Any, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        started = perf_counter()
+        grouping = ops.group_by_expert(ids_TK.cpu().numpy(), self.num_experts)
+        while True:
+            grouped = perf_counter()
+            lease = self.source.lease(self.layer, grouping.active)
+            leased = perf_counter()
+            try:
+                out = self._compute(module, x_TH, weights_TK, grouping, lease.addresses)
+                valid = lease.is_valid()
+            finally:
+                lease.release()
+            if valid:
+                break
+        if self.meter is not None:
+            self.meter.record(self.layer, grouping, grouped - started, leased - grouped, perf_counter() - leased)
+        return out
+
+    def _compute(
+        self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, shards_E: Ints
+    ) -> torch.Tensor:
+        if x_TH.device.type != "cpu":
+            return self._on_device(module, x_TH, weights_TK, grouping, shards_E)
+        x = x_TH.numpy()
+        weights = weights_TK.float().contiguous().numpy()
+        up_at, down_at = shards_E + self._up.offset, shards_E + self._down.offset
+        if self._is_fused:
+            out = ops.moe_swiglu(x, weights, grouping, self._up_kernel, up_at, self._down_kernel, down_at)
+            return torch.from_numpy(out)
+        experts_of_pair = np.repeat(np.arange(len(grouping.active)), np.diff(grouping.starts))
+        up = torch.from_numpy(self._up_kernel.matmul(x, up_at, grouping.starts, grouping.token_of_pair))
+        h = self._activate(module, up + self._biases(self._up_bias, shards_E)[experts_of_pair])
+        pairs = np.arange(len(h))
+        y = self._down_kernel.matmul(h.contiguous().numpy(), down_at, grouping.starts, pairs)
+        y_PH = torch.from_numpy(y) + self._biases(self._down_bias, shards_E)[experts_of_pair]
+        if module.has_post_expert_norm:
+            y_PH = module.post_expert_norm(y_PH)
+        return torch.from_numpy(ops.combine(y_PH.contiguous().numpy(), grouping, weights))
+
+    def _on_device(
+        self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, shards_E: Ints
+    ) -> torch.Tensor:
+        """Copy each active shard to the device, dequantize it there and use torch's matrix products."""
+        device, dtype = x_TH.device, x_TH.dtype
+        up_biases, down_biases = (
+            self._biases(self._up_bias, shards_E),
+            self._biases(self._down_bias, shards_E),
+        )
+        token_of_pair = torch.from_numpy(grouping.token_of_pair).to(device)
+        y_PH = torch.empty(len(token_of_pair), x_TH.shape[1], device=device, dtype=torch.float32)
+        for i, address in enumerate(shards_E.tolist()):
+            shard = _bytes_at(address, self._layout.num_bytes).to(device)
+            pairs = slice(int(grouping.starts[i]), int(grouping.starts[i + 1]))
+            up = x_TH[token_of_pair[pairs]] @ _matrix(shard, self._up, dtype).T
+            h = self._activate(module, up + up_biases[i].to(device, dtype))
+            y = h @ _matrix(shard, self._down, dtype).T + down_biases[i].to(device, dtype)
+            y_PH[pairs] = (module.post_expert_norm(y) if module.has_post_expert_norm else y).float()
+        positions = torch.from_numpy(grouping.positions).to(device)
+        used = (positions >= 0)[..., None]
+        y_TKH = y_PH[positions.clamp(min=0)] * weights_TK.float()[..., None]
+        return (y_TKH * used).sum(dim=1).to(dtype)
+
+    def _activate(self, module: Any, up: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+        return h
+
+    def _biases(self, bias: ShardTensor | None, shards_E: Ints) -> torch.Tensor:
+        """float32 [E, R], or zeros [E, 1] that broadcast."""
+        if bias is None:
+            return torch.zeros(len(shards_E), 1)
+        rows = [_bytes_at(a + bias.offset, bias.num_bytes).view(torch.float32) for a in shards_E.tolist()]
+        return torch.stack(rows)
+
+
+def _optional(layout: ShardLayout, name: str) -> ShardTensor | None:
+    return layout[name] if name in layout else None
+
+
+def _is_plain_swiglu(module: Any) -> bool:
+    """Whether the experts are down(silu(gate) * up) with gates first: what the fused kernel computes."""
+    gate = type(module)._apply_gate is _default_apply_gate
+    silu = isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
+    return bool(module.has_gate and gate and silu and module.is_concatenated and not module.has_post_expert_norm)
+
+
+def _bytes_at(address: int, count: int) -> torch.Tensor:
+    """uint8 [count] over memory that a lease keeps alive."""
+    return torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address)))
+
+
+def _matrix(shard: torch.Tensor, tensor: ShardTensor, dtype: torch.dtype) -> torch.Tensor:
+    assert tensor.spec is not None
+    return dequantize(shard[tensor.offset : tensor.offset + tensor.num_bytes], tensor.spec, dtype)
+
+
+def experts_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Called by transformers: hidden [T, H], ids int64 [T, K], weights [T, K] -> [T, H]."""
+    out: torch.Tensor = module.moray.forward(module, hidden_states, top_k_index, top_k_weights)
+    return out
+
+
+ExpertsInterface.register(IMPLEMENTATION, experts_forward)

@@ -1,0 +1,75 @@
+"""What the experts did: tokens per expert, bytes read, and where the time of a layer went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moray.runtime.experts.source import ExpertSource, Ints
+from moray.runtime.kernels.ops import Grouping
+from moray.runtime.store.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsStats:
+    """A snapshot. Bytes count a shard once for each layer call that used it."""
+
+    tokens_per_expert: list[list[int]]  # [layer][expert]
+    bytes_by_source: dict[str, int]
+    layer_calls: int
+    group_s: float
+    lease_s: float
+    compute_s: float
+
+    @property
+    def num_used(self) -> int:
+        return sum(count > 0 for layer in self.tokens_per_expert for count in layer)
+
+    @property
+    def num_experts(self) -> int:
+        return sum(len(layer) for layer in self.tokens_per_expert)
+
+
+@dataclass(slots=True)
+class ExpertsMeter:
+    """Counts. Written by the step loop's thread; snapshots may be a layer behind."""
+
+    tokens: list[Ints]
+    owners: list[Ints]
+    shard_bytes: list[int]
+    names: list[str]
+    bytes_by_owner: Ints
+    layer_calls: int = 0
+    group_s: float = 0.0
+    lease_s: float = 0.0
+    compute_s: float = 0.0
+
+    @classmethod
+    def of(cls, manifest: Manifest, source: ExpertSource) -> ExpertsMeter:
+        places = source.describe()
+        return cls(
+            tokens=[np.zeros(layer.num_experts, dtype=np.int64) for layer in manifest.layers],
+            owners=[source.owner_of(layer) for layer in range(len(manifest.layers))],
+            shard_bytes=[layer.layout.num_bytes for layer in manifest.layers],
+            names=[place.name for place in places],
+            bytes_by_owner=np.zeros(len(places), dtype=np.int64),
+        )
+
+    def record(self, layer: int, grouping: Grouping, group_s: float, lease_s: float, compute_s: float) -> None:
+        self.tokens[layer][grouping.active] += np.diff(grouping.starts)
+        np.add.at(self.bytes_by_owner, self.owners[layer][grouping.active], self.shard_bytes[layer])
+        self.layer_calls += 1
+        self.group_s += group_s
+        self.lease_s += lease_s
+        self.compute_s += compute_s
+
+    def snapshot(self) -> ExpertsStats:
+        return ExpertsStats(
+            tokens_per_expert=[layer.tolist() for layer in self.tokens],
+            bytes_by_source=dict(zip(self.names, self.bytes_by_owner.tolist(), strict=True)),
+            layer_calls=self.layer_calls,
+            group_s=self.group_s,
+            lease_s=self.lease_s,
+            compute_s=self.compute_s,
+        )

@@ -1,0 +1,1 @@
+"""Sampling, detokenization and the step loop."""

@@ -1,0 +1,74 @@
+"""KV caches that outlive their request, so that the next turn of a chat prefills only what is new."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass(slots=True)
+class KVCache:
+    """A transformers cache and the tokens it holds."""
+
+    cache: DynamicCache
+    ids: list[int]
+
+    @classmethod
+    def empty(cls, config: PretrainedConfig) -> KVCache:
+        return cls(DynamicCache(config=config), [])
+
+    @property
+    def can_chunk(self) -> bool:
+        """Whether a prompt may be fed in pieces. Linear-attention states take whole prompts only."""
+        return all(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
+
+    @property
+    def can_crop(self) -> bool:
+        """Whether tokens may be taken off the end: not from states or windows that forgot what was before."""
+        return all(
+            isinstance(layer, DynamicLayer) and not getattr(layer, "is_sliding", False) and not _is_linear(layer)
+            for layer in self.cache.layers
+        )
+
+    def reusable_prefix(self, prompt: tuple[int, ...]) -> int:
+        """How many first tokens of the prompt this cache can serve; at least one is always left to compute."""
+        common = 0
+        for mine, wanted in zip(self.ids, prompt[:-1], strict=False):
+            if mine != wanted:
+                break
+            common += 1
+        return common if common == len(self.ids) or self.can_crop else 0
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        surplus = len(self.ids) - length
+        if surplus:
+            self.cache.crop(-surplus)
+            del self.ids[length:]
+
+
+class KeptCaches:
+    """The caches of the last finished requests, newest last. One request uses a cache at a time."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._kept: list[KVCache] = []
+
+    def take(self, prompt: tuple[int, ...], config: PretrainedConfig) -> KVCache:
+        """The cache that serves most of the prompt, cropped to it; an empty one if none does."""
+        best = max(self._kept, key=lambda kv: kv.reusable_prefix(prompt), default=None)
+        if best is None or best.reusable_prefix(prompt) == 0:
+            return KVCache.empty(config)
+        self._kept.remove(best)
+        best.crop(best.reusable_prefix(prompt))
+        return best
+
+    def keep(self, kv: KVCache) -> None:
+        self._kept.append(kv)
+        del self._kept[: -self._capacity]
+
+
+def _is_linear(layer: object) -> bool:
+    return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")

@@ -1,0 +1,94 @@
+"""What a caller asks for and what comes back, token by token. Plain values: they cross process boundaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moray.runtime.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise RequestError(f"temperature is {self.temperature}, expected 0 (greedy) to 100")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
+        if self.top_k < 0:
+            raise RequestError(f"top_k is {self.top_k}, expected 0 (all) or more")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate. ``prompt_ids`` are the tokens as the model sees them, special ones included."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise RequestError("the prompt is empty, expected at least one token")
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        if any(not text for text in self.stop):
+            raise RequestError("a stop string is empty, expected at least one character")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request. ``cached_tokens`` of the prompt were taken from a kept KV cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of one request, measured in the step loop."""
+
+    prefill_s: float  # from admission to the first token
+    decode_s: float  # from the first token to the last
+
+    def prefill_rate(self, usage: Usage) -> float:
+        """Prompt tokens computed a second."""
+        return (usage.prompt_tokens - usage.cached_tokens) / self.prefill_s if self.prefill_s else 0.0
+
+    def decode_rate(self, usage: Usage) -> float:
+        """Tokens a second after the first."""
+        return (usage.completion_tokens - 1) / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Why and how a request ended."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One step of one request: new tokens, the text they complete, and the end if this is it.
+
+    ``text`` never holds half a character; text that might begin a stop string is held back until it is decided.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finished: Finished | None = None

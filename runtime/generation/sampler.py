@@ -1,0 +1,37 @@
+"""Choosing the next token, with transformers' own logits processors."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from moray.runtime.generation.request import SamplingParams
+
+
+class Sampler:
+    """One request's sampler: its own random state, so a batch never changes what a seed gives."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._greedy = params.temperature == 0
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+        self._processors = LogitsProcessorList()
+        if self._greedy:
+            return
+        if params.temperature != 1:
+            self._processors.append(TemperatureLogitsWarper(params.temperature))
+        if params.top_k:
+            self._processors.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1:
+            self._processors.append(TopPLogitsWarper(params.top_p))
+
+    def sample(self, ids: list[int], logits_V: torch.Tensor) -> int:
+        """The next token after ``ids``, from float logits [V]. Greedy takes the lowest id among equals."""
+        logits = logits_V.float().cpu()
+        if self._greedy:
+            return int(logits.argmax())
+        scores = self._processors(torch.LongTensor([ids]), logits[None])
+        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))

@@ -1,0 +1,78 @@
+"""Class ``int8`` stated in NumPy: the definition that every kernel must equal bit for bit.
+
+Slow and plain on purpose. Shapes as in matmul.py. Every float operation is one float32 operation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from moray.runtime.kernels import activation
+from moray.runtime.layout.packed import Bytes, PackedSpec, unpack_plain, unpack_quantized
+
+Floats = npt.NDArray[np.float32]
+
+
+def dequantize(packed: Bytes, spec: PackedSpec) -> Floats:
+    """The float32 [R, C] matrix that a packed one stands for."""
+    if not spec.is_quantized:
+        values = unpack_plain(packed, spec)
+        if spec.encoding == "bf16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32)
+    q = unpack_quantized(packed, spec)
+    shape = (spec.rows, spec.num_groups, spec.group)
+    weights: Floats = (q.codes.reshape(shape) - q.zeros[:, :, None]) * q.scales[:, :, None]
+    return weights.reshape(spec.rows, spec.columns)
+
+
+def quantize_activations(x_TC: Floats, group: int) -> tuple[npt.NDArray[np.int8], Floats, npt.NDArray[np.int32]]:
+    """int8 codes [T, C], scales [T, G] and sums of codes [T, G]: symmetric per group, round half to even."""
+    x = x_TC.reshape(len(x_TC), -1, group)
+    largest = np.abs(x).max(axis=2)
+    with np.errstate(all="ignore"):
+        inverse = np.float32(127) / largest
+        usable = np.isfinite(x).all(axis=2) & np.isfinite(inverse)
+        codes = np.where(usable[:, :, None], np.rint(x * inverse[:, :, None]), 0).astype(np.int8)
+    zero_or_nan = np.where(np.isfinite(x).all(axis=2), np.float32(0), np.float32(np.nan))
+    scales = np.where(usable, largest / np.float32(127), zero_or_nan).astype(np.float32)
+    return codes.reshape(x_TC.shape), scales, codes.sum(axis=2, dtype=np.int32)
+
+
+def matmul(x_TC: Floats, packed: Bytes, spec: PackedSpec) -> Floats:
+    """x @ W^T in class int8: exact integer dots, combined group after group in float32."""
+    if not spec.is_quantized:
+        return matmul_float(x_TC, packed, spec)
+    codes, scales, sums = quantize_activations(x_TC, spec.group)
+    q = unpack_quantized(packed, spec)
+    y = np.zeros((len(x_TC), spec.rows), dtype=np.float32)
+    for g in range(spec.num_groups):
+        columns = slice(g * spec.group, (g + 1) * spec.group)
+        dot = (codes[:, columns].astype(np.int32) @ q.codes[:, columns].astype(np.int32).T).astype(np.float32)
+        centred = dot - q.zeros[None, :, g] * sums[:, g, None].astype(np.float32)
+        y = y + centred * (q.scales[None, :, g] * scales[:, g, None])
+    return y
+
+
+def matmul_float(x_TC: Floats, packed: Bytes, spec: PackedSpec) -> Floats:
+    """x @ W^T column after column in float32: plain encodings in both classes."""
+    weights = dequantize(packed, spec)
+    y = np.zeros((len(x_TC), spec.rows), dtype=np.float32)
+    for c in range(spec.columns):
+        y = y + x_TC[:, c, None] * weights[None, :, c]
+    return y
+
+
+def swiglu(gate: Floats, up: Floats) -> Floats:
+    """silu(gate) * up with the exp of activation.py."""
+    x = np.minimum(np.maximum(-gate, activation.EXP_MIN), activation.EXP_MAX)
+    n = np.rint(x * activation.LOG2E)
+    r = (x - n * activation.LN2_HIGH) - n * activation.LN2_LOW
+    y = np.full_like(x, activation.C0)
+    for c in activation.EXP_C[1:]:
+        y = y * r + c
+    y = (y * (r * r) + r) + activation.ONE
+    with np.errstate(invalid="ignore"):
+        power = ((np.nan_to_num(n).astype(np.int32) + 127) << 23).view(np.float32)
+    return np.where(np.isnan(gate), gate, (gate / (activation.ONE + y * power)) * up)

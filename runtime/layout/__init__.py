@@ -1,0 +1,1 @@
+"""The packed tensor layout and the shard format."""

@@ -1,0 +1,1 @@
+"""The transformers model around our experts and packed weights."""

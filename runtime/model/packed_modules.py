@@ -1,0 +1,64 @@
+"""Linear and embedding modules whose weights stay in the packed layout.
+
+On the CPU they use the same kernels as the experts, in float32 activations; elsewhere they dequantize with torch.
+Unquantized weights are packed too (16 bits as published), so a float32 trunk needs no float32 copy of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moray.runtime.kernels import ops
+from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
+from moray.runtime.kernels.ops import MatrixKernel, Numerics
+from moray.runtime.layout.packed import PackedSpec
+
+
+class PackedLinear(nn.Module):
+    """y = x @ W^T + b for a packed W [out, in]."""
+
+    packed: torch.Tensor
+
+    def __init__(self, packed: torch.Tensor, spec: PackedSpec, bias: nn.Parameter | None, numerics: Numerics) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed, persistent=False)
+        self.spec = spec
+        self.bias = bias
+        self.in_features, self.out_features = spec.columns, spec.rows
+        self._kernel = MatrixKernel.of(spec, numerics)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized matrix, made anew at each access: for model code that reads weights directly."""
+        return dequantize(self.packed, self.spec, torch.get_default_dtype())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return nn.functional.linear(x, dequantize(self.packed, self.spec, x.dtype), self.bias)
+        rows = x.reshape(-1, self.in_features).contiguous().numpy()
+        y = torch.from_numpy(ops.linear(rows, self.packed.numpy(), self._kernel))
+        if self.bias is not None:
+            y += self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class PackedEmbedding(nn.Module):
+    """Row lookup in a packed table [V, H]."""
+
+    packed: torch.Tensor
+
+    def __init__(self, packed: torch.Tensor, spec: PackedSpec, padding_idx: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed, persistent=False)
+        self.spec = spec
+        self.num_embeddings, self.embedding_dim, self.padding_idx = spec.rows, spec.columns, padding_idx
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return dequantize(self.packed, self.spec, self._dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = dequantize_rows(self.packed, self.spec, ids.reshape(-1), self._dtype)
+        return rows.view(*ids.shape, self.embedding_dim)

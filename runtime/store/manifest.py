@@ -1,0 +1,140 @@
+"""The manifest: what a store holds, written last, so that a store without one is incomplete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from moray.runtime.errors import StoreError
+from moray.runtime.layout.packed import LAYOUT_ID, PackedSpec
+from moray.runtime.layout.shard import (
+    ExpertKey,
+    ShardLayout,
+    decode_spec,
+    decode_tensor,
+    encode_spec,
+    encode_tensor,
+)
+
+MANIFEST_NAME = "manifest.msgpack"
+TRUNK_NAME = "trunk.safetensors"
+FORMAT_VERSION = 1
+NUMERICS_ID = "int8-v1"  # the rules of class int8 (docs/format.md); another rule is another id
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """Where one shard lies on disk."""
+
+    file: str
+    offset: int  # bytes, a multiple of 4096
+    num_bytes: int
+    checksum: int  # xxh3-64 of all its bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsLayer:
+    """One MoE layer: the path of its experts module in the model, and how its shards are laid out."""
+
+    module: str
+    num_experts: int
+    layout: ShardLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything known about a store without reading its weights."""
+
+    family: str  # transformers model_type
+    recipe: dict[str, str]  # component -> scheme, e.g. {"experts": "hqq4:64"}
+    layers: tuple[ExpertsLayer, ...]
+    shards: dict[ExpertKey, ShardEntry]
+    trunk_bytes: int
+    trunk_checksum: int  # xxh3-64 of trunk.safetensors
+    packed_trunk: dict[str, PackedSpec]  # module path -> its packed weight
+    source: dict[str, str]  # name, versions, time of conversion: for people, never interpreted
+    format_version: int = FORMAT_VERSION
+    layout_id: str = LAYOUT_ID
+    numerics_id: str = NUMERICS_ID
+    num_parameters: int = 0
+    notes: list[str] = field(default_factory=list)  # per-tensor fallbacks, in words
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.shards.values())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the largest shard: what an arena slot must hold."""
+        return max(entry.num_bytes for entry in self.shards.values())
+
+    def encode(self) -> bytes:
+        layouts = list(dict.fromkeys(layer.layout for layer in self.layers))
+        document = {
+            "format": self.format_version,
+            "layout": self.layout_id,
+            "numerics": self.numerics_id,
+            "family": self.family,
+            "recipe": self.recipe,
+            "layouts": [{"bytes": x.num_bytes, "tensors": [encode_tensor(t) for t in x.tensors]} for x in layouts],
+            "layers": [
+                {"module": x.module, "experts": x.num_experts, "layout": layouts.index(x.layout)} for x in self.layers
+            ],
+            "shards": [[*k, e.file, e.offset, e.num_bytes, e.checksum] for k, e in self.shards.items()],
+            "trunk": {
+                "bytes": self.trunk_bytes,
+                "xxh3": self.trunk_checksum,
+                "packed": {name: encode_spec(spec) for name, spec in self.packed_trunk.items()},
+            },
+            "source": self.source,
+            "parameters": self.num_parameters,
+            "notes": self.notes,
+        }
+        packed: bytes = msgpack.packb(document)
+        return packed
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """Read a manifest. ``where`` names it in errors. Raises StoreError."""
+    try:
+        document = msgpack.unpackb(data)
+        version = document["format"]
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise StoreError(f"{where} is not a manifest ({error}); convert the checkpoint again") from error
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{where} has store format {version}, this moray reads format {FORMAT_VERSION}; "
+            + ("upgrade moray" if isinstance(version, int) and version > FORMAT_VERSION else "convert again")
+        )
+    if document.get("layout") != LAYOUT_ID:
+        raise StoreError(f"{where} has layout {document.get('layout')}, expected {LAYOUT_ID}; convert again")
+    try:
+        return _decode(document)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise StoreError(f"{where} is damaged ({error!r}); convert the checkpoint again") from error
+
+
+def _decode(document: Mapping[str, Any]) -> Manifest:
+    layouts = [ShardLayout(tuple(decode_tensor(t) for t in x["tensors"]), x["bytes"]) for x in document["layouts"]]
+    layers = tuple(ExpertsLayer(x["module"], x["experts"], layouts[x["layout"]]) for x in document["layers"])
+    shards = {ExpertKey(x[0], x[1]): ShardEntry(x[2], x[3], x[4], x[5]) for x in document["shards"]}
+    expected = {ExpertKey(i, e) for i, layer in enumerate(layers) for e in range(layer.num_experts)}
+    if shards.keys() != expected:
+        raise ValueError(f"{len(shards)} shards listed, {len(expected)} expected")
+    trunk = document["trunk"]
+    return Manifest(
+        family=document["family"],
+        recipe=document["recipe"],
+        layers=layers,
+        shards=shards,
+        trunk_bytes=trunk["bytes"],
+        trunk_checksum=trunk["xxh3"],
+        packed_trunk={name: decode_spec(entry) for name, entry in trunk["packed"].items()},
+        source=document["source"],
+        numerics_id=document["numerics"],
+        num_parameters=document["parameters"],
+        notes=document["notes"],
+    )

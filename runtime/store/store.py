@@ -1,0 +1,141 @@
+"""Reading a store: its manifest, its shards, its trunk, its tokenizer files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from moray.runtime.errors import CorruptShardError, StoreError
+from moray.runtime.layout.packed import Bytes
+from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, decode_manifest
+
+_CHUNK_BYTES = 16 << 20
+
+
+class Store:
+    """A converted checkpoint on disk. Read-only, and safe to use from several threads and processes."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._descriptors: dict[str, int] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Store:
+        """Open a store and check that its files are all there, without reading weights.
+
+        Raises StoreError: no directory, no manifest, a newer format, a missing or short file.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise StoreError(f"{root} is not a directory; expected a store made by `moray convert`")
+        file = root / MANIFEST_NAME
+        if not file.is_file():
+            raise StoreError(_explain_missing_manifest(root))
+        store = cls(root, decode_manifest(file.read_bytes(), str(file)))
+        store._check_sizes()
+        return store
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def fingerprint(self) -> str:
+        """Names this exact content: two stores with one fingerprint hold the same weights."""
+        content = replace(self.manifest, source={})  # not when and by what it was converted
+        return xxhash.xxh3_128_hexdigest(content.encode())
+
+    @property
+    def trunk_path(self) -> Path:
+        return self.path / TRUNK_NAME
+
+    def read_shard_into(self, key: ExpertKey, buffer: memoryview) -> int:
+        """Read one shard into ``buffer`` and check it. Returns its size in bytes.
+
+        A shard that fails its checksum is read a second time before it is called corrupt.
+        Raises CorruptShardError (names file and offset), StoreError (unreadable or short).
+        """
+        entry = self.manifest.shards[key]
+        view = buffer[: entry.num_bytes]
+        for _ in range(2):
+            self._read(entry.file, entry.offset, view)
+            if xxhash.xxh3_64_intdigest(view) == entry.checksum:
+                return entry.num_bytes
+        raise CorruptShardError(
+            f"{self.path / entry.file}: the shard of expert {key.expert} of MoE layer {key.layer} at offset "
+            f"{entry.offset} fails its checksum; copy the file again or convert again"
+        )
+
+    def read_shard(self, key: ExpertKey) -> Bytes:
+        shard = np.empty(self.manifest.shards[key].num_bytes, dtype=np.uint8)
+        self.read_shard_into(key, shard.data)
+        return shard
+
+    def verify(self) -> Iterator[ExpertKey | str]:
+        """Check every byte, yielding each shard's key and then the trunk's name as it passes."""
+        buffer = memoryview(bytearray(self.manifest.slot_bytes))
+        for key in self.manifest.shards:
+            self.read_shard_into(key, buffer)
+            yield key
+        if checksum_file(self.trunk_path) != self.manifest.trunk_checksum:
+            raise StoreError(f"{self.trunk_path} fails its checksum; copy the file again or convert again")
+        yield TRUNK_NAME
+
+    def _read(self, file: str, offset: int, view: memoryview) -> None:
+        path = self.path / file
+        if file not in self._descriptors:
+            try:
+                self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise StoreError(f"cannot open {path}: {error.strerror}") from error
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptors[file], [view[done:]], offset + done)
+            except OSError as error:
+                raise StoreError(f"cannot read {path} at offset {offset + done}: {error.strerror}") from error
+            if count == 0:
+                raise StoreError(
+                    f"{path} ends at {offset + done}, expected {len(view) - done} more bytes; copy it again"
+                )
+            done += count
+
+    def _check_sizes(self) -> None:
+        needed: dict[str, int] = {TRUNK_NAME: self.manifest.trunk_bytes}
+        for entry in self.manifest.shards.values():
+            needed[entry.file] = max(needed.get(entry.file, 0), entry.offset + entry.num_bytes)
+        for file, size in needed.items():
+            path = self.path / file
+            if not path.is_file():
+                raise StoreError(f"{path} is missing; copy it from where the store was made, or convert again")
+            if path.stat().st_size < size:
+                raise StoreError(f"{path} has {path.stat().st_size} bytes, expected {size}; copy it again")
+
+
+def checksum_file(path: Path) -> int:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.intdigest()
+
+
+def _explain_missing_manifest(root: Path) -> str:
+    if any(root.glob("experts-*.bin*")):
+        return f"{root} is an unfinished store (no {MANIFEST_NAME}); run the same `moray convert` again to resume it"
+    if (root / "config.json").is_file():
+        return f"{root} is a checkpoint, not a store; convert it first: moray convert {root} STORE"
+    return f"{root} is not a store (no {MANIFEST_NAME}); make one with `moray convert CHECKPOINT STORE`"
