@@ -3,54 +3,71 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
-
-import numpy as np
-import numpy.typing as npt
-import torch
+from typing import TYPE_CHECKING
 
 from moray.actors.guard import exit_with
 from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
-from moray.cluster.arena_source import ArenaSource
-from moray.runtime.generation.request import GenerationRequest, SamplingParams, TokenEvent
-from moray.runtime.generation.runner import Runner
-from moray.runtime.generation.text import Prompt
-from moray.runtime.kernels.setup import set_num_threads
+from moray.cluster.client import HostAddress
+from moray.runtime.errors import MorayError
+from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
 from moray.runtime.store.store import Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class ComputeActor:
-    """Loads the trunk when it is made; generates for any number of callers at once."""
+    """Loads the trunk when it is made, while the hosts load their experts; generates after ``attach``.
+
+    torch, transformers and Numba are imported in methods, so that the driver, which only needs this class to
+    start an actor of it, does not load them.
+    """
 
     def __init__(self, config: ComputeConfig, node_id: Callable[[], str]) -> None:
-        started = perf_counter()
-        exit_with(config.owner_pid)
-        set_num_threads(config.num_threads)
-        self._store = Store.open(config.store_path)
-        self._source = ArenaSource(self._store, config.hosts)
-        self._runner = Runner(self._store, self._source, numerics=config.numerics, device=_resolve(config.device))
-        self._report = ComputeReport(
-            node_id=node_id(),
+        exit_with(config.owner)
+        self._config, self._node_id = config, node_id()
+        self._failure: MorayError | None = None
+        try:
+            self._load()
+        except MorayError as error:
+            self._failure = error  # Ray would turn an error of the constructor into text
+
+    def attach(self, hosts: Sequence[HostAddress]) -> ComputeReport:
+        """Connect to the hosts, once they are ready. Raises ClusterError, or what kept the trunk from loading."""
+        from moray.cluster.arena_source import ArenaSource
+        from moray.runtime.generation.runner import Runner
+
+        if self._failure is not None:
+            raise self._failure
+        self._source = ArenaSource(self._store, hosts)
+        self._runner = Runner(self._store, self._source, self._model, self._config.numerics)
+        return ComputeReport(
+            node_id=self._node_id,
             pid=os.getpid(),
-            device=str(self._runner.model.device),
+            device=str(self._model.device),
             context_length=self._runner.context_length,
             has_tokenizer=self._runner.tokenizer is not None,
             arenas=self._source.arena_refs(),
-            load_s=perf_counter() - started,
+            load_s=self._load_s,
         )
 
-    def report(self) -> ComputeReport:
-        """Answers once the model is ready."""
-        return self._report
+    def _load(self) -> None:
+        import torch
+
+        from moray.runtime.kernels.setup import set_num_threads
+        from moray.runtime.model.loader import load_model
+
+        started = perf_counter()
+        set_num_threads(self._config.num_threads)
+        self._store = Store.open(self._config.store_path)
+        self._model = load_model(self._store, self._config.numerics, torch.device(_resolve(self._config.device)))
+        self._load_s = perf_counter() - started
 
     def generate(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        max_new_tokens: int,
-        sampling: SamplingParams,
-        stop: tuple[str, ...],
+        self, request_id: str, prompt: Prompt, max_new_tokens: int, sampling: SamplingParams, stop: tuple[str, ...]
     ) -> Iterator[TokenEvent]:
         """Stream a request's events. Raises RequestError."""
         ids = self._runner.encode(prompt)
@@ -67,13 +84,10 @@ class ComputeActor:
     def stats(self) -> ComputeStats:
         return ComputeStats(self._runner.stats(), tuple(self._source.describe()))
 
-    def close(self) -> None:
-        self._runner.close()
-        self._source.close()
-        self._store.close()
-
 
 def _resolve(device: str) -> str:
+    import torch
+
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"

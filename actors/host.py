@@ -10,9 +10,8 @@ from moray.actors.guard import exit_with
 from moray.actors.messages import HostConfig, HostReport
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena, ArenaRef
-from moray.runtime.errors import HostLostError
+from moray.runtime.errors import HostLostError, MorayError
 from moray.runtime.experts.shard_host import ShardHost
-from moray.runtime.kernels.setup import set_num_threads
 from moray.runtime.store.store import Store
 
 
@@ -23,32 +22,35 @@ class ExpertHost:
         self, config: HostConfig, node_id: Callable[[], str], survivor: Callable[[str], ArenaRef | None]
     ) -> None:
         """``survivor`` tells who still holds the arena of a host that was restarted."""
+        exit_with(config.owner)
+        self._outcome: HostReport | MorayError
+        try:
+            self._outcome = self._start(config, node_id(), survivor(config.address.host_id))
+        except MorayError as error:
+            self._outcome = error  # Ray would turn an error of the constructor into text
+
+    def report(self) -> HostReport:
+        """Answers once the host is ready. Raises what kept it from starting."""
+        if isinstance(self._outcome, MorayError):
+            raise self._outcome
+        return self._outcome
+
+    def _start(self, config: HostConfig, node_id: str, survivor: ArenaRef | None) -> HostReport:
         started = perf_counter()
-        exit_with(config.owner_pid)
-        set_num_threads(config.num_threads)
-        host_id = config.address.host_id
-        self._store = Store.open(config.store_path)
-        self._host = ShardHost(self._store, config.keys, _take_back(survivor(host_id)))
+        store = Store.open(config.store_path)
+        self._host = ShardHost(store, config.keys, config.num_threads, _take_back(survivor))
         self._host.load()
-        self._server = DataPlaneServer(host_id, self._host, config.address.address, config.address.token)
-        self._report = HostReport(
-            host_id=host_id,
-            node_id=node_id(),
+        address = config.address
+        self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)
+        return HostReport(
+            host_id=address.host_id,
+            node_id=node_id,
             pid=os.getpid(),
             num_experts=len(config.keys),
             arena=self._host.arena.ref,
             loaded_bytes=self._host.loaded_bytes,
             load_s=perf_counter() - started,
         )
-
-    def report(self) -> HostReport:
-        """Answers once the host is ready."""
-        return self._report
-
-    def close(self) -> None:
-        self._server.close()
-        self._host.close()
-        self._store.close()
 
 
 def _take_back(ref: ArenaRef | None) -> Arena | None:

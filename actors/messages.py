@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moray.actors.guard import Owner
 from moray.cluster.client import HostAddress
 from moray.runtime.arena import ArenaRef
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.source import SourceInfo
-from moray.runtime.kernels.ops import Numerics
+from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
 
 
@@ -20,7 +21,7 @@ class HostConfig:
     store_path: str
     keys: tuple[ExpertKey, ...]
     num_threads: int
-    owner_pid: int | None  # end with this process of the same machine; None: live until told
+    owner: Owner | None  # end with this process of the same machine; None: live until told
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,10 @@ class ComputeConfig:
     """The compute actor's orders."""
 
     store_path: str
-    hosts: tuple[HostAddress, ...]
     numerics: Numerics
     device: str
     num_threads: int
-    owner_pid: int | None
+    owner: Owner | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,23 +8,23 @@ The classes themselves are plain. Options worth knowing:
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from moray.actors.compute import ComputeActor
+from moray.actors.guard import Owner
 from moray.actors.host import ExpertHost
 from moray.actors.messages import ComputeConfig, ComputeReport, HostConfig, HostReport
 from moray.actors.orchestrator import Orchestrator
 from moray.cluster.client import HostAddress
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ClusterError, MorayError
-from moray.runtime.kernels.ops import Numerics
+from moray.runtime.layout.packed import Numerics
 
 T = TypeVar("T")
 
@@ -67,35 +67,34 @@ def start_actors(
     ``num_gpus`` is what the compute actor asks of Ray: 0 or 1. ``is_local``: Ray was started by this process, so the actors end with it, however it ends.
     """
     name = f"engine-{secrets.token_hex(4)}"
-    owner_pid = os.getpid() if is_local else None
+    owner = Owner.this_process() if is_local else None
     token = secrets.token_hex(32)
     host_ids = [f"host-{index}" for index in range(num_hosts)]
     started: list[Any] = []
     try:
-        orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator").remote(store_path, host_ids)
+        orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator").remote(store_path, host_ids, owner)
         started.append(orchestrator)
-        placement = call(orchestrator.placement)
-        lookup = _survivor_lookup(f"{name}-orchestrator")
-        hosts = []
-        for host_id in host_ids:
-            # An abstract socket: no file, and gone with its process.
-            address = HostAddress(host_id, f"ipc://@moray-{name}-{host_id}", token)
-            config = HostConfig(address, store_path, tuple(placement[host_id]), num_threads, owner_pid)
-            actor = _remote(ExpertHost, name=f"{name}-{host_id}", max_restarts=-1).remote(config, _node_id, lookup)
-            hosts.append((address, actor))
-            started.append(actor)
-        host_reports = tuple(call(actor.report) for _, actor in hosts)
-        addresses = tuple(address for address, _ in hosts)
-        compute_config = ComputeConfig(store_path, addresses, numerics, device, num_threads, owner_pid)
         options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus}
+        compute_config = ComputeConfig(store_path, numerics, device, num_threads, owner)
         compute = _remote(ComputeActor, **options).remote(compute_config, _node_id)
         started.append(compute)
-        compute_report = call(compute.report)
+        placement = call(orchestrator.placement)
+        lookup = _survivor_lookup(f"{name}-orchestrator")
+        # Abstract sockets: no files, and gone with their processes.
+        addresses = [HostAddress(host_id, f"ipc://@moray-{name}-{host_id}", token) for host_id in host_ids]
+        for address in addresses:
+            keys = tuple(placement[address.host_id])
+            config = HostConfig(address, store_path, keys, num_threads, owner)
+            host_options = {"name": f"{name}-{address.host_id}", "max_restarts": -1}
+            started.append(_remote(ExpertHost, **host_options).remote(config, _node_id, lookup))
+        hosts = tuple(started[2:])
+        host_reports = tuple(call(actor.report) for actor in hosts)
+        compute_report = call(compute.attach, addresses)
         call(orchestrator.record_survivors, compute_report.arenas)
     except BaseException:
         _kill(started)
         raise
-    return Actors(compute, tuple(actor for _, actor in hosts), orchestrator, compute_report, host_reports)
+    return Actors(compute, hosts, orchestrator, compute_report, host_reports)
 
 
 def stop_actors(actors: Actors) -> None:
@@ -116,23 +115,8 @@ def fetch(get: Callable[[], T]) -> T:
         if isinstance(error.cause, MorayError):
             raise error.cause from None
         raise
-    except ActorDiedError as error:
-        cause = _constructor_error(error)
-        if cause is not None:
-            raise cause from None
-        raise ClusterError(f"an actor of the engine died ({_first_line(error)}); start the engine again") from error
     except RayActorError as error:
-        raise ClusterError(f"an actor of the engine does not answer ({_first_line(error)})") from error
-
-
-def _constructor_error(error: ActorDiedError) -> MorayError | None:
-    """The error of ours that an actor's constructor raised, if that is why it died."""
-    cause = getattr(error, "__cause__", None) or getattr(error, "cause", None)
-    while cause is not None:
-        if isinstance(cause, MorayError):
-            return cause
-        cause = getattr(cause, "cause", None)
-    return None
+        raise ClusterError(f"an actor of the engine is gone ({_first_line(error)}); start the engine again") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import ray
 from ray._raylet import Config
 
-from moray.runtime.errors import ClusterError
+from moray.runtime.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 128 << 20  # experts live in arenas; Ray's store carries only messages
 NAMESPACE = "moray"
@@ -34,6 +34,9 @@ def start_local(num_cpus: int) -> RaySession:
     """Start Ray on this machine for this process alone. Raises ClusterError."""
     if ray.is_initialized():
         return RaySession(False, _count_gpus())
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode not in ("token", "disabled"):  # Ray would take any other word for "disabled", silently
+        raise ConfigError(f"RAY_AUTH_MODE is {mode!r}, expected token or disabled")
     settings = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -46,6 +49,7 @@ def start_local(num_cpus: int) -> RaySession:
     Config.initialize("")  # Ray read these when it was imported; this is how its own code makes it read them again
     try:
         ray.init(
+            address="local",  # never join what RAY_ADDRESS or another user's session offers
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -60,14 +64,14 @@ def start_local(num_cpus: int) -> RaySession:
 
 
 def join(address: str) -> RaySession:
-    """Connect to a running cluster at HOST:PORT. Raises ClusterError at once if nothing listens there."""
+    """Connect to a running cluster at HOST:PORT. Raises ConfigError at once if nothing listens there."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise ClusterError(f"the Ray address {address!r} is not HOST:PORT; give the head node's, e.g. 10.0.0.1:6379")
+        raise ConfigError(f"the Ray address {address!r} is not HOST:PORT; give the head node's, e.g. 10.0.0.1:6379")
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise ClusterError(
+        raise ConfigError(
             f"no Ray cluster answers at {address} ({error}); start one there with `ray start --head --port={port}`, "
             "or leave out the address to run on this machine alone"
         ) from error

@@ -6,10 +6,9 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
-import torch
 
 from moray.actors.messages import ComputeStats
 from moray.actors.wiring import Actors, call, fetch, start_actors, stop_actors
@@ -17,9 +16,20 @@ from moray.cluster import ray_session
 from moray.cluster.ray_session import RaySession
 from moray.deploy.config import EngineConfig, make_config
 from moray.runtime.errors import ClusterError
-from moray.runtime.generation.request import FinishReason, SamplingParams, Timings, TokenEvent, Usage
-from moray.runtime.generation.text import Message, Prompt
+from moray.runtime.generation.request import (
+    FinishReason,
+    Message,
+    Prompt,
+    SamplingParams,
+    Timings,
+    TokenEvent,
+    Usage,
+)
+from moray.runtime.memory import require_memory
 from moray.runtime.store.store import Store
+
+if TYPE_CHECKING:  # a process that only talks to an engine does not load torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +69,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         path = config.store_path.absolute()
-        Store.open(path).close()  # a bad store is refused before Ray starts
+        _check_store(path, config)
         self._session = ray_session.join(config.address) if config.address else _start_local(config)
         self._actors: Actors | None = None
         try:
@@ -136,6 +146,8 @@ class Engine:
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 [T, V]: the model's logits after each of the T tokens."""
+        import torch
+
         return torch.from_numpy(call(self.actors.compute.logits, list(token_ids)).copy())
 
     def stats(self) -> ComputeStats:
@@ -164,6 +176,14 @@ class Engine:
             num_threads=config.num_threads,
             is_local=self._session.started_here,
         )
+
+
+def _check_store(path: Path, config: EngineConfig) -> None:
+    """Refuse a bad store, or one that this machine's memory cannot hold, before Ray starts."""
+    with Store.open(path) as store:
+        manifest = store.manifest
+    if config.address is None:
+        require_memory(len(manifest.shards) * manifest.slot_bytes + manifest.trunk_bytes, f"the store {path}")
 
 
 def _start_local(config: EngineConfig) -> RaySession:

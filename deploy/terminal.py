@@ -15,8 +15,7 @@ from rich.table import Table
 
 from moray.deploy.config import EngineConfig
 from moray.deploy.engine import Engine
-from moray.runtime.generation.request import Finished, TokenEvent
-from moray.runtime.generation.text import Message
+from moray.runtime.generation.request import Finished, Message, TokenEvent
 from moray.runtime.memory import format_bytes
 
 DEMO_PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n"
@@ -50,14 +49,14 @@ def run_chat(config: EngineConfig, system: str | None, options: dict[str, Any], 
         finished = None
         while line := _read_line(console):
             messages.append(Message("user", line))
-            answer: list[str] = []
-            events = engine.stream(messages, **options)
+            answer: list[TokenEvent] = []
             try:
-                finished = _stream(events, console, answer)
+                finished = _stream(engine.stream(messages, **options), console, answer)
                 _report_turn(finished, console)
             except KeyboardInterrupt:
                 console.print("\n(stopped)", style="dim")
-            messages.append(Message("assistant", "".join(answer)))
+            text, ids = "".join(event.text for event in answer), tuple(i for event in answer for i in event.token_ids)
+            messages.append(Message("assistant", text, ids))
         if finished is not None:
             _summarize(engine, finished, start_s, console)
 
@@ -104,13 +103,13 @@ def _read_line(console: Console) -> str:
         return ""
 
 
-def _stream(events: Iterator[TokenEvent], console: Console, text: list[str] | None = None) -> Finished:
-    """Write text as it comes; ``text`` collects it, whole even if the stream is interrupted."""
+def _stream(events: Iterator[TokenEvent], console: Console, seen: list[TokenEvent] | None = None) -> Finished:
+    """Write text as it comes; ``seen`` collects the events, even of a stream that is interrupted."""
     finished = None
     for event in events:
         _write(console, event.text)
-        if text is not None:
-            text.append(event.text)
+        if seen is not None:
+            seen.append(event)
         finished = event.finished
     console.print()
     assert finished is not None

@@ -71,8 +71,9 @@ def make_pieces(workshop: Workshop, pieces: Sequence[Piece], workers: int, done:
             done(piece, checksum)
     except BrokenProcessPool as error:
         raise ResourceError(
-            f"a conversion worker was killed, most likely for memory ({workers} workers, each holds one expert); "
-            "run again with fewer workers, finished experts are kept"
+            f"a conversion worker ended: most likely for memory ({workers} workers, each holds one expert), "
+            'or a script calls convert() outside `if __name__ == "__main__":`; run again with fewer workers, '
+            "finished experts are kept"
         ) from error
     except BaseException:
         for process in list((pool._processes or {}).values()):

@@ -23,7 +23,8 @@ from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.source import ExpertSource, Ints
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize
-from moray.runtime.kernels.ops import Grouping, MatrixKernel, Numerics
+from moray.runtime.kernels.ops import Grouping, MatrixKernel
+from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout, ShardTensor
 
 IMPLEMENTATION = "moray"
@@ -132,9 +133,10 @@ def _optional(layout: ShardLayout, name: str) -> ShardTensor | None:
 
 def _is_plain_swiglu(module: Any) -> bool:
     """Whether the experts are down(silu(gate) * up) with gates first: what the fused kernel computes."""
-    gate = type(module)._apply_gate is _default_apply_gate
-    silu = isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
-    return bool(module.has_gate and gate and silu and module.is_concatenated and not module.has_post_expert_norm)
+    if not module.has_gate or not module.is_concatenated or module.has_post_expert_norm:
+        return False
+    is_default = type(module)._apply_gate is _default_apply_gate
+    return is_default and isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
 
 
 def _bytes_at(address: int, count: int) -> torch.Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moray.runtime.experts.source import ExpertSource, Ints
-from moray.runtime.kernels.ops import Grouping
 from moray.runtime.store.manifest import Manifest
+
+if TYPE_CHECKING:  # keeps Numba out of processes that only read statistics
+    from moray.runtime.kernels.ops import Grouping
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,13 @@ class ExpertsMeter:
         self.group_s += group_s
         self.lease_s += lease_s
         self.compute_s += compute_s
+
+    def reset(self) -> None:
+        """Forget what was counted so far."""
+        for tokens in self.tokens:
+            tokens[:] = 0
+        self.bytes_by_owner[:] = 0
+        self.layer_calls, self.group_s, self.lease_s, self.compute_s = 0, 0.0, 0.0, 0.0
 
     def snapshot(self) -> ExpertsStats:
         return ExpertsStats(

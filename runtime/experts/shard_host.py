@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 
 from moray.runtime.arena import Arena
 from moray.runtime.errors import CorruptShardError, HostLostError
 from moray.runtime.experts.source import Ints
-from moray.runtime.kernels import ops
-from moray.runtime.kernels.ops import Floats, MatrixKernel, Numerics
+from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey, read_header
 from moray.runtime.store.store import Store
+
+Floats = npt.NDArray[np.float32]
 
 _LOADERS = 2  # threads that read shards: one can check while the other waits for the disk
 
@@ -25,8 +27,9 @@ class ShardHost:
     ``load`` and the constructor run in one thread; afterwards all calls come from the data-plane thread.
     """
 
-    def __init__(self, store: Store, keys: Sequence[ExpertKey], arena: Arena | None = None) -> None:
+    def __init__(self, store: Store, keys: Sequence[ExpertKey], num_threads: int, arena: Arena | None = None) -> None:
         """``arena`` is the one this host had before it was restarted. Raises ResourceError."""
+        self._num_threads = num_threads
         self.store = store
         self._slots = {key: slot for slot, key in enumerate(keys)}
         self.arena = arena or Arena.create(len(keys), store.manifest.slot_bytes)
@@ -71,6 +74,12 @@ class ShardHost:
 
         The rows are not weighted: the caller sums them, in the router's order.
         """
+        # Imported here: a host that only lends its shards never loads torch or Numba.
+        from moray.runtime.kernels import ops
+        from moray.runtime.kernels.ops import MatrixKernel
+        from moray.runtime.kernels.setup import set_num_threads
+
+        set_num_threads(self._num_threads)
         layout = self.store.manifest.layers[layer].layout
         gate_up, down = layout["gate_up_proj"], layout["down_proj"]
         assert gate_up.spec is not None and down.spec is not None

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from moray.runtime.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat. Roles are the chat template's: usually system, user, assistant.
+
+    ``token_ids`` are an answer's own tokens. A model without a chat template gets them back as they were, so its
+    kept KV cache fits to the last token; a template writes the text anew.
+    """
+
+    role: str
+    content: str
+    token_ids: tuple[int, ...] = ()
+
+
+Prompt = str | Sequence[int] | Sequence[Message]  # a text, ready token ids, or a chat
 
 
 @dataclass(frozen=True, slots=True)

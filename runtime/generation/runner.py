@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 
 import torch
+from transformers import PreTrainedModel
 
 from moray.runtime.errors import MorayError, RequestError
 from moray.runtime.experts.meter import ExpertsStats
@@ -18,8 +19,8 @@ from moray.runtime.experts.source import ExpertSource
 from moray.runtime.generation.request import GenerationRequest, TokenEvent
 from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import Prompt, encode_prompt, end_token_ids, load_tokenizer
-from moray.runtime.kernels.ops import Numerics
-from moray.runtime.model.loader import bind_experts, load_model
+from moray.runtime.layout.packed import Numerics
+from moray.runtime.model.loader import bind_experts
 from moray.runtime.store.store import Store
 
 Events = SimpleQueue[TokenEvent | BaseException]
@@ -31,10 +32,15 @@ class Runner:
     Closes neither the store nor the source.
     """
 
-    def __init__(self, store: Store, source: ExpertSource, *, numerics: Numerics = "int8", device: str = "cpu") -> None:
-        self.model = load_model(store, numerics, torch.device(device))
-        self._meter = bind_experts(self.model, store, source, numerics)
+    def __init__(
+        self, store: Store, source: ExpertSource, model: PreTrainedModel, numerics: Numerics = "int8"
+    ) -> None:
+        """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here."""
+        self.model = model
+        self._meter = bind_experts(model, store, source, numerics)
         self.tokenizer = load_tokenizer(store.path)
+        _warm_up(model)
+        self._meter.reset()
         self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config))
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, Events] = {}
@@ -130,3 +136,10 @@ class Runner:
     def _fail(self, request_ids: list[str], error: BaseException) -> None:
         for request_id in request_ids:
             self._outboxes.pop(request_id).put(error)
+
+
+@torch.inference_mode()
+def _warm_up(model: PreTrainedModel) -> None:
+    """Compile or load every kernel now, not in the first request: single tokens and tiles of tokens."""
+    for length in (1, 5):
+        model(input_ids=torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=False)

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from moray.runtime.errors import RequestError, StoreError
+from moray.runtime.generation.request import Message, Prompt
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat. Roles are the chat template's: usually system, user, assistant."""
-
-    role: str
-    content: str
-
-
-Prompt = str | Sequence[int] | Sequence[Message]
 
 
 def load_tokenizer(path: Path) -> Any | None:
@@ -50,14 +38,25 @@ def encode_prompt(tokenizer: Any | None, prompt: Prompt) -> tuple[int, ...]:
 
 def _encode_chat(tokenizer: Any, messages: list[Message]) -> tuple[int, ...]:
     if not tokenizer.chat_template:
-        # A base model: its chat is the text so far, one turn a line.
-        return tuple(tokenizer("\n".join(message.content for message in messages))["input_ids"])
+        return _encode_plain(tokenizer, messages)
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # templates raise what they like, jinja2's own errors included
         raise RequestError(f"the checkpoint's chat template refuses these messages: {error}") from error
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode_plain(tokenizer: Any, messages: list[Message]) -> tuple[int, ...]:
+    """The chat of a base model: one text, each line of the user's ended by a newline.
+
+    Turn by turn, so that what comes later never changes how the beginning is cut into tokens.
+    """
+    ids: list[int] = []
+    for message in messages:
+        text = message.content + ("\n" if message.role == "user" else "")
+        ids += message.token_ids or tokenizer(text, add_special_tokens=not ids)["input_ids"]
+    return tuple(ids)
 
 
 def end_token_ids(path: Path, config: PretrainedConfig) -> frozenset[int]:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from moray.runtime.kernels import activation, moe
 from moray.runtime.kernels.matmul import ENCODING_CODES
-from moray.runtime.layout.packed import Bytes, PackedSpec
+from moray.runtime.layout.packed import Bytes, Numerics, PackedSpec
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-
-Numerics = Literal["int8", "float"]
-
 
 @dataclass(frozen=True, slots=True)
 class MatrixKernel:

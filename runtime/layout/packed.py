@@ -35,6 +35,9 @@ import numpy.typing as npt
 Encoding = Literal["f32", "bf16", "f16", "q8", "q4", "q3", "q2"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
+#: Numerics classes of the CPU kernels (docs/format.md).
+Numerics = Literal["int8", "float"]
+
 LAYOUT_ID = "rows16-v1"
 ROWS = 16  # rows in a block
 VECTOR_BYTES = 64  # 16 lanes of 4 bytes

@@ -54,14 +54,13 @@ def load_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
     model_type = _read_model_type(root / "config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # whatever transformers trips over, it is this file
         if model_type in transformers.CONFIG_MAPPING:
-            raise CheckpointError(f"{root / 'config.json'} is not a valid {model_type} config: {error}") from error
+            why = " ".join(str(error).split())
+            raise CheckpointError(f"{root / 'config.json'} is not a valid {model_type} config: {why}") from error
         raise UnsupportedModelError(
             f"{root} has model type {model_type!r}, unknown to transformers {transformers.__version__}; {_supported()}"
         ) from error
-    except (OSError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{root / 'config.json'} is not a valid {model_type} config: {error}") from error
     _require_routed(config)
     return config
 
@@ -91,15 +90,18 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, device: str | torc
     ``device="meta"`` allocates nothing at all.
 
     Builds one model at a time: classes are patched meanwhile, and restored whatever happens.
-    Raises UnsupportedModelError if the model has no experts to run.
+    Raises UnsupportedModelError if the model has no experts to run, CheckpointError if transformers cannot build it.
     """
-    model_class = _model_class(config)
     with _build_lock, ExitStack() as stack:
         for experts_class in _decorated_classes(config):
             stack.enter_context(_without_parameters(experts_class, torch.device(device)))
         stack.enter_context(no_init_weights())
         stack.enter_context(torch.device(device))
-        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+        try:
+            model: PreTrainedModel = _model_class(config)._from_config(copy.deepcopy(config), dtype=dtype)
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"config.json does not describe a {config.model_type} model: {why}") from error
     model.tie_weights(recompute_mapping=False)
     if not expert_modules(model):
         raise UnsupportedModelError(_explain_dense(config))

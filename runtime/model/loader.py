@@ -11,7 +11,7 @@ from moray.runtime.errors import StoreError
 from moray.runtime.experts.function import IMPLEMENTATION, ExpertsBinding
 from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.source import ExpertSource
-from moray.runtime.kernels.ops import Numerics
+from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.families import build_model, expert_modules, load_config
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 from moray.runtime.store.store import Store
@@ -77,7 +77,10 @@ def _load_trunk(model: PreTrainedModel, store: Store, numerics: Numerics, dtype:
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{store.trunk_path} cannot be read ({error}); copy it again or convert again") from error
     result = model.load_state_dict(state, strict=False, assign=True)
-    missing = [name for name in result.missing_keys if name in wanted]
+    tied = set(model.all_tied_weights_keys)
+    if tied & set(result.missing_keys):  # a head tied to an embedding that could not be packed
+        model.tie_weights()
+    missing = [name for name in result.missing_keys if name in wanted and name not in tied]
     if missing or result.unexpected_keys:
         raise StoreError(
             f"{store.trunk_path} does not fit the model: missing {missing[:3]}, unexpected "

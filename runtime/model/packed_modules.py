@@ -11,7 +11,8 @@ from torch import nn
 
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
-from moray.runtime.kernels.ops import MatrixKernel, Numerics
+from moray.runtime.kernels.ops import MatrixKernel
+from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.packed import PackedSpec
 
 

@@ -1,0 +1,77 @@
+"""What the benchmarks share: a model in this process, room to work in, and tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+
+from moray.runtime.experts.source import InProcessSource
+from moray.runtime.generation.runner import Runner
+from moray.runtime.kernels.isa import INSTRUCTION_SET
+from moray.runtime.kernels.setup import set_num_threads
+from moray.runtime.layout.packed import Numerics
+from moray.runtime.memory import format_bytes
+from moray.runtime.model.loader import load_model
+from moray.runtime.store.store import Store
+
+
+@contextmanager
+def in_process(store: Path, numerics: Numerics = "int8", device: str = "cpu") -> Iterator[Runner]:
+    """A store generating in this process, its experts in private memory."""
+    set_num_threads(len(os.sched_getaffinity(0)))
+    with Store.open(store) as opened:
+        source = InProcessSource(opened)
+        runner = Runner(opened, source, load_model(opened, numerics, torch.device(device)), numerics)
+        try:
+            yield runner
+        finally:
+            runner.close()
+            source.close()
+
+
+@contextmanager
+def working_directory(needed_bytes: int) -> Iterator[Path]:
+    """A temporary directory with room for so much, removed afterwards."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if needed_bytes > free:
+        raise SystemExit(
+            f"{tempfile.gettempdir()} has {format_bytes(free)} free, this needs {format_bytes(needed_bytes)}; "
+            "free some space, or set TMPDIR to another disk"
+        )
+    with tempfile.TemporaryDirectory(prefix="moray-benchmark-") as path:
+        yield Path(path)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table; the first column is text, the others are numbers."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    for row in (header, rule, *rows):
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("| " + " | ".join([row[0].ljust(widths[0]), *numbers]) + " |")
+
+
+def describe_machine() -> str:
+    """One line: what the numbers were measured on."""
+    memory = format_bytes(psutil.virtual_memory().total)
+    return (
+        f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {memory}, kernels {INSTRUCTION_SET}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

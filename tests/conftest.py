@@ -1,0 +1,45 @@
+"""Fixtures for all tests. ``tests`` itself is importable: ``from helpers.checkpoints import tiny_checkpoint``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``checkpoint(family)``: a tiny float32 checkpoint, written once a session. Do not change its files."""
+    from helpers.checkpoints import tiny_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            made[family] = tiny_checkpoint(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def store(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``store(family, recipe)``: that checkpoint converted, once a session. Do not change its files."""
+    from moray.runtime.convert.converter import convert
+
+    made: dict[tuple[str, str | None], Path] = {}
+
+    def of(family: str, recipe: str | None = None) -> Path:
+        if (family, recipe) not in made:
+            path = tmp_path_factory.mktemp("stores") / family
+            convert(checkpoint(family), path, recipe)
+            made[family, recipe] = path
+        return made[family, recipe]
+
+    return of

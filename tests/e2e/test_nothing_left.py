@@ -1,0 +1,127 @@
+"""Whatever process ends, and however: no memory of ours stays, and no process of ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.ray
+
+COMMAND = [sys.executable, "-m", "moray.deploy.cli", "generate", "import os\n", "--hosts", "2", "--max-new-tokens"]
+
+
+@dataclass(frozen=True)
+class Running:
+    """``moray generate`` in the middle of its stream, and every process it started."""
+
+    process: subprocess.Popen[bytes]
+    children: list[psutil.Process]
+
+    def named(self, text: str) -> psutil.Process:
+        return next(child for child in self.children if text in " ".join(child.cmdline()))
+
+    def arenas(self) -> list[int]:
+        """Pids of our processes that still hold an arena."""
+        return [child.pid for child in self.children if _holds_arena(child.pid)]
+
+
+@contextmanager
+def generating(max_new_tokens: int) -> Iterator[Running]:
+    process = subprocess.Popen([*COMMAND, str(max_new_tokens)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    try:
+        seen = b""
+        while seen.count(b"\n") < 4:  # some lines after the prompt: the model is generating
+            piece = os.read(process.stdout.fileno(), 4096)
+            assert piece, seen.decode()
+            seen += piece
+        children = psutil.Process(process.pid).children(recursive=True)
+        running = Running(process, children)
+        assert len(running.arenas()) == 3  # two hosts and the compute actor
+        yield running
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def test_a_normal_end_leaves_nothing() -> None:
+    with generating(300) as running:
+        assert running.process.stdout is not None
+        output = running.process.stdout.read().decode()
+        assert running.process.wait(60) == 0
+        assert "of 48 used" in output
+        assert_nothing_left(running)
+
+
+def test_interrupting_is_clean() -> None:
+    with generating(1900) as running:
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.stdout is not None
+        output = running.process.stdout.read().decode()
+        assert running.process.wait(60) == 130
+        assert "Traceback" not in output
+        assert output.strip().endswith("stopped")
+        assert_nothing_left(running)
+
+
+def test_killing_the_driver_frees_memory_at_once() -> None:
+    with generating(1900) as running:
+        running.process.kill()
+        running.process.wait()
+        assert_no_arena(running, seconds=5)
+        assert_nothing_left(running)
+
+
+@pytest.mark.parametrize("victim", [":ComputeActor", "raylet/raylet"])
+def test_killing_what_generation_needs_ends_in_one_clear_error(victim: str) -> None:
+    with generating(1900) as running:
+        running.named(victim).kill()
+        assert running.process.stdout is not None
+        output = running.process.stdout.read().decode()
+        assert running.process.wait(90) == 1
+        assert "Traceback" not in output
+        assert "error: " in output.splitlines()[-1]
+        assert_nothing_left(running)
+
+
+@pytest.mark.long
+def test_generation_outlives_ray_s_control_service() -> None:
+    """No layer and no token needs it."""
+    with generating(300) as running:
+        running.named("gcs_server").kill()
+        assert running.process.stdout is not None
+        assert "of 48 used" in running.process.stdout.read().decode()
+        assert running.process.wait(90) == 0
+        assert_nothing_left(running)
+
+
+def assert_no_arena(running: Running, seconds: float) -> None:
+    deadline = monotonic() + seconds
+    while running.arenas():
+        assert monotonic() < deadline, f"arenas are still held by {running.arenas()}"
+        sleep(0.05)
+
+
+def assert_nothing_left(running: Running) -> None:
+    """Every process that was started is gone within 60 s, and no arena outlives the first seconds."""
+    assert_no_arena(running, seconds=15)
+    _, alive = psutil.wait_procs(running.children, timeout=60)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def _holds_arena(pid: int) -> bool:
+    try:
+        return "memfd:moray-arena" in Path(f"/proc/{pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

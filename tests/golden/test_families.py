@@ -1,0 +1,43 @@
+"""Recipe none, class float: the same logits as transformers' own eager float32 model, family by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.checkpoints import FAMILIES
+from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
+
+PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_tokens_equal_transformers(
+    family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path]
+) -> None:
+    model = stock_model(checkpoint(family))
+    expected = stock_logits(model, PROMPT)
+    assert expected.std() > 0.1  # a model whose logits are all alike would pass anything
+    with runner(store(family, "none"), "float") as made:
+        assert (made.logits(PROMPT) - expected).abs().max() < 1e-5
+        # Through the step loop too: prefill, then one token at a time over the family's own cache.
+        tokens, wanted = greedy(made, PROMPT, 16), stock_greedy(model, PROMPT, 16)
+        ended = tokens[-1] == model.config.get_text_config().eos_token_id
+        assert tokens == (wanted[: len(tokens)] if ended else wanted)
+        assert made.stats().num_used > 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_decide_the_result(
+    family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The equality above is not vacuous: without the experts' output the logits are far away."""
+    expected = stock_logits(stock_model(checkpoint(family)), PROMPT)
+    monkeypatch.setattr(
+        "moray.runtime.experts.function.ExpertsBinding._compute",
+        lambda self, module, x, weights, grouping, shards: torch.zeros_like(x),
+    )
+    with runner(store(family, "none"), "float") as made:
+        assert (made.logits(PROMPT) - expected).abs().max() > 0.05

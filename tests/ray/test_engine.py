@@ -1,0 +1,159 @@
+"""Engines: real actors, real arenas, and the same tokens as in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from threading import Thread
+
+import moray
+import pytest
+from helpers.reference import greedy, runner, stock_logits, stock_model
+from moray.deploy.config import demo_store
+from moray.runtime.errors import ConfigError, CorruptShardError, RequestError
+from moray.runtime.generation.request import Message
+from moray.runtime.memory import available_memory
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]
+
+PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n"
+IDS = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
+
+
+@pytest.fixture(scope="module")
+def local_tokens() -> list[int]:
+    with runner(demo_store(), "int8") as made:
+        return greedy(made, list(made.encode(PROMPT)), 64)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_any_number_of_hosts_gives_the_tokens_of_one_process(hosts: int, local_tokens: list[int]) -> None:
+    with moray.launch(hosts=hosts) as engine:
+        completion = engine.generate(PROMPT, max_new_tokens=64)
+        stats = engine.stats()
+        reports = engine.actors.host_reports
+    assert list(completion.token_ids) == local_tokens
+    assert completion.usage.completion_tokens == 64
+    # The experts really are in other processes, split evenly, and every process was read from.
+    assert [report.num_experts for report in reports] == [48 // hosts] * hosts
+    assert len({report.pid for report in reports} | {os.getpid()}) == hosts + 1
+    assert len(stats.experts.bytes_by_source) == hosts
+    assert all(num_bytes > 0 for num_bytes in stats.experts.bytes_by_source.values())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_logits_equal_transformers_through_ray(
+    family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path]
+) -> None:
+    expected = stock_logits(stock_model(checkpoint(family)), IDS)
+    with moray.launch(store(family, "none"), numerics="float", hosts=2) as engine:
+        assert (engine.logits(IDS) - expected).abs().max() < 1e-5
+
+
+def test_streams_chats_cancels_and_refuses(local_tokens: list[int]) -> None:
+    with moray.launch() as engine:
+        # Text in pieces is the text as a whole.
+        whole = engine.generate(PROMPT, max_new_tokens=40)
+        assert "".join(event.text for event in engine.stream(PROMPT, max_new_tokens=40)) == whole.text
+        assert engine.generate(PROMPT, max_new_tokens=40, stop="main").text == whole.text.split("main")[0]
+        # The second turn of a chat computes only what is new.
+        turns = [Message("user", PROMPT)]
+        first = engine.chat(turns, max_new_tokens=20)
+        turns += [Message("assistant", first.text, first.token_ids), Message("user", "    return 0")]
+        second = engine.chat(turns, max_new_tokens=20)
+        assert second.usage.cached_tokens == first.usage.prompt_tokens + first.usage.completion_tokens - 1
+        # Leaving a stream cancels it; the engine goes on.
+        assert len(list(islice(engine.stream(PROMPT, max_new_tokens=2000), 3))) == 3
+        assert list(engine.generate(PROMPT, max_new_tokens=64).token_ids) == local_tokens
+        # A seed repeats; another seed differs.
+        sampled = [engine.generate(PROMPT, max_new_tokens=30, temperature=1.0, seed=s).token_ids for s in (7, 7, 8)]
+        assert sampled[0] == sampled[1] != sampled[2]
+        with pytest.raises(RequestError, match="the model's context holds 2048"):
+            engine.generate([1] * 3000)
+        with pytest.raises(RequestError, match="max_new_tokens is 0"):
+            engine.generate(PROMPT, max_new_tokens=0)
+        with pytest.raises(RequestError, match="not in the vocabulary"):
+            engine.generate([999_999])
+
+
+def test_many_streams_at_once_do_not_disturb_each_other(local_tokens: list[int]) -> None:
+    with moray.launch(hosts=2) as engine:
+        results: list[list[int]] = []
+        threads = [
+            Thread(target=lambda: results.append(list(engine.generate(PROMPT, max_new_tokens=64).token_ids)))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == [local_tokens] * 4
+
+
+def test_a_killed_host_costs_no_token_and_takes_its_arena_back(local_tokens: list[int]) -> None:
+    with moray.launch(hosts=2) as engine:
+        victim = engine.actors.host_reports[0]
+        events = engine.stream(PROMPT, max_new_tokens=64)
+        tokens = [i for event in islice(events, 10) for i in event.token_ids]
+        os.kill(victim.pid, signal.SIGKILL)
+        tokens += [i for event in events for i in event.token_ids]
+        assert tokens == local_tokens
+        back = _report_of_restarted(engine.actors.hosts[0], victim.pid)
+        assert back.pid != victim.pid
+        assert back.loaded_bytes == 0  # nothing was read from disk again
+        assert list(engine.generate(PROMPT, max_new_tokens=64).token_ids) == local_tokens
+
+
+def test_errors_of_actors_arrive_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="hosts is 60, expected 1 to 48"):
+        moray.launch(hosts=60)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in demo_store().iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    with (damaged / "experts-00002.bin").open("r+b") as file:
+        file.seek(3 * 196608 + 100_000)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    with pytest.raises(CorruptShardError, match="experts-00002.bin.*expert 3 of MoE layer 2 at offset 589824"):
+        moray.launch(damaged)
+
+
+def test_closing_frees_the_arena() -> None:
+    before = available_memory()
+    with moray.launch(hosts=2) as engine:
+        pids = [report.pid for report in engine.actors.host_reports]
+    for pid in pids:
+        _wait_for_end(pid)
+    assert all(not Path(f"/proc/{pid}").exists() for pid in pids)
+    assert available_memory() > before - (256 << 20)
+
+
+def _wait_for_end(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    import select
+
+    select.select([descriptor], [], [], 30)
+    os.close(descriptor)
+
+
+def _report_of_restarted(host: object, old_pid: int) -> object:
+    """Ask until the restarted actor answers: Ray fails calls while it is restarting."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    for _ in range(200):
+        try:
+            report = ray.get(host.report.remote(), timeout=30)  # type: ignore[attr-defined]
+        except RayActorError:
+            continue
+        if report.pid != old_pid:
+            return report
+    raise AssertionError("the host did not come back")

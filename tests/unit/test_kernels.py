@@ -1,0 +1,492 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from helpers.kernel_digest import kernel_digest
+from helpers.matrices import BITS, Floats, assert_same_bits, legal_groups, random_matrix, specs
+from helpers.processes import start_python
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from moray.runtime.kernels import activation, isa, ops, reference
+from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
+from moray.runtime.kernels.isa import INSTRUCTION_SET, detect_instruction_set
+from moray.runtime.kernels.memory import all_equal
+from moray.runtime.kernels.ops import Grouping, MatrixKernel
+from moray.runtime.kernels.setup import set_num_threads
+from moray.runtime.layout.packed import ENCODINGS, Bytes, PackedSpec
+
+Ints = npt.NDArray[np.int64]
+
+# One matrix of every encoding, with several groups, a row tail and, in 16 bits, an odd row.
+SPECS = [
+    PackedSpec(37, 96, "q8", 32),
+    PackedSpec(37, 192, "q4", 64),
+    PackedSpec(37, 192, "q3", 64),
+    PackedSpec(37, 64, "q2", 16),
+    PackedSpec(37, 41, "bf16"),
+    PackedSpec(37, 41, "f16"),
+    PackedSpec(37, 41, "f32"),
+]
+QUANTIZED = [spec for spec in SPECS if spec.is_quantized]
+
+
+def name_of(spec: PackedSpec) -> str:
+    return spec.encoding
+
+
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=name_of)
+every_quantized = pytest.mark.parametrize("spec", QUANTIZED, ids=name_of)
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Tests may change the number of threads."""
+    before = numba.get_num_threads()
+    yield
+    set_num_threads(before)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Floats:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def addresses_of(matrices: list[Bytes]) -> Ints:
+    return np.array([matrix.ctypes.data for matrix in matrices], dtype=np.int64)
+
+
+# -------------------------------------------------------------------------- matrix products, int8
+
+
+@settings(max_examples=150, deadline=None)
+@given(specs(), st.integers(1, 9), st.sampled_from([1, 2]), seeds)
+def test_int8_equals_the_reference_bit_for_bit(spec: PackedSpec, batch: int, threads: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    packed, x = random_matrix(spec, rng), normal(rng, batch, spec.columns)
+    set_num_threads(threads)
+    y = ops.linear(x, packed, MatrixKernel.of(spec, "int8"))
+    assert_same_bits(y, reference.matmul(x, packed, spec))
+
+
+@pytest.mark.parametrize("encoding", BITS)
+def test_every_legal_group_size_equals_the_reference(encoding: str) -> None:
+    rng = np.random.default_rng(0)
+    for group in [*legal_groups(encoding), 256, 512]:
+        spec = PackedSpec(17, 2 * group, encoding, group)
+        packed, x = random_matrix(spec, rng), normal(rng, 5, spec.columns)
+        assert_same_bits(ops.linear(x, packed, MatrixKernel.of(spec, "int8")), reference.matmul(x, packed, spec))
+
+
+@every_spec
+@pytest.mark.parametrize("numerics", ["int8", "float"])
+def test_a_row_is_the_same_alone_and_in_any_batch(spec: PackedSpec, numerics: str) -> None:
+    rng = np.random.default_rng(0)
+    packed, x = random_matrix(spec, rng), normal(rng, 9, spec.columns)
+    kernel = MatrixKernel.of(spec, numerics)
+    alone = [ops.linear(x[t : t + 1], packed, kernel)[0] for t in range(9)]
+    for batch in range(1, 10):
+        for threads in (1, 2):
+            set_num_threads(threads)
+            assert_same_bits(ops.linear(x[:batch], packed, kernel), np.stack(alone[:batch]))
+
+
+@every_spec
+def test_no_rows_give_no_rows(spec: PackedSpec) -> None:
+    packed = random_matrix(spec, np.random.default_rng(0))
+    y = ops.linear(np.empty((0, spec.columns), dtype=np.float32), packed, MatrixKernel.of(spec, "int8"))
+    assert y.shape == (0, spec.rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs(), st.lists(st.integers(0, 9), min_size=1, max_size=5), st.sampled_from(["int8", "float"]), seeds)
+def test_experts_with_uneven_counts_are_computed_as_if_alone(
+    spec: PackedSpec, counts: list[int], numerics: str, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    matrices, x = [random_matrix(spec, rng) for _ in counts], normal(rng, 6, spec.columns)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    token_of_pair = rng.integers(0, len(x), starts[-1])
+    kernel = MatrixKernel.of(spec, numerics)
+    y = kernel.matmul(x, addresses_of(matrices), starts, token_of_pair)
+    for e, matrix in enumerate(matrices):
+        pairs = slice(starts[e], starts[e + 1])
+        assert_same_bits(y[pairs], ops.linear(x[token_of_pair[pairs]], matrix, kernel))
+
+
+def test_a_row_tail_does_not_write_into_the_next_token() -> None:
+    spec = PackedSpec(1, 64, "q4", 64)
+    rng = np.random.default_rng(0)
+    packed, x = random_matrix(spec, rng), normal(rng, 9, 64)
+    assert_same_bits(ops.linear(x, packed, MatrixKernel.of(spec, "int8")), reference.matmul(x, packed, spec))
+
+
+# ------------------------------------------------------------------------------ adversarial values
+
+SPECIAL = {
+    "zeros": 0.0,
+    "negative zero": -0.0,
+    "outlier": 1e30,
+    "largest": 3.4e38,
+    "smallest normal": 1.2e-38,
+    "denormal": 1e-42,
+    "smallest": 1e-45,
+}
+
+
+@every_spec
+@pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL)
+def test_extreme_activations_equal_the_reference(spec: PackedSpec, value: float) -> None:
+    rng = np.random.default_rng(0)
+    packed, x = random_matrix(spec, rng), normal(rng, 6, spec.columns)
+    x[1] = value  # a whole row
+    x[2, 3] = value  # one outlier in a group
+    x[4, :] *= np.float32(value)
+    x[5] = np.where(rng.random(spec.columns) < 0.5, np.float32(value), -np.float32(value))
+    with np.errstate(all="ignore"):
+        expected = reference.matmul(x, packed, spec)
+    assert_same_bits(ops.linear(x, packed, MatrixKernel.of(spec, "int8")), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(SPECS),
+    st.integers(1, 5).flatmap(lambda n: hnp.arrays(np.float32, (n, 192), elements=st.floats(width=32))),
+)
+def test_any_activations_at_all_equal_the_reference(spec: PackedSpec, x: Floats) -> None:
+    x = np.ascontiguousarray(x[:, : spec.columns])
+    packed = random_matrix(spec, np.random.default_rng(0))
+    with np.errstate(all="ignore"):
+        expected = reference.matmul(x, packed, spec)
+    assert_same_bits(ops.linear(x, packed, MatrixKernel.of(spec, "int8")), expected)
+
+
+@every_spec
+@pytest.mark.parametrize("numerics", ["int8", "float"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_shows_in_its_own_rows_only(spec: PackedSpec, numerics: str, value: float) -> None:
+    rng = np.random.default_rng(0)
+    packed, x = random_matrix(spec, rng), normal(rng, 9, spec.columns)
+    kernel = MatrixKernel.of(spec, numerics)
+    clean = ops.linear(x, packed, kernel)
+    x[2, 0], x[7, spec.columns - 1] = value, value  # in a tile of four tokens, and in the single ones after
+    y = ops.linear(x, packed, kernel)
+    spoiled = np.isin(np.arange(9), [2, 7])
+    assert not np.isfinite(y[spoiled]).any()
+    if numerics == "int8" and spec.is_quantized:
+        assert np.isnan(y[spoiled]).all()
+    assert_same_bits(y[~spoiled], clean[~spoiled])
+
+
+def test_zero_activations_give_zero_even_where_the_zero_point_is_large() -> None:
+    spec = PackedSpec(16, 64, "q4", 64)
+    packed = random_matrix(spec, np.random.default_rng(0))
+    assert not ops.linear(np.zeros((3, 64), np.float32), packed, MatrixKernel.of(spec, "int8")).any()
+
+
+@every_quantized
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_codes_and_activations_do_not_saturate(spec: PackedSpec, sign: int) -> None:
+    packed = np.full(spec.num_bytes, 0xFF, dtype=np.uint8).reshape(spec.num_blocks, -1)
+    packed[:, spec.code_bytes :] = np.full(spec.num_groups * 32, 1, np.float16).view(np.uint8)
+    packed = packed.reshape(-1)
+    x = np.full((5, spec.columns), sign, dtype=np.float32)
+    y = ops.linear(x, packed, MatrixKernel.of(spec, "int8"))
+    largest = 2**spec.bits - 1
+    expected = sign * spec.columns * (largest - 1) / 256
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+    assert_same_bits(y, reference.matmul(x, packed, spec))
+
+
+# ------------------------------------------------------------------------------------------ float
+
+
+@settings(max_examples=100, deadline=None)
+@given(specs(), st.integers(1, 9), seeds)
+def test_float_is_close_to_float64(spec: PackedSpec, batch: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    packed, x = random_matrix(spec, rng), normal(rng, batch, spec.columns)
+    weights = reference.dequantize(packed, spec).astype(np.float64)
+    y = ops.linear(x, packed, MatrixKernel.of(spec, "float"))
+    exact = x.astype(np.float64) @ weights.T
+    magnitude = np.abs(x.astype(np.float64)) @ np.abs(weights).T  # a sum may cancel; its terms do not
+    assert np.all(np.abs(y - exact) <= 1e-5 * magnitude)
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs(("f32", "bf16", "f16")), st.integers(1, 9), seeds)
+def test_plain_encodings_are_the_same_in_both_classes(spec: PackedSpec, batch: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    packed, x = random_matrix(spec, rng), normal(rng, batch, spec.columns)
+    one, other = (ops.linear(x, packed, MatrixKernel.of(spec, numerics)) for numerics in ("int8", "float"))
+    assert_same_bits(one, other)
+    assert_same_bits(one, reference.matmul_float(x, packed, spec))
+
+
+def test_int8_is_close_to_float() -> None:
+    rng = np.random.default_rng(0)
+    for spec in QUANTIZED:
+        packed, x = random_matrix(spec, rng), normal(rng, 8, spec.columns)
+        one, other = (ops.linear(x, packed, MatrixKernel.of(spec, numerics)) for numerics in ("int8", "float"))
+        assert 0 < np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
+
+
+# ------------------------------------------------------------------------------------- activations
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 3)), elements=st.floats(width=32)), st.data()
+)
+@example(np.array([[127.5, -127.5, 0.5]], dtype=np.float32), None)
+def test_quantized_activations_equal_the_reference(x: Floats, data: st.DataObject | None) -> None:
+    x = np.tile(x, (1, 32))[:, :32] if data is None else np.repeat(x, 32, axis=1)
+    group = 16
+    x = np.ascontiguousarray(x)
+    codes = np.empty(x.shape, np.int8)
+    scales = np.empty((len(x), x.shape[1] // group), np.float32)
+    sums = np.empty(scales.shape, np.int32)
+    activation.quantize_rows(x, group, codes, scales, sums)
+    with np.errstate(all="ignore"):
+        expected = reference.quantize_activations(x, group)
+    np.testing.assert_array_equal(codes, expected[0])
+    assert_same_bits(scales, expected[1])
+    np.testing.assert_array_equal(sums, expected[2])
+    np.testing.assert_array_equal(sums, codes.reshape(len(x), -1, group).sum(axis=2, dtype=np.int32))
+
+
+def test_activations_are_rounded_half_to_even() -> None:
+    x = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5, -127] + [0] * 6], dtype=np.float32)
+    codes, scales, sums = np.empty((1, 16), np.int8), np.empty((1, 1), np.float32), np.empty((1, 1), np.int32)
+    activation.quantize_rows(x, 16, codes, scales, sums)
+    assert codes[0].tolist() == [127, 0, 2, 2, 0, -2, -2, 126, -126, -127] + [0] * 6
+    assert scales[0, 0] == 1 and sums[0, 0] == 0 + 2
+
+
+def swiglu(gate: Floats, up: Floats) -> Floats:
+    h = np.empty(gate.shape, dtype=np.float32)
+    activation.swiglu(np.concatenate([gate, up], axis=1), h)
+    return h
+
+
+pairs = st.tuples(st.integers(1, 5), st.integers(1, 40)).flatmap(
+    lambda shape: st.tuples(*(hnp.arrays(np.float32, shape, elements=st.floats(width=32)) for _ in range(2)))
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pairs)
+def test_swiglu_equals_the_reference_bit_for_bit(gate_and_up: tuple[Floats, Floats]) -> None:
+    with np.errstate(all="ignore"):
+        expected = reference.swiglu(*gate_and_up)
+    assert_same_bits(swiglu(*gate_and_up), expected)
+
+
+def test_swiglu_equals_the_reference_over_its_whole_range_and_for_any_threads() -> None:
+    rng = np.random.default_rng(0)
+    gate = np.linspace(-95, 95, 3 * 1111, dtype=np.float32).reshape(3, 1111)
+    up = normal(rng, 3, 1111)
+    expected = reference.swiglu(gate, up)
+    for threads in (1, 2):
+        set_num_threads(threads)
+        assert_same_bits(swiglu(gate, up), expected)
+
+
+def test_swiglu_is_close_to_float64() -> None:
+    rng = np.random.default_rng(0)
+    gate = np.concatenate([np.linspace(-80, 80, 20000), np.geomspace(1e-30, 1, 1000)]).astype(np.float32)[None]
+    up = normal(rng, *gate.shape)
+    exact = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
+    np.testing.assert_allclose(swiglu(gate, up), exact, rtol=1e-6, atol=1e-44)
+
+
+# ---------------------------------------------------------------------------------------- grouping
+
+
+def group_plainly(ids: list[list[int]], num_experts: int) -> tuple[list[int], list[int], list[int], list[list[int]]]:
+    """What ``group_by_expert`` does, in plain Python."""
+    tokens = {e: [t for t, row in enumerate(ids) for k in row if k == e] for e in range(num_experts)}
+    active = [e for e in tokens if tokens[e]]
+    starts = [0]
+    for e in active:
+        starts.append(starts[-1] + len(tokens[e]))
+    taken = dict(zip(active, starts[:-1], strict=True))
+    positions = [[-1] * len(row) for row in ids]
+    for t, row in enumerate(ids):
+        for k, e in enumerate(row):
+            if e in taken:
+                positions[t][k] = taken[e]
+                taken[e] += 1
+    return active, starts, [t for e in active for t in tokens[e]], positions
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 12), st.integers(1, 4), st.data())
+def test_grouping_equals_a_plain_one(num_experts: int, tokens: int, k: int, data: st.DataObject) -> None:
+    row = st.lists(st.integers(-2, num_experts + 2), min_size=k, max_size=k)
+    ids = data.draw(st.lists(row, min_size=tokens, max_size=tokens))
+    grouping = ops.group_by_expert(np.array(ids, dtype=np.int64).reshape(tokens, k), num_experts)
+    found = (grouping.active, grouping.starts, grouping.token_of_pair, grouping.positions)
+    assert tuple(part.tolist() for part in found) == group_plainly(ids, num_experts)
+
+
+def test_nobody_needs_an_expert() -> None:
+    grouping = ops.group_by_expert(np.full((3, 2), 8, dtype=np.int64), 8)
+    assert grouping.active.tolist() == [] and grouping.starts.tolist() == [0]
+    assert (grouping.positions == -1).all()
+    out = ops.combine(np.empty((0, 5), np.float32), grouping, np.ones((3, 2), np.float32))
+    assert_same_bits(out, np.zeros((3, 5), np.float32))
+
+
+# -------------------------------------------------------------------------------------- whole layer
+
+
+def moe_plainly(
+    x: Floats, weights: Floats, ids: Ints, up: list[Bytes], up_spec: PackedSpec, down: list[Bytes], down_spec: PackedSpec
+) -> Floats:
+    """A MoE layer from the reference's parts, one token and one expert at a time, summed in the router's order."""
+    out = np.zeros((len(x), down_spec.rows), dtype=np.float32)
+    for t, row in enumerate(ids.tolist()):
+        for k, e in enumerate(row):
+            if 0 <= e < len(up):
+                gate, value = np.split(reference.matmul(x[t : t + 1], up[e], up_spec), 2, axis=1)
+                y = reference.matmul(reference.swiglu(gate, value), down[e], down_spec)
+                out[t] = out[t] + weights[t, k] * y[0]
+    return out
+
+
+LAYERS = [
+    (PackedSpec(64, 96, "q4", 32), PackedSpec(40, 32, "q4", 32)),
+    (PackedSpec(96, 64, "q8", 64), PackedSpec(64, 48, "q3", 48)),
+    (PackedSpec(128, 32, "q2", 16), PackedSpec(32, 64, "q8", 32)),
+    (PackedSpec(66, 33, "bf16"), PackedSpec(33, 33, "f16")),
+    (PackedSpec(32, 64, "f32"), PackedSpec(64, 16, "q8", 16)),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[0].encoding}-{layer[1].encoding}")
+@settings(max_examples=12, deadline=None)
+@given(tokens=st.integers(1, 9), k=st.integers(1, 3), threads=st.sampled_from([1, 2]), seed=seeds)
+def test_a_moe_layer_equals_the_composition_of_the_reference(
+    layer: tuple[PackedSpec, PackedSpec], tokens: int, k: int, threads: int, seed: int
+) -> None:
+    up_spec, down_spec = layer
+    rng = np.random.default_rng(seed)
+    num_experts = 5
+    up, down = ([random_matrix(spec, rng) for _ in range(num_experts)] for spec in layer)
+    x, weights = normal(rng, tokens, up_spec.columns), rng.random((tokens, k), dtype=np.float32)
+    ids = rng.integers(0, num_experts + 1, (tokens, k))  # the last one means: no expert
+    set_num_threads(threads)
+    grouping = ops.group_by_expert(ids, num_experts)
+    up_at, down_at = addresses_of(up)[grouping.active], addresses_of(down)[grouping.active]
+    kernels = MatrixKernel.of(up_spec, "int8"), MatrixKernel.of(down_spec, "int8")
+    out = ops.moe_swiglu(x, weights, grouping, kernels[0], up_at, kernels[1], down_at)
+    assert_same_bits(out, moe_plainly(x, weights, ids, up, up_spec, down, down_spec))
+
+
+def test_the_weighted_sum_is_taken_in_the_routers_order() -> None:
+    y = np.array([[1e8], [1.0], [-1e8]], dtype=np.float32)  # float32 loses the 1.0 unless it is added last
+    positions = np.array([[0, 1, 2], [0, 2, 1], [1, -1, -1], [-1, -1, -1]], dtype=np.int64)
+    none = np.empty(0, dtype=np.int64)
+    out = ops.combine(y, Grouping(none, none, none, positions), np.ones((4, 3), np.float32))
+    assert out[:, 0].tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+# -------------------------------------------------------------------------------------- dequantize
+
+
+@settings(max_examples=80, deadline=None)
+@given(specs(), seeds)
+def test_torch_dequantizes_as_the_reference_does(spec: PackedSpec, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    packed = random_matrix(spec, rng)
+    expected = torch.from_numpy(reference.dequantize(packed, spec))
+    weights = dequantize(torch.from_numpy(packed), spec, torch.float32)
+    assert torch.equal(weights, expected)
+    rows = torch.from_numpy(rng.integers(0, spec.rows, 7))
+    assert torch.equal(dequantize_rows(torch.from_numpy(packed), spec, rows, torch.float32), expected[rows])
+    assert torch.equal(dequantize(torch.from_numpy(packed), spec, torch.bfloat16), expected.bfloat16())
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "f16", "f32"])
+def test_every_16_bit_number_is_read_exactly(encoding: str) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    bits = bits[np.isfinite(bits.view(np.float16)) & ((bits & 0x7F80) != 0x7F80)]
+    values = {"bf16": bits, "f16": bits.view(np.float16), "f32": bits.astype(np.uint32) << 16}[encoding]
+    spec = PackedSpec(len(bits), 1, encoding)
+    padded = np.zeros((spec.num_blocks * 16, spec.code_bytes // (spec.bits // 8) // 16), dtype=f"u{spec.bits // 8}")
+    padded[: len(bits), 0] = values.view(padded.dtype)
+    packed = padded.reshape(-1).view(np.uint8)
+    y = ops.linear(np.ones((1, 1), np.float32), packed, MatrixKernel.of(spec, "float"))
+    expected = values.astype(np.float32) if encoding == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(y[0], expected)  # 0 + (-0) is 0: not bit for bit
+    assert ENCODINGS.index(encoding) >= 0
+
+
+# ------------------------------------------------------------------------- instruction sets, memory
+
+
+def supports(instruction_set: str) -> bool:
+    features = llvm.get_host_cpu_features()
+    return bool({"avx512": features.get("avx512bw"), "avx2": features.get("avx2"), "portable": True}[instruction_set])
+
+
+@pytest.mark.slow
+def test_every_instruction_set_gives_the_same_bits(request: pytest.FixtureRequest) -> None:
+    # Each compiles the kernels for some 20 s the first time; the third only where slow tests are asked for.
+    wanted = ("avx2", "portable", "avx512") if "slow" in request.config.option.markexpr else ("avx2", "portable")
+    others = [name for name in wanted if name != INSTRUCTION_SET and supports(name)]
+    processes = [start_python("-m", "helpers.kernel_digest", MORAY_KERNEL=name) for name in others]
+    outputs = [process.communicate()[0].split() for process in processes]
+    digest = kernel_digest()
+    assert outputs == [[name, digest] for name in others]
+
+
+def test_the_instruction_set_can_be_chosen_and_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MORAY_KERNEL", "portable")
+    assert detect_instruction_set() == "portable"
+    monkeypatch.setenv("MORAY_KERNEL", "sse9")
+    with pytest.raises(ValueError, match=r"MORAY_KERNEL=sse9 .* avx512vnni, avx512, avx2, portable"):
+        detect_instruction_set()
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"avx512vnni": True, "avx512bw": True, "avx2": True}, "avx512vnni"),
+        ({"avx512vnni": False, "avx512bw": True, "avx2": True}, "avx512"),
+        ({"avx2": True}, "avx2"),
+        ({}, "portable"),
+    ],
+)
+def test_the_best_instruction_set_is_found(
+    monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.delenv("MORAY_KERNEL", raising=False)
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_features", lambda: features)
+    assert detect_instruction_set() == expected
+
+
+def test_torch_and_numba_get_the_same_threads() -> None:
+    for count in (1, 2):
+        set_num_threads(count)
+        assert (torch.get_num_threads(), numba.get_num_threads()) == (count, count)
+    set_num_threads(10_000)  # more than Numba can have
+    assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+
+
+def test_counters_are_compared_where_they_lie() -> None:
+    counters = np.array([2, 4, 6], dtype=np.int64)
+    at, expected = counters.ctypes.data + 8 * np.array([0, 2], dtype=np.int64), np.array([2, 6], dtype=np.int64)
+    assert all_equal(at, expected)
+    counters[1] = 5
+    assert all_equal(at, expected)
+    counters[2] = 8
+    assert not all_equal(at, expected)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moray.runtime.layout.packed import (
+    ENCODINGS,
+    ROWS,
+    SCALE_FACTOR,
+    VECTOR_BYTES,
+    PackedSpec,
+    Quantized,
+    choose_group,
+    is_legal_group,
+    pack_plain,
+    pack_quantized,
+    unpack_plain,
+    unpack_quantized,
+)
+
+BITS = {"q8": 8, "q4": 4, "q3": 3, "q2": 2}
+
+
+@st.composite
+def quantized_specs(draw: st.DrawFn) -> PackedSpec:
+    encoding = draw(st.sampled_from(sorted(BITS)))
+    group = draw(st.sampled_from([g for g in range(16, 145) if is_legal_group(g, g, BITS[encoding])]))
+    return PackedSpec(draw(st.integers(1, 40)), group * draw(st.integers(1, 4)), encoding, group)
+
+
+def random_quantized(spec: PackedSpec, seed: int) -> Quantized:
+    rng = np.random.default_rng(seed)
+    shape = (spec.rows, spec.num_groups)
+    scales = rng.standard_normal(shape).astype(np.float16).astype(np.float32) * np.float32(SCALE_FACTOR)
+    zeros = rng.uniform(-20, 20, shape).astype(np.float16).astype(np.float32)
+    codes = rng.integers(0, 1 << spec.bits, (spec.rows, spec.columns), dtype=np.uint8)
+    return Quantized(codes, scales, zeros)
+
+
+@settings(max_examples=60, deadline=None)
+@given(quantized_specs(), st.integers(0, 2**31))
+def test_quantized_matrices_survive_packing(spec: PackedSpec, seed: int) -> None:
+    quantized = random_quantized(spec, seed)
+    packed = pack_quantized(quantized, spec)
+    assert packed.nbytes == spec.num_bytes and spec.num_bytes % VECTOR_BYTES == 0
+    unpacked = unpack_quantized(packed, spec)
+    np.testing.assert_array_equal(unpacked.codes, quantized.codes)
+    np.testing.assert_array_equal(unpacked.scales, quantized.scales)
+    np.testing.assert_array_equal(unpacked.zeros, quantized.zeros)
+
+
+@settings(max_examples=30, deadline=None)
+@given(quantized_specs(), st.integers(0, 2**31))
+def test_every_code_lies_where_the_format_says(spec: PackedSpec, seed: int) -> None:
+    quantized = random_quantized(spec, seed)
+    packed = pack_quantized(quantized, spec).reshape(spec.num_blocks, spec.block_bytes)
+    rng = np.random.default_rng(seed)
+    for row, column in zip(rng.integers(0, spec.rows, 20), rng.integers(0, spec.columns, 20), strict=True):
+        block, lane = divmod(int(row), ROWS)
+        group, inside = divmod(int(column), spec.group)
+        assert code_at(packed[block], spec, lane, group, inside) == quantized.codes[row, column]
+
+
+def code_at(block: np.ndarray, spec: PackedSpec, lane: int, group: int, inside: int) -> int:
+    """A code of a row block, found by the words of the layout's docstring."""
+    start = group * (ROWS * spec.group * spec.bits // 8)
+    quad, byte = divmod(inside, 4)
+    value = shift = 0
+    for bits in (2, 1) if spec.bits == 3 else (spec.bits,):
+        vectors = spec.group * bits // 32
+        vector = block[start + (quad % vectors) * VECTOR_BYTES :]
+        field = int(vector[lane * 4 + byte]) >> (bits * (quad // vectors))
+        value |= (field & ((1 << bits) - 1)) << shift
+        start, shift = start + vectors * VECTOR_BYTES, shift + bits
+    return value
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["f32", "bf16", "f16"]), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))
+def test_plain_matrices_survive_packing(encoding: str, rows: int, columns: int, seed: int) -> None:
+    spec = PackedSpec(rows, columns, encoding)
+    kinds = {"f32": np.float32, "bf16": np.uint16, "f16": np.float16}
+    matrix = (np.random.default_rng(seed).standard_normal((rows, columns)) * 1000).astype(kinds[encoding])
+    packed = pack_plain(matrix, spec)
+    assert packed.nbytes == spec.num_bytes
+    unpacked = unpack_plain(packed, spec)
+    assert unpacked.dtype == matrix.dtype
+    np.testing.assert_array_equal(unpacked, matrix)
+
+
+def test_rows_that_do_not_fill_a_block_are_zeros_with_zero_scales() -> None:
+    spec = PackedSpec(3, 64, "q4", 64)
+    whole = PackedSpec(16, 64, "q4", 64)
+    padded = unpack_quantized(pack_quantized(random_quantized(spec, 0), spec), whole)
+    assert not padded.codes[3:].any() and not padded.scales[3:].any()
+
+
+@given(st.integers(16, 256), st.integers(1, 5000), st.sampled_from([8, 4, 3, 2]))
+def test_chosen_groups_are_legal_and_the_largest(wanted: int, columns: int, bits: int) -> None:
+    group = choose_group(wanted, columns, bits)
+    assert group == 0 or is_legal_group(group, columns, bits)
+    assert not any(is_legal_group(larger, columns, bits) for larger in range(group + 1, wanted + 1))
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted", "group"), [(4096, 64, 64), (2880, 128, 120), (704, 128, 88), (1407, 64, 0), (7688, 64, 0)]
+)
+def test_groups_of_real_row_lengths(columns: int, wanted: int, group: int) -> None:
+    assert choose_group(wanted, columns, 4) == group
+
+
+@pytest.mark.parametrize("value", [1e3, np.inf, np.nan])
+def test_what_does_not_fit_float16_is_refused(value: float) -> None:
+    spec = PackedSpec(1, 64, "q4", 64)
+    quantized = random_quantized(spec, 0)
+    quantized.scales[0, 0] = value
+    with pytest.raises(OverflowError):
+        pack_quantized(quantized, spec)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(0, 4, "f32"), (4, 0, "f32"), (4, 64, "q5", 64), (4, 64, "q4", 0), (4, 60, "q4", 64), (4, 4, "f32", 4)],
+)
+def test_impossible_specs_are_refused(arguments: tuple) -> None:
+    with pytest.raises(ValueError):
+        PackedSpec(*arguments)
+
+
+def test_encodings_have_one_name_each() -> None:
+    assert len(set(ENCODINGS)) == 7

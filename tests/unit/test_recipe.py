@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from moray.runtime.convert.recipe import NONE, Recipe, Scheme
+from moray.runtime.errors import RecipeError
+from moray.runtime.model.components import COMPONENTS
+
+
+def test_the_default_quantizes_experts_and_attention() -> None:
+    recipe = Recipe.parse()
+    assert recipe["experts"] == recipe["attention"] == Scheme(4, 64)
+    assert recipe["shared"] == recipe["dense"] == recipe["embeddings"] == NONE
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme"), [("hqq8", Scheme(8, 64)), ("hqq3", Scheme(3, 64)), ("hqq2", Scheme(2, 16))]
+)
+def test_one_scheme_means_experts_and_attention(text: str, scheme: Scheme) -> None:
+    recipe = Recipe.parse(text)
+    assert [recipe[c] for c in COMPONENTS] == [scheme, scheme, NONE, NONE, NONE]
+
+
+def test_none_keeps_everything() -> None:
+    assert all(Recipe.parse("none")[component] == NONE for component in COMPONENTS)
+
+
+def test_components_are_independent() -> None:
+    recipe = Recipe.parse("experts=hqq2:32, shared=hqq8,embeddings=none")
+    assert recipe.to_dict() == {
+        "experts": "hqq2:32",
+        "attention": "none",
+        "shared": "hqq8:64",
+        "dense": "none",
+        "embeddings": "none",
+    }
+
+
+@pytest.mark.parametrize("text", ["none", "hqq4:64", "experts=hqq3:32,dense=hqq8:128", "embeddings=hqq8"])
+def test_a_recipe_is_read_back_from_its_text(text: str) -> None:
+    recipe = Recipe.parse(text)
+    assert Recipe.parse(str(recipe)).to_dict() == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hqq5", "allowed: none, hqq8, hqq4, hqq3, hqq2"),
+        ("", "unknown scheme"),
+        ("none:64", "unknown scheme"),
+        ("router=hqq4", "allowed: experts, attention, shared, dense, embeddings"),
+        ("experts=hqq4,hqq8", "unknown component 'hqq8'"),
+        ("experts=", "unknown scheme ''"),
+        ("experts=hqq4,attention", "expected attention=SCHEME"),
+        ("experts=hqq4,experts=hqq8", "names experts twice"),
+        ("hqq4:8", "multiples of 16 from 16 to 256"),
+        ("hqq3:48", "multiples of 32 from 32 to 256"),
+        ("hqq4:", "group ''"),
+        ("hqq4:-64", "group '-64'"),
+        ("hqq4:100000", "from 16 to 256"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_allowed(text: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(text)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
