@@ -31,6 +31,7 @@ T = TypeVar("T")
 # A worker started for one of our actors gives Numba and torch their threads explicitly (set_num_threads).
 _RUNTIME_ENV = {"env_vars": {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}}
 _MAX_STREAMS = 64
+_NODE_LABEL = "ray.io/node-id"  # every node has this label from Ray
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Actors:
 def start_actors(
     store_path: str,
     *,
+    node_id: str,
     num_hosts: int,
     numerics: Numerics,
     device: str,
@@ -64,7 +66,7 @@ def start_actors(
 ) -> Actors:
     """Start an engine's actors and wait until they are ready. On failure none is left behind.
 
-    ``num_gpus`` is what the compute actor asks of Ray: 0 or 1. ``is_local``: Ray was started by this process, so the actors end with it, however it ends.
+    All run on node ``node_id``: the hosts' arenas are used in place. ``num_gpus`` is what the compute actor asks of Ray: 0 or 1. ``is_local``: Ray was started by this process, so the actors end with it, however it ends.
     """
     name = f"engine-{secrets.token_hex(4)}"
     owner = Owner.this_process() if is_local else None
@@ -72,9 +74,10 @@ def start_actors(
     host_ids = [f"host-{index}" for index in range(num_hosts)]
     started: list[Any] = []
     try:
-        orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator").remote(store_path, host_ids, owner)
+        here = {"label_selector": {_NODE_LABEL: node_id}}
+        orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator", **here).remote(store_path, host_ids, owner)
         started.append(orchestrator)
-        options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus}
+        options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus} | here
         compute_config = ComputeConfig(store_path, numerics, device, num_threads, owner)
         compute = _remote(ComputeActor, **options).remote(compute_config, _node_id)
         started.append(compute)
@@ -85,7 +88,7 @@ def start_actors(
         for address in addresses:
             keys = tuple(placement[address.host_id])
             config = HostConfig(address, store_path, keys, num_threads, owner)
-            host_options = {"name": f"{name}-{address.host_id}", "max_restarts": -1}
+            host_options = {"name": f"{name}-{address.host_id}", "max_restarts": -1} | here
             started.append(_remote(ExpertHost, **host_options).remote(config, _node_id, lookup))
         hosts = tuple(started[2:])
         host_reports = tuple(call(actor.report) for actor in hosts)

@@ -13,8 +13,9 @@ import socket
 from dataclasses import dataclass
 
 import ray
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, no stubs
 
+from moray.cluster.nodes import NodeInfo
 from moray.runtime.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 128 << 20  # experts live in arenas; Ray's store carries only messages
@@ -27,13 +28,12 @@ class RaySession:
     """What this process did to have Ray."""
 
     started_here: bool  # we started it, so we stop it
-    num_gpus: int  # in the whole cluster
 
 
 def start_local(num_cpus: int) -> RaySession:
     """Start Ray on this machine for this process alone. Raises ClusterError."""
     if ray.is_initialized():
-        return RaySession(False, _count_gpus())
+        return RaySession(False)
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode not in ("token", "disabled"):  # Ray would take any other word for "disabled", silently
         raise ConfigError(f"RAY_AUTH_MODE is {mode!r}, expected token or disabled")
@@ -60,7 +60,7 @@ def start_local(num_cpus: int) -> RaySession:
         )
     except Exception as error:
         raise ClusterError(f"Ray did not start on this machine ({error}); run `moray doctor`") from error
-    return RaySession(True, _count_gpus())
+    return RaySession(True)
 
 
 def join(address: str) -> RaySession:
@@ -75,6 +75,8 @@ def join(address: str) -> RaySession:
             f"no Ray cluster answers at {address} ({error}); start one there with `ray start --head --port={port}`, "
             "or leave out the address to run on this machine alone"
         ) from error
+    if ray.is_initialized():
+        return RaySession(False)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
     except Exception as error:
@@ -82,7 +84,7 @@ def join(address: str) -> RaySession:
             f"the Ray cluster at {address} refused this process ({error}); RAY_AUTH_MODE and the token must be the "
             "same on every machine"
         ) from error
-    return RaySession(False, _count_gpus())
+    return RaySession(False)
 
 
 def leave(session: RaySession) -> None:
@@ -91,5 +93,15 @@ def leave(session: RaySession) -> None:
         ray.shutdown()
 
 
-def _count_gpus() -> int:
-    return int(ray.cluster_resources().get("GPU", 0))
+def living_nodes() -> list[NodeInfo]:
+    """The cluster's living nodes."""
+    return [
+        NodeInfo(node["NodeID"], node.get("Labels") or {}, int(node["Resources"].get("GPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def this_node() -> str:
+    """The id of the node that this process is connected through."""
+    return str(ray.get_runtime_context().get_node_id())

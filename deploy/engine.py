@@ -13,6 +13,7 @@ import ray
 from moray.actors.messages import ComputeStats
 from moray.actors.wiring import Actors, call, fetch, start_actors, stop_actors
 from moray.cluster import ray_session
+from moray.cluster.nodes import choose_compute_node
 from moray.cluster.ray_session import RaySession
 from moray.deploy.config import EngineConfig, make_config
 from moray.runtime.errors import ClusterError
@@ -164,15 +165,15 @@ class Engine:
 
     def _start(self, path: str) -> Actors:
         config = self.config
-        has_gpu = self._session.num_gpus > 0
-        if config.device == "cuda" and not has_gpu:
-            raise ClusterError("device is cuda, but Ray sees no GPU on any node; use device cpu, or run `moray doctor`")
+        nodes, here = ray_session.living_nodes(), ray_session.this_node()
+        node = choose_compute_node(nodes, here, needs_gpu=config.device == "cuda")
         return start_actors(
             path,
+            node_id=node.node_id,
             num_hosts=config.hosts,
             numerics="float" if config.numerics == "float" else "int8",
             device=config.device,
-            num_gpus=1 if has_gpu and config.device != "cpu" else 0,
+            num_gpus=1 if node.num_gpus and config.device != "cpu" else 0,
             num_threads=config.num_threads,
             is_local=self._session.started_here,
         )

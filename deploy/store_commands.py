@@ -32,9 +32,11 @@ class _Bar:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task = progress.add_task("reading checkpoint", total=None)
+        self._task = progress.add_task("", start=False)
 
     def start(self, total_bytes: int) -> None:
+        self._progress.start()  # only now: a checkpoint that is refused shows no bar
+        self._progress.start_task(self._task)
         self._progress.update(self._task, total=total_bytes)
 
     def advance(self, num_bytes: int, what: str) -> None:
@@ -50,8 +52,11 @@ def convert_store(checkpoint: Path, store: Path, recipe: str, workers: int | Non
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    progress = Progress(*columns, console=console)
+    try:
         manifest = convert(checkpoint, store, Recipe.parse(recipe), workers=workers, progress=_Bar(progress))
+    finally:
+        progress.stop()
     console.print(f"{store} is complete:", highlight=False)
     console.print(_table(_describe(store, manifest)), highlight=False)
 

@@ -51,8 +51,6 @@ class Arena:
         self._fd = fd
         self._map = mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
-        if self._bytes[:8].tobytes() != MAGIC:
-            raise HostLostError("the descriptor is not a moray arena: its host has gone and the number was reused")
         self.num_bytes = num_bytes
         self.num_slots, self.slot_bytes, self.first_slot = (int(x) for x in self._bytes[8:32].view(np.int64))
         self.generations: npt.NDArray[np.int64] = self._bytes[_HEADER_BYTES:][: 8 * self.num_slots].view(np.int64)
@@ -94,7 +92,8 @@ class Arena:
             fd = os.open(f"/proc/{ref.pid}/fd/{ref.fd}", flags | os.O_CLOEXEC)
         except OSError as error:
             raise HostLostError(f"the process {ref.pid} that holds an arena is gone ({error.strerror})") from error
-        if os.fstat(fd).st_size != ref.num_bytes:
+        # Its host may have gone, and the number be another file's now.
+        if os.fstat(fd).st_size != ref.num_bytes or os.pread(fd, len(MAGIC), 0) != MAGIC:
             os.close(fd)
             raise HostLostError(f"process {ref.pid} no longer holds the arena announced for it")
         return cls(fd, ref.num_bytes, writable)

@@ -191,7 +191,7 @@ def _parse_header(path: Path, header: bytes, size: int) -> dict[str, TensorEntry
         document.pop("__metadata__", None)
         tensors = {key: _parse_entry(path.name, entry, 8 + len(header)) for key, entry in document.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error!r}); download it again") from error
+        raise CheckpointError(f"{path} has a damaged header ({str(error)[:100]}); download it again") from error
     end = max((entry.offset + entry.num_bytes for entry in tensors.values()), default=0)
     if end > size:
         raise CheckpointError(f"{path} has {size} bytes, its header says {end}; it is cut short, download it again")

@@ -85,8 +85,7 @@ class ExpertsBinding:
         experts_of_pair = np.repeat(np.arange(len(grouping.active)), np.diff(grouping.starts))
         up = torch.from_numpy(self._up_kernel.matmul(x, up_at, grouping.starts, grouping.token_of_pair))
         h = self._activate(module, up + self._biases(self._up_bias, shards_E)[experts_of_pair])
-        pairs = np.arange(len(h))
-        y = self._down_kernel.matmul(h.contiguous().numpy(), down_at, grouping.starts, pairs)
+        y = self._down_kernel.matmul(h.contiguous().numpy(), down_at, grouping.starts)
         y_PH = torch.from_numpy(y) + self._biases(self._down_bias, shards_E)[experts_of_pair]
         if module.has_post_expert_norm:
             y_PH = module.post_expert_norm(y_PH)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from moray.runtime.errors import MorayError, RequestError
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.source import ExpertSource
-from moray.runtime.generation.request import GenerationRequest, TokenEvent
+from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEvent
 from moray.runtime.generation.step_loop import StepLoop
-from moray.runtime.generation.text import Prompt, encode_prompt, end_token_ids, load_tokenizer
+from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.loader import bind_experts
 from moray.runtime.store.store import Store

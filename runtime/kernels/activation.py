@@ -16,20 +16,14 @@ LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP_C = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))  # fmt: skip
 C0, C1, C2, C3, C4, C5 = EXP_C
 EXP_MIN, EXP_MAX = np.float32(-87.0), np.float32(88.0)
+# Fewer values than this are done by the calling thread: waking the others takes longer.
+SERIAL_VALUES = 1 << 15
 ONE, LIMIT, MAX_FINITE = np.float32(1.0), np.float32(127.0), np.float32(3.4028235e38)
 
 
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def quantize_rows(x, group, xq, xs, xsum):
-    """Symmetric int8 per group of columns, round half to even.
-
-    x: float32 [P, C]. Written: xq int8 [P, C], xs float32 [P, G] (largest magnitude / 127), xsum int32 [P, G] (sum
-    of xq). A group with a NaN or Inf gets scale NaN, so that the outputs that use it are NaN too.
-    """
-    num_groups = x.shape[1] // group
-    for item in prange(x.shape[0] * num_groups):
-        p = item // num_groups
-        g = item - p * num_groups
+@njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_row(p, x, group, xq, xs, xsum):
+    for g in range(x.shape[1] // group):
         first = g * group
         largest, finite = np.float32(0.0), True
         for c in range(first, first + group):
@@ -51,6 +45,26 @@ def quantize_rows(x, group, xq, xs, xsum):
         xsum[p, g] = total
 
 
+@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+def _quantize_parallel(x, group, xq, xs, xsum):
+    for p in prange(x.shape[0]):
+        _quantize_row(p, x, group, xq, xs, xsum)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def quantize_rows(x, group, xq, xs, xsum):
+    """Symmetric int8 per group of columns, round half to even.
+
+    x: float32 [P, C]. Written: xq int8 [P, C], xs float32 [P, G] (largest magnitude / 127), xsum int32 [P, G] (sum
+    of xq). A group with a NaN or Inf gets scale NaN, so that the outputs that use it are NaN too.
+    """
+    if x.size < SERIAL_VALUES:
+        for p in range(x.shape[0]):
+            _quantize_row(p, x, group, xq, xs, xsum)
+    else:
+        _quantize_parallel(x, group, xq, xs, xsum)
+
+
 @njit(nogil=True, cache=True, forceinline=True, error_model="numpy")
 def _exp(x):
     n = np.rint(x * LOG2E)
@@ -65,20 +79,52 @@ def _exp(x):
     return y * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _swiglu_row(p, gate_up, h):
+    width = gate_up.shape[1] // 2
+    for c in range(width):
+        gate, up = gate_up[p, c], gate_up[p, width + c]
+        if gate == gate:
+            e = _exp(min(max(-gate, EXP_MIN), EXP_MAX))
+            h[p, c] = (gate / (ONE + e)) * up
+        else:
+            h[p, c] = gate
+    for c in range(width, h.shape[1]):
+        h[p, c] = np.float32(0.0)
+
+
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+def _swiglu_parallel(gate_up, h):
+    for p in prange(h.shape[0]):
+        _swiglu_row(p, gate_up, h)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def swiglu(gate_up, h):
-    """h = silu(gate) * up. gate_up: float32 [P, 2 I], gates first; h: float32 [P, I], written."""
-    width = h.shape[1]
-    for item in prange((h.shape[0] * width + 511) // 512):
-        for i in range(item * 512, min((item + 1) * 512, h.shape[0] * width)):
-            p = i // width
-            c = i - p * width
-            gate, up = gate_up[p, c], gate_up[p, width + c]
-            if gate == gate:
-                e = _exp(min(max(-gate, EXP_MIN), EXP_MAX))
-                h[p, c] = (gate / (ONE + e)) * up
-            else:
-                h[p, c] = gate
+    """h = silu(gate) * up. gate_up: float32 [P, 2 I], gates first; h: float32 [P, >= I], written, zeros after I."""
+    if h.size < SERIAL_VALUES:
+        for p in range(h.shape[0]):
+            _swiglu_row(p, gate_up, h)
+    else:
+        _swiglu_parallel(gate_up, h)
+
+
+@njit(nogil=True, cache=True)
+def _combine_token(t, y, positions, weights, out):
+    for c in range(out.shape[1]):
+        out[t, c] = np.float32(0.0)
+    for k in range(positions.shape[1]):
+        p = positions[t, k]
+        if p >= 0:
+            w = weights[t, k]
+            for c in range(out.shape[1]):
+                out[t, c] = out[t, c] + w * y[p, c]
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _combine_parallel(y, positions, weights, out):
+    for t in prange(out.shape[0]):
+        _combine_token(t, y, positions, weights, out)
 
 
 @njit(nogil=True, cache=True)
@@ -87,12 +133,8 @@ def combine(y, positions, weights, out):
 
     y: float32 [P, H]; positions: int64 [T, K] (negative: skip); weights: float32 [T, K]; out: float32 [T, H], written.
     """
-    for t in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            out[t, c] = np.float32(0.0)
-        for k in range(positions.shape[1]):
-            p = positions[t, k]
-            if p >= 0:
-                w = weights[t, k]
-                for c in range(out.shape[1]):
-                    out[t, c] = out[t, c] + w * y[p, c]
+    if y.size < SERIAL_VALUES:
+        for t in range(out.shape[0]):
+            _combine_token(t, y, positions, weights, out)
+    else:
+        _combine_parallel(y, positions, weights, out)

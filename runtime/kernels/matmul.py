@@ -30,7 +30,11 @@ from moray.runtime.kernels.simd import (
 )
 
 TILE = 4  # tokens that share one unpacking of the weights
-MASK8, MASK4, MASK2, MASK1 = np.int32(-1), np.int32(0x0F0F0F0F), np.int32(0x03030303), np.int32(0x01010101)
+MASK4, MASK2, MASK1 = np.int32(0x0F0F0F0F), np.int32(0x03030303), np.int32(0x01010101)
+
+# A product below both is done by the calling thread: waking the others takes longer than the product itself.
+SERIAL_BYTES = 192 << 10
+SERIAL_PRODUCTS = 1 << 20
 
 # Encodings as the kernels know them: bits, and f16 apart from bf16.
 F32, BF16, F16, Q8, Q4, Q3, Q2 = 32, 16, 17, 8, 4, 3, 2
@@ -135,7 +139,30 @@ def _block_pairs(integer, encoding, block, block_rows, columns, group, first, la
             p += 1
 
 
+@njit(nogil=True, cache=True)
+def _matmul_items(first_item, last_item, integer, encoding, group, rows, columns, block_bytes, weights, starts,
+                  x, xq, xs, xsum, y):  # fmt: skip
+    """Items first..last of a product; item i is row block i // E of expert i % E. Activations and y by address."""
+    num_experts = weights.shape[0]
+    for item in range(first_item, last_item):
+        b = item // num_experts
+        e = item - b * num_experts
+        _block_pairs(
+            integer, encoding, weights[e] + b * block_bytes, rows - 16 * b, columns, group, starts[e], starts[e + 1],
+            x, xq, xs, xsum, y + 64 * b, 4 * rows,
+        )  # fmt: skip
+
+
 @njit(nogil=True, cache=True, parallel=True)
+def _matmul_parallel(num_items, integer, encoding, group, rows, columns, block_bytes, weights, starts,
+                     x, xq, xs, xsum, y):  # fmt: skip
+    for item in prange(num_items):
+        _matmul_items(
+            item, item + 1, integer, encoding, group, rows, columns, block_bytes, weights, starts, x, xq, xs, xsum, y
+        )
+
+
+@njit(nogil=True, cache=True)
 def grouped_matmul(integer, encoding, group, rows, columns, block_bytes, weights, starts, x, xq, xs, xsum, y):
     """y[p] = x[p] @ W_e^T for the pairs starts[e]..starts[e+1] of each expert e.
 
@@ -143,16 +170,17 @@ def grouped_matmul(integer, encoding, group, rows, columns, block_bytes, weights
     x: float32 [P, C], C even for 16-bit encodings; with ``integer`` xq int8 [P, C], xs float32 and xsum int32
     [P, C / group] are used instead. y: float32 [P, rows], written.
     """
-    num_experts = weights.shape[0]
-    num_blocks = (rows + 15) // 16
-    x_at, xq_at, xs_at, xsum_at = x.ctypes.data, xq.ctypes.data, xs.ctypes.data, xsum.ctypes.data
-    y_at = y.ctypes.data
-    for item in prange(num_blocks * num_experts):
-        b = item // num_experts
-        e = item - b * num_experts
-        block = weights[e] + b * block_bytes
-        y_block = np.int64(y_at) + 64 * b
-        _block_pairs(
-            integer, encoding, block, rows - 16 * b, columns, group, starts[e], starts[e + 1],
-            np.int64(x_at), np.int64(xq_at), np.int64(xs_at), np.int64(xsum_at), y_block, 4 * rows,
+    num_items = (rows + 15) // 16 * weights.shape[0]
+    x_at, xq_at = np.int64(x.ctypes.data), np.int64(xq.ctypes.data)
+    xs_at, xsum_at, y_at = np.int64(xs.ctypes.data), np.int64(xsum.ctypes.data), np.int64(y.ctypes.data)
+    num_products = y.shape[0] * rows * columns
+    if num_items * block_bytes < SERIAL_BYTES and num_products < SERIAL_PRODUCTS:
+        _matmul_items(
+            0, num_items, integer, encoding, group, rows, columns, block_bytes, weights, starts,
+            x_at, xq_at, xs_at, xsum_at, y_at,
+        )  # fmt: skip
+    else:
+        _matmul_parallel(
+            num_items, integer, encoding, group, rows, columns, block_bytes, weights, starts,
+            x_at, xq_at, xs_at, xsum_at, y_at,
         )  # fmt: skip

@@ -6,7 +6,7 @@ Shapes: T tokens, K experts a token, P = pairs actually computed, E active exper
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from moray.runtime.kernels.activation import combine, quantize_rows, swiglu
 from moray.runtime.kernels.matmul import grouped_matmul
@@ -43,68 +43,39 @@ def group_by_expert(ids, num_experts):
     return active, starts, token_of_pair, positions
 
 
-@njit(nogil=True, cache=True, parallel=True)
+@njit(nogil=True, cache=True)
 def gather_rows(x, index, out):
     """out[p] = x[index[p]]."""
-    for p in prange(index.shape[0]):
+    for p in range(index.shape[0]):
         out[p] = x[index[p]]
 
 
 @njit(nogil=True, cache=True)
-def expert_matmul(integer, encoding, group, rows, columns, block_bytes, weights, starts, index, x, y):
-    """y[p] = x[index[p]] @ W_e^T; each token's activations are quantized once, however many experts read it."""
-    num_tokens, num_pairs = x.shape[0], index.shape[0]
+def project(integer, encoding, group, rows, columns, block_bytes, weights, starts, index, x, y):
+    """y[p] = x[index[p]] @ W_e^T; each token's activations are quantized once, however many experts read it.
+
+    An empty ``index`` means that x has a row for each pair already.
+    """
+    num_tokens, num_pairs = x.shape[0], y.shape[0]
     num_groups = columns // group if integer else 0
-    if not integer:
-        x_pairs = np.empty((num_pairs, columns), np.float32)
-        gather_rows(x, index, x_pairs)
-        no_xq, no_xs, no_sums = (
-            np.empty((0, 0), np.int8),
-            np.empty((0, 0), np.float32),
-            np.empty((0, 0), np.int32),
-        )
-        grouped_matmul(
-            integer,
-            encoding,
-            group,
-            rows,
-            columns,
-            block_bytes,
-            weights,
-            starts,
-            x_pairs,
-            no_xq,
-            no_xs,
-            no_sums,
-            y,
-        )
-        return
-    xq, xs = np.empty((num_tokens, columns), np.int8), np.empty((num_tokens, num_groups), np.float32)
-    xsum = np.empty((num_tokens, num_groups), np.int32)
-    quantize_rows(x, group, xq, xs, xsum)
-    xq_pairs, xs_pairs = (
-        np.empty((num_pairs, columns), np.int8),
-        np.empty((num_pairs, num_groups), np.float32),
-    )
-    xsum_pairs = np.empty((num_pairs, num_groups), np.int32)
-    gather_rows(xq, index, xq_pairs)
-    gather_rows(xs, index, xs_pairs)
-    gather_rows(xsum, index, xsum_pairs)
-    grouped_matmul(
-        integer,
-        encoding,
-        group,
-        rows,
-        columns,
-        block_bytes,
-        weights,
-        starts,
-        x,
-        xq_pairs,
-        xs_pairs,
-        xsum_pairs,
-        y,
-    )
+    gather = index.shape[0] > 0
+    rows_quantized = num_tokens if integer else 0
+    xq, xs = np.empty((rows_quantized, columns), np.int8), np.empty((rows_quantized, num_groups), np.float32)
+    xsum = np.empty((rows_quantized, num_groups), np.int32)
+    if integer:
+        quantize_rows(x, group, xq, xs, xsum)
+        if gather:
+            xq_tokens, xs_tokens, xsum_tokens = xq, xs, xsum
+            xq, xs = np.empty((num_pairs, columns), np.int8), np.empty((num_pairs, num_groups), np.float32)
+            xsum = np.empty((num_pairs, num_groups), np.int32)
+            gather_rows(xq_tokens, index, xq)
+            gather_rows(xs_tokens, index, xs)
+            gather_rows(xsum_tokens, index, xsum)
+    elif gather:
+        x_tokens = x
+        x = np.empty((num_pairs, columns), np.float32)
+        gather_rows(x_tokens, index, x)
+    grouped_matmul(integer, encoding, group, rows, columns, block_bytes, weights, starts, x, xq, xs, xsum, y)
 
 
 @njit(nogil=True, cache=True)
@@ -116,14 +87,12 @@ def moe_swiglu(gate_up, gate_up_at, down, down_at, starts, token_of_pair, positi
     """
     num_pairs, hidden, width = token_of_pair.shape[0], down[3], down[4]
     y_gate_up = np.empty((num_pairs, gate_up[3]), np.float32)
-    expert_matmul(
+    project(
         gate_up[0] != 0, gate_up[1], gate_up[2], gate_up[3], gate_up[4], gate_up[5], gate_up_at, starts,
         token_of_pair, x, y_gate_up,
     )  # fmt: skip
     h = np.empty((num_pairs, width), np.float32)
     swiglu(y_gate_up, h)
     y = np.empty((num_pairs, hidden), np.float32)
-    expert_matmul(
-        down[0] != 0, down[1], down[2], down[3], down[4], down[5], down_at, starts, np.arange(num_pairs), h, y
-    )
+    project(down[0] != 0, down[1], down[2], down[3], down[4], down[5], down_at, starts, np.empty(0, np.int64), h, y)
     combine(y, positions, weights, out)

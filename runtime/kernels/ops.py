@@ -14,6 +14,9 @@ from moray.runtime.layout.packed import Bytes, Numerics, PackedSpec
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
+EVERY_ROW: Ints = np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class MatrixKernel:
     """How the kernels see one packed matrix shape: computed once, passed at every call."""
@@ -35,12 +38,10 @@ class MatrixKernel:
             return x_PC
         return np.pad(x_PC, ((0, 0), (0, self.columns - x_PC.shape[1])))
 
-    def matmul(self, x_TC: Floats, addresses_E: Ints, starts: Ints, token_of_pair: Ints) -> Floats:
-        """[P, rows]: for each pair p of expert e, x[token_of_pair[p]] @ W_e^T."""
-        y = np.empty((len(token_of_pair), self.spec.rows), dtype=np.float32)
-        moe.expert_matmul(
-            self.integer, *self.parameters[1:].tolist(), addresses_E, starts, token_of_pair, self.pad(x_TC), y
-        )
+    def matmul(self, x_TC: Floats, addresses_E: Ints, starts: Ints, token_of_pair: Ints = EVERY_ROW) -> Floats:
+        """[P, rows]: for each pair p of expert e, x[token_of_pair[p]] @ W_e^T; by default pair p is row p of x."""
+        y = np.empty((starts[-1], self.spec.rows), dtype=np.float32)
+        moe.project(self.integer, *self.parameters[1:].tolist(), addresses_E, starts, token_of_pair, self.pad(x_TC), y)
         return y
 
 
@@ -62,7 +63,7 @@ def linear(x_TC: Floats, packed: Bytes, kernel: MatrixKernel) -> Floats:
     """x @ W^T for one packed matrix."""
     address = np.array([packed.ctypes.data], dtype=np.int64)
     starts = np.array([0, len(x_TC)], dtype=np.int64)
-    return kernel.matmul(x_TC, address, starts, np.arange(len(x_TC)))
+    return kernel.matmul(x_TC, address, starts)
 
 
 def moe_swiglu(

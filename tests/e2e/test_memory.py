@@ -14,14 +14,14 @@ _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def memory(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(_BENCHMARKS))
     return importlib.import_module("memory")
 
 
-def test_experts_are_never_in_private_memory(benchmark: ModuleType) -> None:
-    with benchmark.checkpoint_and_store(None, "1gib") as (checkpoint, store):
-        report = benchmark.measure(checkpoint, store)
+def test_experts_are_never_in_private_memory(memory: ModuleType) -> None:
+    with memory.checkpoint_and_store(None, "1gib") as (checkpoint, store):
+        report = memory.measure(checkpoint, store)
     assert [usage.name for usage in report.exceeded] == []
     # The check can fail: the experts alone are larger than what the compute process may have beside its trunk.
     compute = report.usages[0]

@@ -11,7 +11,7 @@ import torch
 from helpers.kernel_digest import kernel_digest
 from helpers.matrices import BITS, Floats, assert_same_bits, legal_groups, random_matrix, specs
 from helpers.processes import start_python
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -21,7 +21,7 @@ from moray.runtime.kernels.isa import INSTRUCTION_SET, detect_instruction_set
 from moray.runtime.kernels.memory import all_equal
 from moray.runtime.kernels.ops import Grouping, MatrixKernel
 from moray.runtime.kernels.setup import set_num_threads
-from moray.runtime.layout.packed import ENCODINGS, Bytes, PackedSpec
+from moray.runtime.layout.packed import Bytes, PackedSpec, pack_plain
 
 Ints = npt.NDArray[np.int64]
 
@@ -148,7 +148,7 @@ def test_extreme_activations_equal_the_reference(spec: PackedSpec, value: float)
     packed, x = random_matrix(spec, rng), normal(rng, 6, spec.columns)
     x[1] = value  # a whole row
     x[2, 3] = value  # one outlier in a group
-    x[4, :] *= np.float32(value)
+    x[4] = np.clip(x[4], -1, 1) * np.float32(value)
     x[5] = np.where(rng.random(spec.columns) < 0.5, np.float32(value), -np.float32(value))
     with np.errstate(all="ignore"):
         expected = reference.matmul(x, packed, spec)
@@ -242,24 +242,17 @@ def test_int8_is_close_to_float() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 3)), elements=st.floats(width=32)), st.data()
-)
-@example(np.array([[127.5, -127.5, 0.5]], dtype=np.float32), None)
-def test_quantized_activations_equal_the_reference(x: Floats, data: st.DataObject | None) -> None:
-    x = np.tile(x, (1, 32))[:, :32] if data is None else np.repeat(x, 32, axis=1)
-    group = 16
-    x = np.ascontiguousarray(x)
+@given(st.sampled_from([16, 20, 48]), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_quantized_activations_equal_the_reference(group: int, rows: int, groups: int, data: st.DataObject) -> None:
+    x = data.draw(hnp.arrays(np.float32, (rows, group * groups), elements=st.floats(width=32)))
     codes = np.empty(x.shape, np.int8)
-    scales = np.empty((len(x), x.shape[1] // group), np.float32)
-    sums = np.empty(scales.shape, np.int32)
+    scales, sums = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.int32)
     activation.quantize_rows(x, group, codes, scales, sums)
     with np.errstate(all="ignore"):
         expected = reference.quantize_activations(x, group)
     np.testing.assert_array_equal(codes, expected[0])
     assert_same_bits(scales, expected[1])
     np.testing.assert_array_equal(sums, expected[2])
-    np.testing.assert_array_equal(sums, codes.reshape(len(x), -1, group).sum(axis=2, dtype=np.int32))
 
 
 def test_activations_are_rounded_half_to_even() -> None:
@@ -267,7 +260,7 @@ def test_activations_are_rounded_half_to_even() -> None:
     codes, scales, sums = np.empty((1, 16), np.int8), np.empty((1, 1), np.float32), np.empty((1, 1), np.int32)
     activation.quantize_rows(x, 16, codes, scales, sums)
     assert codes[0].tolist() == [127, 0, 2, 2, 0, -2, -2, 126, -126, -127] + [0] * 6
-    assert scales[0, 0] == 1 and sums[0, 0] == 0 + 2
+    assert (scales[0, 0], sums[0, 0]) == (1, 0)
 
 
 def swiglu(gate: Floats, up: Floats) -> Floats:
@@ -349,24 +342,26 @@ def test_nobody_needs_an_expert() -> None:
 
 
 def moe_plainly(
-    x: Floats, weights: Floats, ids: Ints, up: list[Bytes], up_spec: PackedSpec, down: list[Bytes], down_spec: PackedSpec
+    x: Floats, weights: Floats, ids: Ints, layer: tuple[PackedSpec, PackedSpec], up: list[Bytes], down: list[Bytes]
 ) -> Floats:
     """A MoE layer from the reference's parts, one token and one expert at a time, summed in the router's order."""
-    out = np.zeros((len(x), down_spec.rows), dtype=np.float32)
+    out = np.zeros((len(x), layer[1].rows), dtype=np.float32)
     for t, row in enumerate(ids.tolist()):
         for k, e in enumerate(row):
             if 0 <= e < len(up):
-                gate, value = np.split(reference.matmul(x[t : t + 1], up[e], up_spec), 2, axis=1)
-                y = reference.matmul(reference.swiglu(gate, value), down[e], down_spec)
+                gate, value = np.split(reference.matmul(x[t : t + 1], up[e], layer[0]), 2, axis=1)
+                y = reference.matmul(reference.swiglu(gate, value), down[e], layer[1])
                 out[t] = out[t] + weights[t, k] * y[0]
     return out
 
 
 LAYERS = [
     (PackedSpec(64, 96, "q4", 32), PackedSpec(40, 32, "q4", 32)),
-    (PackedSpec(96, 64, "q8", 64), PackedSpec(64, 48, "q3", 48)),
+    (PackedSpec(96, 64, "q8", 64), PackedSpec(64, 48, "q4", 24)),
+    (PackedSpec(128, 96, "q3", 32), PackedSpec(33, 64, "q3", 64)),
     (PackedSpec(128, 32, "q2", 16), PackedSpec(32, 64, "q8", 32)),
     (PackedSpec(66, 33, "bf16"), PackedSpec(33, 33, "f16")),
+    (PackedSpec(94, 64, "q4", 64), PackedSpec(64, 47, "bf16")),  # no group divides 47
     (PackedSpec(32, 64, "f32"), PackedSpec(64, 16, "q8", 16)),
 ]
 
@@ -388,7 +383,7 @@ def test_a_moe_layer_equals_the_composition_of_the_reference(
     up_at, down_at = addresses_of(up)[grouping.active], addresses_of(down)[grouping.active]
     kernels = MatrixKernel.of(up_spec, "int8"), MatrixKernel.of(down_spec, "int8")
     out = ops.moe_swiglu(x, weights, grouping, kernels[0], up_at, kernels[1], down_at)
-    assert_same_bits(out, moe_plainly(x, weights, ids, up, up_spec, down, down_spec))
+    assert_same_bits(out, moe_plainly(x, weights, ids, layer, up, down))
 
 
 def test_the_weighted_sum_is_taken_in_the_routers_order() -> None:
@@ -415,19 +410,18 @@ def test_torch_dequantizes_as_the_reference_does(spec: PackedSpec, seed: int) ->
     assert torch.equal(dequantize(torch.from_numpy(packed), spec, torch.bfloat16), expected.bfloat16())
 
 
-@pytest.mark.parametrize("encoding", ["bf16", "f16", "f32"])
-def test_every_16_bit_number_is_read_exactly(encoding: str) -> None:
+def test_every_16_bit_number_is_read_exactly() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
-    bits = bits[np.isfinite(bits.view(np.float16)) & ((bits & 0x7F80) != 0x7F80)]
-    values = {"bf16": bits, "f16": bits.view(np.float16), "f32": bits.astype(np.uint32) << 16}[encoding]
-    spec = PackedSpec(len(bits), 1, encoding)
-    padded = np.zeros((spec.num_blocks * 16, spec.code_bytes // (spec.bits // 8) // 16), dtype=f"u{spec.bits // 8}")
-    padded[: len(bits), 0] = values.view(padded.dtype)
-    packed = padded.reshape(-1).view(np.uint8)
-    y = ops.linear(np.ones((1, 1), np.float32), packed, MatrixKernel.of(spec, "float"))
-    expected = values.astype(np.float32) if encoding == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
-    np.testing.assert_array_equal(y[0], expected)  # 0 + (-0) is 0: not bit for bit
-    assert ENCODINGS.index(encoding) >= 0
+    bf16 = bits[(bits & 0x7F80) != 0x7F80]  # finite
+    f16 = bits.view(np.float16)[np.isfinite(bits.view(np.float16))]
+    for encoding, values, expected in (
+        ("bf16", bf16, (bf16.astype(np.uint32) << 16).view(np.float32)),
+        ("f16", f16, f16.astype(np.float32)),
+    ):
+        spec = PackedSpec(len(values), 1, encoding)
+        packed = pack_plain(values[:, None], spec)
+        y = ops.linear(np.ones((1, 1), np.float32), packed, MatrixKernel.of(spec, "float"))
+        np.testing.assert_array_equal(y[0], expected)  # 0 + -0 is 0: not bit for bit
 
 
 # ------------------------------------------------------------------------- instruction sets, memory

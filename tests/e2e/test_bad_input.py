@@ -1,0 +1,175 @@
+"""Bad input: one line that says what was found, what was expected and what to do; exit code 2; nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import msgpack
+import pytest
+import torch
+from moray.deploy.cli import app
+from moray.deploy.config import demo_store
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+
+def moray(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *fragments: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1 and errors[0].startswith("error: "), result.output
+    for fragment in fragments:
+        assert fragment in errors[0], errors[0]
+
+
+@pytest.fixture
+def mixtral(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A tiny checkpoint that a test may damage."""
+    return Path(shutil.copytree(checkpoint("mixtral"), tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def damaged_store(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo_store(), tmp_path / "store"))
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def refused_conversion(checkpoint: Path, *fragments: str, recipe: str = "hqq4") -> None:
+    store = checkpoint.parent / "made"
+    refused(moray("convert", checkpoint, store, "--recipe", recipe), *fragments)
+    assert not store.exists()
+
+
+def test_not_a_directory(tmp_path: Path) -> None:
+    refused_conversion(tmp_path / "nothing", "nothing", "not a directory")
+
+
+def test_no_safetensors(mixtral: Path) -> None:
+    for file in mixtral.glob("*.safetensors"):
+        file.unlink()
+    refused_conversion(mixtral, "safetensors")
+
+
+def test_a_file_named_by_the_index_is_missing(mixtral: Path) -> None:
+    weights = load_file(mixtral / "model.safetensors")
+    (mixtral / "model.safetensors").rename(mixtral / "model-00001-of-00002.safetensors")
+    index = dict.fromkeys(weights, "model-00001-of-00002.safetensors")
+    index[sorted(weights)[0]] = "model-00002-of-00002.safetensors"
+    (mixtral / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    refused_conversion(mixtral, "model-00002-of-00002.safetensors", "missing")
+
+
+def test_a_truncated_file(mixtral: Path) -> None:
+    file = mixtral / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused_conversion(mixtral, "model.safetensors")
+
+
+def test_a_corrupted_header(mixtral: Path) -> None:
+    file = mixtral / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8:40] = b"\xff" * 32
+    file.write_bytes(content)
+    refused_conversion(mixtral, "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["block_sparse_moe.experts.3.w2", "self_attn.q_proj"])
+def test_weights_that_are_not_numbers(mixtral: Path, name: str) -> None:
+    weights = load_file(mixtral / "model.safetensors")
+    key = next(key for key in sorted(weights) if name in key)
+    weights[key][1, 2] = torch.nan
+    save_file(weights, mixtral / "model.safetensors", metadata={"format": "pt"})
+    store = mixtral.parent / "made"
+    refused(moray("convert", mixtral, store), key, "NaN")
+    # A damaged weight is found while converting: what was begun does not pass for a store.
+    assert not (store / "manifest.msgpack").exists()
+
+
+def rewrite_config(checkpoint: Path, **values: object) -> None:
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_a_dense_model(mixtral: Path) -> None:
+    (mixtral / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    refused_conversion(mixtral, "llama", "dense")
+
+
+def test_an_unknown_family(mixtral: Path) -> None:
+    rewrite_config(mixtral, model_type="mistral_of_tomorrow")
+    refused_conversion(mixtral, "mistral_of_tomorrow", "mixtral", "qwen3_moe", "gpt_oss")
+
+
+def test_an_unknown_recipe(mixtral: Path) -> None:
+    refused_conversion(mixtral, "hqq5", "hqq4", recipe="experts=hqq5")
+
+
+def test_too_little_disk(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(mixtral)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused_conversion(mixtral, "1000 B", "free")
+
+
+# ------------------------------------------------------------------------------------ stores
+
+
+def test_a_store_of_a_newer_moray(damaged_store: Path) -> None:
+    file = damaged_store / "manifest.msgpack"
+    file.write_bytes(msgpack.packb(msgpack.unpackb(file.read_bytes()) | {"format": 99}))
+    refused(moray("info", damaged_store), "format 99", "upgrade moray")
+    refused(moray("generate", "x", "--store", damaged_store), "format 99", "upgrade moray")
+
+
+def test_a_flipped_bit(damaged_store: Path) -> None:
+    file = damaged_store / "experts-00004.bin"
+    content = bytearray(file.read_bytes())
+    content[2 * 196608 + 777] ^= 1
+    file.write_bytes(content)
+    assert moray("info", damaged_store).exit_code == 0
+    refused(moray("info", damaged_store, "--verify"), "experts-00004.bin", "offset 393216", "checksum")
+
+
+def test_a_checkpoint_given_as_a_store(mixtral: Path) -> None:
+    refused(moray("generate", "x", "--store", mixtral), "moray convert")
+
+
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moray.runtime.memory.available_memory", lambda: 5 << 20)
+    refused(moray("generate", "x"), "11.7 MiB", "5.0 MiB are free")
+
+
+# ------------------------------------------------------------------- configuration and requests
+
+
+def test_an_address_where_nothing_listens() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    refused(moray("generate", "x", "--address", address), address, "ray start --head")
+    refused(moray("generate", "x", "--address", "nonsense"), "HOST:PORT")
+
+
+def test_an_unknown_configuration_key(tmp_path: Path) -> None:
+    config = tmp_path / "engine.yaml"
+    config.write_text("hostz: 3\n")
+    refused(moray("generate", "x", "--config", config), "hostz", "hosts")
+    config.write_text("hosts: none\n")
+    refused(moray("generate", "x", "--config", config), "hosts", "'none'")
+    config.write_text("[1, 2\n")
+    refused(moray("generate", "x", "--config", config), "engine.yaml", "YAML")
+    refused(moray("generate", "x", "--device", "tpu"), "device", "cuda")
+
+
+@pytest.mark.ray
+def test_a_prompt_longer_than_the_context() -> None:
+    refused(moray("generate", "x = 1\n" * 2000), "context holds 2048", "shorten the prompt")
