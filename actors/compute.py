@@ -55,6 +55,9 @@ class ComputeActor:
         )
 
     def _load(self) -> None:
+        # Read when transformers is imported: a store is local, no hub is ever asked.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import torch
 
         from moray.runtime.kernels.setup import set_num_threads

@@ -1,4 +1,4 @@
-"""Every actor of an engine, and every Ray option they have. The only place with ``ray.remote``.
+"""Every actor of an engine, and every Ray option they have. No other module makes actors.
 
 The classes themselves are plain. Options worth knowing:
 - ``num_cpus=0``: threads are set explicitly, and an engine must start on a machine whose CPU slots Ray thinks taken;
@@ -28,8 +28,6 @@ from moray.runtime.layout.packed import Numerics
 
 T = TypeVar("T")
 
-# A worker started for one of our actors gives Numba and torch their threads explicitly (set_num_threads).
-_RUNTIME_ENV = {"env_vars": {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}}
 _MAX_STREAMS = 64
 _NODE_LABEL = "ray.io/node-id"  # every node has this label from Ray
 
@@ -127,7 +125,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _remote(kind: type, **options: object) -> Any:
-    return ray.remote(kind).options(num_cpus=0, runtime_env=_RUNTIME_ENV, **options)
+    return ray.remote(kind).options(num_cpus=0, **options)
 
 
 def _node_id() -> str:

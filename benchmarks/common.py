@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model in this process, room to work in, and tables."""
+"""What the benchmarks share: a model in this process, room to work in, and tables. Does not need Ray."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from moray.runtime.experts.source import InProcessSource
 from moray.runtime.generation.runner import Runner
@@ -20,6 +21,7 @@ from moray.runtime.kernels.isa import INSTRUCTION_SET
 from moray.runtime.kernels.setup import set_num_threads
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.memory import format_bytes
+from moray.runtime.model.families import expert_modules
 from moray.runtime.model.loader import load_model
 from moray.runtime.store.store import Store
 
@@ -29,13 +31,21 @@ def in_process(store: Path, numerics: Numerics = "int8", device: str = "cpu") ->
     """A store generating in this process, its experts in private memory."""
     set_num_threads(len(os.sched_getaffinity(0)))
     with Store.open(store) as opened:
-        source = InProcessSource(opened)
-        runner = Runner(opened, source, load_model(opened, numerics, torch.device(device)), numerics)
+        source, model = InProcessSource(opened), load_model(opened, numerics, torch.device(device))
+        _adapt_to_older_transformers(model)
+        runner = Runner(opened, source, model, numerics)
         try:
             yield runner
         finally:
             runner.close()
             source.close()
+
+
+def _adapt_to_older_transformers(model: PreTrainedModel) -> None:
+    """moray needs a newer transformers; machines lent for a GPU may have 5.17, which lacks just this flag."""
+    for _, module in expert_modules(model):
+        if not hasattr(module, "has_post_expert_norm"):
+            module.has_post_expert_norm = False  # type: ignore[assignment]
 
 
 @contextmanager

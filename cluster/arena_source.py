@@ -54,18 +54,15 @@ class ArenaSource:
         self._clients = [HostClient(host, f"compute-{os.getpid()}") for host in hosts]
         self._arenas: list[Arena] = []
         self._infos: list[SourceInfo] = []
-        fingerprint = store.fingerprint
-        for index, client in enumerate(self._clients):
-            welcome = client.greet()
-            _check(welcome, fingerprint, store.manifest.numerics_id)
-            self._arenas.append(Arena.attach(ArenaRef(welcome.arena_pid, welcome.arena_fd, welcome.arena_bytes)))
-            for layer, experts in enumerate(welcome.experts):
-                self._lease_experts(index, layer, experts)
-            count = sum(len(experts) for experts in welcome.experts)
-            self._infos.append(SourceInfo(welcome.host_id, "arena", count, welcome.arena_bytes))
-        missing = sum(int((table.owners < 0).sum()) for table in self._tables)
-        if missing:
-            raise ClusterError(f"{missing} experts of {store.path} live on no host; start the engine again")
+        try:
+            for index in range(len(hosts)):
+                self._join(index)
+            missing = sum(int((table.owners < 0).sum()) for table in self._tables)
+            if missing:
+                raise ClusterError(f"{missing} experts of {store.path} live on no host; start the engine again")
+        except BaseException:
+            self.close()  # a connection left to the garbage collector blocks it
+            raise
 
     def lease(self, layer: int, experts: Ints) -> Lease:
         table = self._tables[layer]
@@ -92,6 +89,16 @@ class ArenaSource:
             client.close()
         for arena in self._arenas:
             arena.close()
+
+    def _join(self, index: int) -> None:
+        """Map a host's arena and lease all that is in it."""
+        welcome = self._clients[index].greet()
+        _check(welcome, self._store.fingerprint, self._store.manifest.numerics_id)
+        self._arenas.append(Arena.attach(ArenaRef(welcome.arena_pid, welcome.arena_fd, welcome.arena_bytes)))
+        for layer, experts in enumerate(welcome.experts):
+            self._lease_experts(index, layer, experts)
+        count = sum(len(experts) for experts in welcome.experts)
+        self._infos.append(SourceInfo(welcome.host_id, "arena", count, welcome.arena_bytes))
 
     def _make(self, table: _LayerTable, experts: Ints) -> ArenaLease:
         return ArenaLease(table.addresses[experts], table.counters[experts], table.generations[experts])

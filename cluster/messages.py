@@ -102,10 +102,12 @@ def decode(frame: bytes) -> tuple[int, Message]:
     if not isinstance(header, list) or len(header) != 4:
         raise ProtocolError("a header is not [version, request id, type, fields]")
     version, request_id, kind, fields = header
+    if not isinstance(version, int) or not isinstance(request_id, int) or not isinstance(kind, str):
+        raise ProtocolError("a header is not [version, request id, type, fields]")
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"the peer speaks protocol {version}, this moray speaks {PROTOCOL_VERSION}; upgrade both")
-    if not isinstance(request_id, int) or not isinstance(kind, str) or kind not in MESSAGES:
-        raise ProtocolError(f"unknown message type {kind!r}")
+    if kind not in MESSAGES:
+        raise ProtocolError(f"unknown message type {kind[:40]!r}")
     try:
         return request_id, MESSAGES[kind].model_validate(fields)
     except ValidationError as error:

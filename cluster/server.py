@@ -28,7 +28,6 @@ from moray.runtime.errors import MorayError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.layout.packed import LAYOUT_ID
 
-
 _Answer = tuple[Message | None, list[memoryview]]  # None: the message has no reply
 
 
@@ -37,7 +36,7 @@ class ServerStats:
     """Counts since the start. Written by the server's thread."""
 
     requests: int = 0
-    rejected: int = 0
+    rejected: int = 0  # answered with Refused, for whatever reason
     hints: int = 0
     clients: set[str] = field(default_factory=set)
 
@@ -91,12 +90,15 @@ class DataPlaneServer:
             request_id, message = decode(frames[0])
             answer, buffers = self._answer(identity, message, frames[1:])
         except ProtocolError as error:
-            self.stats.rejected += 1
             answer, buffers = Refused(reason="request", message=str(error)), []
         except KeyError as error:
             answer, buffers = Refused(reason="request", message=f"expert {error} does not live here"), []
         except MorayError as error:
             answer, buffers = Refused(reason="shard", message=str(error)), []
+        except Exception as error:  # told to the one who asked; the host works on for the others
+            answer, buffers = Refused(reason="failed", message=f"{type(error).__name__}: {error}"), []
+        if isinstance(answer, Refused):
+            self.stats.rejected += 1
         if answer is not None:
             self._socket.send_multipart([identity, encode(request_id, answer), *buffers], copy=False)
 
@@ -105,7 +107,6 @@ class DataPlaneServer:
             return self._greet(identity, message), []
         client = self._known.get(identity)
         if client is None:
-            self.stats.rejected += 1
             return Refused(reason="hello", message="introduce yourself with Hello first"), []
         match message:
             case Need():
@@ -123,7 +124,6 @@ class DataPlaneServer:
 
     def _greet(self, identity: bytes, hello: Hello) -> Message:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            self.stats.rejected += 1
             return Refused(reason="request", message="the session token is wrong; this host serves another engine")
         for old, client in list(self._known.items()):
             if client == hello.client:
@@ -156,6 +156,7 @@ class DataPlaneServer:
             raise ProtocolError("counts must give at least one row for each expert")
         if len(buffers) != 1 or len(buffers[0]) != 4 * total * width:
             raise ProtocolError(f"expected one buffer of {total} x {width} float32 activations")
-        x = np.frombuffer(buffers[0], dtype=np.float32).reshape(total, width)
+        # A copy, because the frame is read-only, and Numba would compile all kernels anew for read-only arrays.
+        x = np.frombuffer(buffers[0], dtype=np.float32).reshape(total, width).copy()
         y = self._host.compute(request.layer, request.experts, request.counts, x, request.numerics)
         return Computed(), [y.data.cast("B")]

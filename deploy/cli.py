@@ -34,7 +34,7 @@ HostsOption = Annotated[int | None, typer.Option(help="Expert hosts on this mach
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 NumericsOption = Annotated[str | None, typer.Option(help="auto, int8 or float (docs/format.md).")]
 AddressOption = Annotated[str | None, typer.Option(help="HOST:PORT of a running Ray cluster; none: start Ray here.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads that compute; none: every core.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads that compute; none: every core this process may use.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="YAML file with the same names; flags win over it.")]
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens to generate.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]

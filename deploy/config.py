@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moray.runtime.cpu import usable_cores
 from moray.runtime.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ class EngineConfig(BaseModel):
     address: str | None = None
     #: Numerics class on CPUs (docs/format.md). auto: int8.
     numerics: Literal["auto", "int8", "float"] = "auto"
-    #: Threads that compute; none: as many as this process may use.
+    #: Threads that compute; none: one for each core this process may use, fewer under a container's CPU limit.
     threads: int | None = Field(None, ge=1, le=1024)
 
     @property
@@ -36,7 +36,7 @@ class EngineConfig(BaseModel):
 
     @property
     def num_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or usable_cores()
 
 
 def demo_store() -> Path:

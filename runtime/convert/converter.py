@@ -36,6 +36,7 @@ from moray.runtime.convert.workspace import (
     sync,
     verified_checksum,
 )
+from moray.runtime.cpu import usable_cores
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.model.families import load_config
 from moray.runtime.store.manifest import FORMAT_VERSION, MANIFEST_NAME, TRUNK_NAME, Manifest, ShardEntry
@@ -129,7 +130,7 @@ def _write_pieces(
 def _choose_workers(workers: int | None, plan: Plan, num_pieces: int) -> int:
     if workers is None:
         small = plan.num_expert_parameters < _SMALL_MODEL
-        workers = 1 if small else len(os.sched_getaffinity(0))
+        workers = 1 if small else usable_cores()
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     return max(1, min(workers, num_pieces))

@@ -16,6 +16,7 @@ from moray.runtime.convert.encode import Piece
 from moray.runtime.convert.journal import JOURNAL_NAME, Journal
 from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME
 from moray.runtime.errors import ResourceError, StoreError
+from moray.runtime.memory import format_bytes
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -56,8 +57,8 @@ def check_space(store: Path, files: Mapping[str, int], copied: list[Path]) -> No
     needed = max(0, total - present)
     if needed > free:
         raise ResourceError(
-            f"the store needs {needed} bytes ({needed / 2**30:.1f} GiB) on the disk of {store}, "
-            f"{free} ({free / 2**30:.1f} GiB) are free; free some space or choose another disk"
+            f"the store needs {format_bytes(needed)} on the disk of {store}, {format_bytes(free)} are free; "
+            "free some space or choose another disk"
         )
 
 
@@ -72,8 +73,8 @@ def explain_full_disk(store: Path, files: Mapping[str, int]) -> Iterator[None]:
         present = sum(_allocated_bytes(store / name) for name in files)
         free = shutil.disk_usage(_nearest_existing(store)).free
         raise ResourceError(
-            f"the disk of {store} is full ({error.strerror}): {max(0, sum(files.values()) - present)} more bytes are "
-            f"needed, {free} are free; free some space and run the same command again, it continues where it stopped"
+            f"the disk of {store} is full ({error.strerror}): {format_bytes(max(0, sum(files.values()) - present))} "
+            f"more are needed, {format_bytes(free)} are free; free some space and run the same command again, it continues where it stopped"
         ) from error
 
 

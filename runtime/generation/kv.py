@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 @dataclass(slots=True)
@@ -22,18 +22,20 @@ class KVCache:
     @property
     def can_chunk(self) -> bool:
         """Whether a prompt may be fed in pieces. Linear-attention states take whole prompts only."""
-        return all(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
+        return all(isinstance(layer, DynamicLayer) and not _is_linear(layer) for layer in self.cache.layers)
 
     @property
     def can_crop(self) -> bool:
         """Whether tokens may be taken off the end: not from states or windows that forgot what was before."""
-        return all(
-            isinstance(layer, DynamicLayer) and not getattr(layer, "is_sliding", False) and not _is_linear(layer)
-            for layer in self.cache.layers
-        )
+        return self.can_chunk and not any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
 
     def reusable_prefix(self, prompt: tuple[int, ...]) -> int:
-        """How many first tokens of the prompt this cache can serve; at least one is always left to compute."""
+        """How many first tokens of the prompt this cache can serve; at least one is always left to compute.
+
+        None if prompts must be fed whole: going on from a linear-attention state with several tokens is not exact.
+        """
+        if not self.can_chunk:
+            return 0
         common = 0
         for mine, wanted in zip(self.ids, prompt[:-1], strict=False):
             if mine != wanted:
@@ -71,4 +73,4 @@ class KeptCaches:
 
 
 def _is_linear(layer: object) -> bool:
-    return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
+    return isinstance(layer, LinearAttentionCacheLayerMixin)

@@ -32,9 +32,7 @@ class Runner:
     Closes neither the store nor the source.
     """
 
-    def __init__(
-        self, store: Store, source: ExpertSource, model: PreTrainedModel, numerics: Numerics = "int8"
-    ) -> None:
+    def __init__(self, store: Store, source: ExpertSource, model: PreTrainedModel, numerics: Numerics = "int8") -> None:
         """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here."""
         self.model = model
         self._meter = bind_experts(model, store, source, numerics)

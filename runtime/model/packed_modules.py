@@ -12,8 +12,7 @@ from torch import nn
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
 from moray.runtime.kernels.ops import MatrixKernel
-from moray.runtime.layout.packed import Numerics
-from moray.runtime.layout.packed import PackedSpec
+from moray.runtime.layout.packed import Numerics, PackedSpec
 
 
 class PackedLinear(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ class Store:
         self.path = path
         self.manifest = manifest
         self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
@@ -96,15 +98,11 @@ class Store:
 
     def _read(self, file: str, offset: int, view: memoryview) -> None:
         path = self.path / file
-        if file not in self._descriptors:
-            try:
-                self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise StoreError(f"cannot open {path}: {error.strerror}") from error
+        descriptor = self._descriptor(file)
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._descriptors[file], [view[done:]], offset + done)
+                count = os.preadv(descriptor, [view[done:]], offset + done)
             except OSError as error:
                 raise StoreError(f"cannot read {path} at offset {offset + done}: {error.strerror}") from error
             if count == 0:
@@ -112,6 +110,15 @@ class Store:
                     f"{path} ends at {offset + done}, expected {len(view) - done} more bytes; copy it again"
                 )
             done += count
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise StoreError(f"cannot open {self.path / file}: {error.strerror}") from error
+            return self._descriptors[file]
 
     def _check_sizes(self) -> None:
         needed: dict[str, int] = {TRUNK_NAME: self.manifest.trunk_bytes}

@@ -11,10 +11,11 @@ from pathlib import Path
 import msgpack
 import pytest
 import torch
-from moray.deploy.cli import app
-from moray.deploy.config import demo_store
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
+
+from moray.deploy.cli import app
+from moray.deploy.config import demo_store
 
 
 def moray(*arguments: str | Path) -> Result:

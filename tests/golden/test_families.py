@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.checkpoints import FAMILIES
 from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
+
+from moray.runtime.experts.function import ExpertsBinding
 
 PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 
@@ -41,3 +44,37 @@ def test_experts_decide_the_result(
     )
     with runner(store(family, "none"), "float") as made:
         assert (made.logits(PROMPT) - expected).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_the_path_of_devices_without_kernels_computes_the_same(
+    family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does (copy, dequantize, multiply with torch), run on the CPU."""
+    expected = stock_logits(stock_model(checkpoint(family)), PROMPT)
+    calls = []
+
+    def on_device(self: ExpertsBinding, *args: Any) -> torch.Tensor:
+        calls.append(self.layer)
+        return self._on_device(*args)
+
+    monkeypatch.setattr(ExpertsBinding, "_compute", on_device)
+    with runner(store(family, "none"), "float") as made:
+        assert (made.logits(PROMPT) - expected).abs().max() < 1e-5
+    assert calls
+
+
+@pytest.mark.parametrize("family", ["mixtral", "jamba", "gpt_oss", "deepseek_v2"])
+def test_long_prompts_and_second_turns_equal_transformers(
+    family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts in chunks and kept caches, over full, sliding, compressed and linear attention."""
+    monkeypatch.setattr("moray.runtime.generation.step_loop.PREFILL_CHUNK", 16)
+    model = stock_model(checkpoint(family))
+    prompt = [3 + (7 * i * i) % 180 for i in range(70)]
+    with runner(store(family, "none"), "float") as made:
+        first = greedy(made, prompt, 8)
+        assert first == stock_greedy(model, prompt, 8)[: len(first)]
+        turn = [*prompt, *first, 9, 8, 7]
+        second = greedy(made, turn, 8)
+        assert second == stock_greedy(model, turn, 8)[: len(second)]

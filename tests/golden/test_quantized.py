@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
 from helpers.stores import state_of_store
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from moray.deploy.config import demo_store
 from moray.runtime.model.families import load_config
 from moray.runtime.store.store import Store
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from moray.runtime.experts.source import InProcessSource
 from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.loader import load_model
 from moray.runtime.store.store import Store
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def stock_model(checkpoint: Path) -> PreTrainedModel:

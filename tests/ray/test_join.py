@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import moray
 import pytest
 import ray
 from helpers.reference import greedy, runner
-from moray.deploy.config import demo_store
 from ray.cluster_utils import Cluster
+
+import moray
+from moray.deploy.config import demo_store
 
 pytestmark = pytest.mark.ray
 

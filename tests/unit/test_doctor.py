@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 
 from moray.deploy import config, doctor
-from moray.deploy.doctor import Check, ChildError
-from moray.runtime import memory
+from moray.deploy.doctor import Check, kernels, machine, ray_checks
+from moray.deploy.doctor.child import ChildError, ask_child
+from moray.deploy.doctor.store import check_store, judge_store_memory
+from moray.runtime import cpu, memory
 from moray.runtime.errors import ResourceError
 
 KERNELS = {"equal": True, "instruction_set": "avx2", "layer": "omp", "threads": 4, "seconds": 0.5}
@@ -26,12 +29,13 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets what the child process answers, or the error it ends with."""
 
     def set_answer(found: dict[str, Any] | ChildError) -> None:
-        def ask_child(function: str) -> dict[str, Any]:
+        def answer(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             if isinstance(found, ChildError):
                 raise found
             return found
 
-        monkeypatch.setattr(doctor, "ask_child", ask_child)
+        for module in (kernels, ray_checks):
+            monkeypatch.setattr(module, "ask_child", answer)
 
     return set_answer
 
@@ -66,9 +70,11 @@ def test_an_error_inside_a_check_is_a_problem_and_the_next_checks_still_run(
         raise ResourceError("needs 2 GiB, 1 GiB is free; buy more")
 
     answer(KERNELS)
-    for name in ("packages", "cpu", "gpu", "ray", "disk", "store"):
-        monkeypatch.setattr(doctor, f"_check_{name}", fail)
-    monkeypatch.setattr(doctor, "_check_memory", refuse)
+    for name in ("packages", "cpu", "gpu", "disk"):
+        monkeypatch.setattr(machine, f"check_{name}", fail)
+    monkeypatch.setattr(machine, "check_memory", refuse)
+    monkeypatch.setattr(ray_checks, "check_ray", fail)
+    monkeypatch.setattr(doctor, "check_store", fail)
     checks = {check.name: check for check in doctor.run_checks(start_ray=False)}
     assert checks["cpu"].status == checks["store"].status == "problem"
     assert checks["cpu"].found == "PermissionError: [Errno 13] no such luck" and checks["cpu"].remedy
@@ -97,7 +103,7 @@ def test_ray_is_started_only_when_asked(answer: Callable[..., None]) -> None:
 def test_python_and_system(monkeypatch: pytest.MonkeyPatch, version: str, system: str, status: str) -> None:
     monkeypatch.setattr(platform, "python_version", lambda: version)
     monkeypatch.setattr(platform, "system", lambda: system)
-    check = only(doctor._check_python())
+    check = only(machine.check_python())
     assert check.status == status and version in check.found and bool(check.remedy) == (status == "problem")
 
 
@@ -113,7 +119,7 @@ def test_packages_outside_their_range_and_missing_ones_are_named(monkeypatch: py
 
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)
     monkeypatch.setattr(metadata, "version", version)
-    assert list(doctor._check_packages()) == [
+    assert list(machine.check_packages()) == [
         Check("packages", "problem", "gamma 0.9, expected >=1", "pip install 'gamma>=1'"),
         Check("packages", "problem", "delta is not installed", "pip install 'delta>=1'"),
         Check("packages", "ok", "alpha 2.5, beta 1.4.7+cpu"),
@@ -125,56 +131,31 @@ def test_moray_on_the_path_but_not_installed_is_a_problem(monkeypatch: pytest.Mo
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", requires)
-    check = only(doctor._check_packages())
+    check = only(machine.check_packages())
     assert check.status == "problem" and "pip install -e" in check.remedy
 
 
 # ----------------------------------------------------------------------------- CPU and kernels
 
 
-def write(file: Path, text: str) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    return file
-
-
-def test_the_smallest_quota_of_the_groups_above_the_process_counts(tmp_path: Path) -> None:
-    groups, root = write(tmp_path / "groups", "0::/user/session\n"), tmp_path / "sys"
-    assert doctor.cpu_quota(groups, root) is None
-    write(root / "user/session/cpu.max", "max 100000\n")
-    assert doctor.cpu_quota(groups, root) is None
-    write(root / "user/cpu.max", "150000 100000\n")
-    write(root / "cpu.max", "400000 100000\n")
-    assert doctor.cpu_quota(groups, root) == 1.5
-
-
-def test_quotas_of_version_1_groups_are_found_at_the_root_of_a_container(tmp_path: Path) -> None:
-    groups = write(tmp_path / "groups", "5:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n")
-    write(tmp_path / "sys/cpu,cpuacct/cpu.cfs_period_us", "100000\n")
-    quota = write(tmp_path / "sys/cpu,cpuacct/cpu.cfs_quota_us", "-1\n")
-    assert doctor.cpu_quota(groups, tmp_path / "sys") is None
-    quota.write_text("250000\n")
-    assert doctor.cpu_quota(groups, tmp_path / "sys") == 2.5
-
-
-def test_a_quota_below_the_cores_is_a_warning_with_the_threads_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quota_below_the_cores_is_a_warning_with_the_threads_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(doctor, "cpu_quota", lambda: 2.5)
-    check = only(doctor._check_cpu())
-    assert check.status == "warning" and "the time of 2.5" in check.found and "--threads 2" in check.remedy
-    monkeypatch.setattr(doctor, "cpu_quota", lambda: 8.0)
-    assert only(doctor._check_cpu()).status == "ok"
+    monkeypatch.setattr(cpu, "cpu_quota", lambda: 2.5)
+    check = only(machine.check_cpu())
+    assert check.status == "warning" and "the time of 2.5: engines take 2 threads" in check.found and check.remedy
+    monkeypatch.setattr(cpu, "cpu_quota", lambda: 8.0)
+    assert only(machine.check_cpu()).status == "ok"
 
 
 def test_an_instruction_set_override_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MORAY_KERNEL", raising=False)
-    best = only(doctor._check_instruction_set())
+    best = only(kernels.check_instruction_set())
     assert best.status == "ok" and "best" in best.found
     monkeypatch.setenv("MORAY_KERNEL", "portable")
-    assert "set by MORAY_KERNEL" in only(doctor._check_instruction_set()).found
+    assert "set by MORAY_KERNEL" in only(kernels.check_instruction_set()).found
     assert os.environ["MORAY_KERNEL"] == "portable"
     monkeypatch.setenv("MORAY_KERNEL", "mmx")
-    unknown = only(doctor._check_instruction_set())
+    unknown = only(kernels.check_instruction_set())
     assert unknown.status == "problem" and "mmx" in unknown.found and unknown.remedy
 
 
@@ -183,19 +164,19 @@ def test_an_instruction_set_override_is_reported(monkeypatch: pytest.MonkeyPatch
     [("fast", "fast", "ok"), ("plain", "fast", "warning"), ("fast", "plain", "problem")],
 )
 def test_overrides_slower_and_faster_than_the_cpu(chosen: str, best: str, status: str) -> None:
-    assert doctor.judge_override(chosen, best, ("fast", "plain")).status == status
+    assert kernels.judge_override(chosen, best, ("fast", "plain")).status == status
 
 
 def test_kernels_that_differ_from_the_reference_are_a_problem(answer: Callable[..., None]) -> None:
     answer(KERNELS | {"equal": False, "layer": "workqueue"})
-    kernels, layer = doctor._check_kernels()
-    assert kernels.status == "problem" and "differ" in kernels.found and kernels.remedy
+    result, layer = kernels.check_kernels()
+    assert result.status == "problem" and "differ" in result.found and result.remedy
     assert layer.status == "warning" and "workqueue, 4 threads" in layer.found
 
 
 def test_kernels_that_end_their_process_are_a_problem(answer: Callable[..., None]) -> None:
     answer(ChildError("the process that tried ended with SIGILL"))
-    check = only(doctor._check_kernels())
+    check = only(kernels.check_kernels())
     assert check.status == "problem" and "SIGILL" in check.found and "MORAY_KERNEL" in check.remedy
 
 
@@ -204,7 +185,7 @@ def test_kernels_that_end_their_process_are_a_problem(answer: Callable[..., None
 
 def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 300 << 20)
-    check = only(doctor._check_memory())
+    check = only(machine.check_memory())
     assert check.status == "warning" and check.found.startswith("300.0 MiB available of")
 
 
@@ -216,10 +197,10 @@ def test_an_arena_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_gpu_is_fine_unless_there_is_a_driver() -> None:
-    assert doctor.judge_no_gpu(False, None, []).status == "ok"
-    cpu_build = doctor.judge_no_gpu(True, None, [])
+    assert machine.judge_no_gpu(False, None, []).status == "ok"
+    cpu_build = machine.judge_no_gpu(True, None, [])
     assert cpu_build.status == "warning" and "CUDA build" in cpu_build.remedy
-    old_driver = doctor.judge_no_gpu(True, "13.0", ["the driver is too old"])
+    old_driver = machine.judge_no_gpu(True, "13.0", ["the driver is too old"])
     assert "too old" in old_driver.found and "CUDA 13.0" in old_driver.remedy
 
 
@@ -235,9 +216,9 @@ def test_a_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (6 << 30, 8 << 30))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "ones", lambda *size, device: torch.zeros(*size))
-        assert only(doctor._check_gpu()) == Check("gpu", "ok", "Some GPU, 6.0 GiB free of 8.0 GiB")
+        assert only(machine.check_gpu()) == Check("gpu", "ok", "Some GPU, 6.0 GiB free of 8.0 GiB")
         patch.setattr(torch, "ones", no_kernel)
-        broken = only(doctor._check_gpu())
+        broken = only(machine.check_gpu())
     assert broken.status == "problem" and "no kernel image" in broken.found and broken.remedy
 
 
@@ -263,21 +244,21 @@ def test_where_rays_token_comes_from(
     file = tmp_path / "auth_token"
     if stored:
         file.write_text("0123456789")
-    check = doctor.judge_ray_token(environ, file)
+    check = ray_checks.judge_ray_token(environ, file)
     assert (check.status, bool(check.remedy)) == (status, has_remedy) and found in check.found
     assert "secret" not in check.found and "0123456789" not in check.found
 
 
 def test_a_ray_session_that_does_not_start_is_a_problem(answer: Callable[..., None]) -> None:
     answer(ChildError("no answer after 300 s"))
-    check = only(doctor._check_ray_session())
+    check = only(ray_checks.check_ray_session())
     assert check.status == "problem" and "no answer after 300 s" in check.found and check.remedy
 
 
 def test_a_gpu_that_ray_does_not_see_is_a_warning() -> None:
-    assert doctor.judge_ray_session(RAY, 0).status == "ok"
-    assert doctor.judge_ray_session(RAY | {"num_gpus": 1}, 1).status == "ok"
-    check = doctor.judge_ray_session(RAY, 1)
+    assert ray_checks.judge_ray_session(RAY, 0).status == "ok"
+    assert ray_checks.judge_ray_session(RAY | {"num_gpus": 1}, 1).status == "ok"
+    check = ray_checks.judge_ray_session(RAY, 1)
     assert check.status == "warning" and "started in 3.0 s" in check.found and check.remedy
 
 
@@ -287,15 +268,15 @@ def test_a_gpu_that_ray_does_not_see_is_a_warning() -> None:
 def test_disk_space_is_that_of_the_nearest_folder_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = SimpleNamespace(total=100 << 30, free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    check = only(doctor._check_disk(tmp_path / "not" / "yet"))
+    check = only(machine.check_disk(tmp_path / "not" / "yet"))
     assert check == Check("disk", "warning", f"1.0 MiB free of 100.0 GiB at {tmp_path}", check.remedy)
 
 
 def test_a_store_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    check = only(doctor._check_store(tmp_path / "missing"))
+    check = only(check_store(tmp_path / "missing"))
     assert check.status == "problem" and "missing is not a directory" in check.found
     monkeypatch.setattr(config, "demo_store", lambda: tmp_path)
-    embedded = only(doctor._check_store(None))
+    embedded = only(check_store(None))
     assert embedded.status == "problem" and "reinstall" in embedded.remedy
 
 
@@ -303,13 +284,13 @@ def test_a_store_bigger_than_memory_is_a_problem_with_both_numbers(
     monkeypatch: pytest.MonkeyPatch, store: Callable[..., Path]
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 9 << 10)
-    check = only(doctor._check_store(store("mixtral")))
+    check = only(check_store(store("mixtral")))
     assert check.status == "problem" and "needed, 9.0 KiB of memory free" in check.found and check.remedy
 
 
 @pytest.mark.parametrize(("free", "status"), [(99 << 20, "problem"), (1 << 30, "warning"), (2 << 30, "ok")])
 def test_an_engine_needs_memory_besides_its_store(free: int, status: str) -> None:
-    assert doctor.judge_store_memory("it", 100 << 20, free).status == status
+    assert judge_store_memory("it", 100 << 20, free).status == status
 
 
 # ------------------------------------------------------------------------------ child processes
@@ -329,13 +310,13 @@ def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
 
 
 def test_an_error_in_a_child_is_told_in_one_line() -> None:
-    with pytest.raises(ChildError, match=r"^KeyError: 'try_nothing'$"):
-        doctor.ask_child("try_nothing")
+    with pytest.raises(ChildError, match=r"^TypeError: loads\(\) missing 1 required"):
+        ask_child(json.loads)
 
 
 def test_noise_before_a_childs_answer_is_ignored(child: Callable[[str], None]) -> None:
     child("""echo '{"noise"'; echo '{"layer": "omp"}'""")
-    assert doctor.ask_child("try_kernels") == {"layer": "omp"}
+    assert ask_child(kernels.try_kernels) == {"layer": "omp"}
 
 
 @pytest.mark.parametrize(
@@ -349,11 +330,11 @@ def test_noise_before_a_childs_answer_is_ignored(child: Callable[[str], None]) -
 def test_a_child_that_dies_is_a_child_error(child: Callable[[str], None], script: str, message: str) -> None:
     child(script)
     with pytest.raises(ChildError, match=message):
-        doctor.ask_child("try_kernels")
+        ask_child(kernels.try_kernels)
 
 
 def test_a_child_that_hangs_is_ended(child: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     child("exec sleep 60")
-    monkeypatch.setattr(doctor, "CHILD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("moray.deploy.doctor.child.TIMEOUT_S", 0.2)
     with pytest.raises(ChildError, match="no answer after 0 s"):
-        doctor.ask_child("try_kernels")
+        ask_child(kernels.try_kernels)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import llvmlite.binding as llvm
 import numba
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moray.runtime.kernels import activation, isa, ops, reference
+from moray.runtime.kernels.activation import SERIAL_VALUES
 from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
 from moray.runtime.kernels.isa import INSTRUCTION_SET, detect_instruction_set
+from moray.runtime.kernels.matmul import SERIAL_BYTES, SERIAL_PRODUCTS
 from moray.runtime.kernels.memory import all_equal
 from moray.runtime.kernels.ops import Grouping, MatrixKernel
 from moray.runtime.kernels.setup import set_num_threads
@@ -126,6 +129,34 @@ def test_a_row_tail_does_not_write_into_the_next_token() -> None:
     rng = np.random.default_rng(0)
     packed, x = random_matrix(spec, rng), normal(rng, 9, 64)
     assert_same_bits(ops.linear(x, packed, MatrixKernel.of(spec, "int8")), reference.matmul(x, packed, spec))
+
+
+# The kernels wake other threads only for work above these sizes; what comes before is far below them.
+
+
+@every_spec
+def test_large_matrices_equal_the_reference_for_any_threads(spec: PackedSpec) -> None:
+    rows = 2 * SERIAL_BYTES * 8 // (spec.columns * spec.bits) | 1  # with a tail
+    spec = replace(spec, rows=rows)
+    rng = np.random.default_rng(0)
+    packed, x = random_matrix(spec, rng), normal(rng, 6, spec.columns)
+    expected = reference.matmul(x, packed, spec)
+    for threads in (1, 2):
+        set_num_threads(threads)
+        assert_same_bits(ops.linear(x, packed, MatrixKernel.of(spec, "int8")), expected)
+
+
+@every_spec
+@pytest.mark.parametrize("numerics", ["int8", "float"])
+def test_large_batches_equal_single_rows_for_any_threads(spec: PackedSpec, numerics: str) -> None:
+    batch = 2 * max(SERIAL_PRODUCTS // (spec.rows * spec.columns), SERIAL_VALUES // spec.columns) | 1
+    rng = np.random.default_rng(0)
+    packed, x = random_matrix(spec, rng), normal(rng, batch, spec.columns)
+    kernel = MatrixKernel.of(spec, numerics)
+    alone = np.concatenate([ops.linear(row[None], packed, kernel) for row in x])
+    for threads in (1, 2):
+        set_num_threads(threads)
+        assert_same_bits(ops.linear(x, packed, kernel), alone)
 
 
 # ------------------------------------------------------------------------------ adversarial values
@@ -282,14 +313,24 @@ def test_swiglu_equals_the_reference_bit_for_bit(gate_and_up: tuple[Floats, Floa
     assert_same_bits(swiglu(*gate_and_up), expected)
 
 
-def test_swiglu_equals_the_reference_over_its_whole_range_and_for_any_threads() -> None:
-    rng = np.random.default_rng(0)
-    gate = np.linspace(-95, 95, 3 * 1111, dtype=np.float32).reshape(3, 1111)
-    up = normal(rng, 3, 1111)
+@pytest.mark.parametrize("values", [1111, SERIAL_VALUES])
+def test_swiglu_equals_the_reference_over_its_whole_range_for_any_threads(values: int) -> None:
+    gate = np.linspace(-95, 95, 3 * values, dtype=np.float32).reshape(3, values)
+    up = normal(np.random.default_rng(0), 3, values)
     expected = reference.swiglu(gate, up)
     for threads in (1, 2):
         set_num_threads(threads)
         assert_same_bits(swiglu(gate, up), expected)
+
+
+def test_swiglu_fills_a_wider_row_with_zeros() -> None:
+    rng = np.random.default_rng(0)
+    for rows in (3, SERIAL_VALUES // 33):
+        gate, up = normal(rng, rows, 33), normal(rng, rows, 33)
+        h = np.full((rows, 34), np.nan, dtype=np.float32)
+        activation.swiglu(np.concatenate([gate, up], axis=1), h)
+        assert_same_bits(h[:, :33], reference.swiglu(gate, up))
+        assert_same_bits(h[:, 33], np.zeros(rows, np.float32))
 
 
 def test_swiglu_is_close_to_float64() -> None:
@@ -366,32 +407,45 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[0].encoding}-{layer[1].encoding}")
-@settings(max_examples=12, deadline=None)
-@given(tokens=st.integers(1, 9), k=st.integers(1, 3), threads=st.sampled_from([1, 2]), seed=seeds)
-def test_a_moe_layer_equals_the_composition_of_the_reference(
-    layer: tuple[PackedSpec, PackedSpec], tokens: int, k: int, threads: int, seed: int
-) -> None:
-    up_spec, down_spec = layer
+def check_layer(layer: tuple[PackedSpec, PackedSpec], tokens: int, k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_experts = 5
     up, down = ([random_matrix(spec, rng) for _ in range(num_experts)] for spec in layer)
-    x, weights = normal(rng, tokens, up_spec.columns), rng.random((tokens, k), dtype=np.float32)
+    x, weights = normal(rng, tokens, layer[0].columns), rng.random((tokens, k), dtype=np.float32)
     ids = rng.integers(0, num_experts + 1, (tokens, k))  # the last one means: no expert
-    set_num_threads(threads)
     grouping = ops.group_by_expert(ids, num_experts)
     up_at, down_at = addresses_of(up)[grouping.active], addresses_of(down)[grouping.active]
-    kernels = MatrixKernel.of(up_spec, "int8"), MatrixKernel.of(down_spec, "int8")
-    out = ops.moe_swiglu(x, weights, grouping, kernels[0], up_at, kernels[1], down_at)
-    assert_same_bits(out, moe_plainly(x, weights, ids, layer, up, down))
+    kernels = MatrixKernel.of(layer[0], "int8"), MatrixKernel.of(layer[1], "int8")
+    expected = moe_plainly(x, weights, ids, layer, up, down)
+    for threads in (1, 2):
+        set_num_threads(threads)
+        out = ops.moe_swiglu(x, weights, grouping, kernels[0], up_at, kernels[1], down_at)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[0].encoding}-{layer[1].encoding}")
+@settings(max_examples=12, deadline=None)
+@given(tokens=st.integers(1, 9), k=st.integers(1, 3), seed=seeds)
+def test_a_moe_layer_equals_the_composition_of_the_reference(
+    layer: tuple[PackedSpec, PackedSpec], tokens: int, k: int, seed: int
+) -> None:
+    check_layer(layer, tokens, k, seed)
+
+
+def test_a_large_moe_layer_equals_the_composition_of_the_reference() -> None:
+    layer = PackedSpec(896, 256, "q4", 64), PackedSpec(256, 448, "q4", 64)  # the demonstration model's
+    assert SERIAL_VALUES < 200 * 256 and 5 * layer[1].num_bytes > SERIAL_BYTES
+    check_layer(layer, tokens=200, k=2, seed=0)
 
 
 def test_the_weighted_sum_is_taken_in_the_routers_order() -> None:
     y = np.array([[1e8], [1.0], [-1e8]], dtype=np.float32)  # float32 loses the 1.0 unless it is added last
     positions = np.array([[0, 1, 2], [0, 2, 1], [1, -1, -1], [-1, -1, -1]], dtype=np.int64)
     none = np.empty(0, dtype=np.int64)
-    out = ops.combine(y, Grouping(none, none, none, positions), np.ones((4, 3), np.float32))
-    assert out[:, 0].tolist() == [0.0, 1.0, 1.0, 0.0]
+    for width in (1, SERIAL_VALUES):
+        wide = np.repeat(y, width, axis=1)
+        out = ops.combine(wide, Grouping(none, none, none, positions), np.ones((4, 3), np.float32))
+        np.testing.assert_array_equal(out, np.repeat([[0.0], [1.0], [1.0], [0.0]], width, axis=1))
 
 
 # -------------------------------------------------------------------------------------- dequantize

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from moray.cluster.nodes import NodeInfo, choose_compute_node
 from moray.runtime.errors import ClusterError
 

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import ray
+
 from moray.cluster import ray_session
 from moray.runtime.errors import ClusterError
 

@@ -1,0 +1,153 @@
+"""The model on a CUDA device: tokens/s of the demonstration store, and the speed of dequantization.
+
+Needs no Ray and no installation, and also runs beside other versions of torch (2.8 or newer) and transformers (5.17 or
+newer) than moray pins. From the repository's root, on a machine with torch, transformers, numba, msgpack, psutil and
+xxhash:
+
+    PYTHONPATH=src HF_HUB_OFFLINE=1 python3 benchmarks/gpu.py
+
+`--device cpu` tries it out where there is no GPU; `--store` measures another store.
+
+What it measures:
+- *dequantize*: one matrix of 14336 x 4096 (a Mixtral-8x7B projection) to bfloat16. *GB/s* are packed bytes read plus
+  bfloat16 bytes written, a second; *x copy* is the ratio to a device-to-device copy of as many bytes, counted likewise.
+  Medians of 20 calls after 3, each between two synchronizations.
+- *linear*: the same matrix with one token, through ``PackedLinear`` (which dequantizes it whole), and torch's own
+  product with the bfloat16 matrix.
+- *tokens/s*: a ``Runner`` with its experts in this process's memory, from which each shard is copied to the device at
+  each use; batch 1, greedy, a prompt of 64 tokens, 64 decode steps; medians of ``--rounds`` rounds after one. prefill
+  is 64 / seconds to the first token, decode 64 / seconds from the first to the 65th token. Beside it, the CPU's kernels
+  in class int8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+from common import describe_machine, in_process, print_table
+
+from moray.runtime.generation.request import GenerationRequest
+from moray.runtime.generation.runner import Runner
+from moray.runtime.kernels.dequantize import dequantize
+from moray.runtime.layout.packed import VECTOR_BYTES, PackedSpec
+from moray.runtime.model.packed_modules import PackedLinear
+
+_ROWS, _COLUMNS = 14336, 4096
+_SPECS = (
+    PackedSpec(_ROWS, _COLUMNS, "bf16"),
+    PackedSpec(_ROWS, _COLUMNS, "q8", 64),
+    PackedSpec(_ROWS, _COLUMNS, "q4", 64),
+    PackedSpec(_ROWS, _COLUMNS, "q3", 64),
+    PackedSpec(_ROWS, _COLUMNS, "q2", 16),
+)
+_TOKENS = 64
+_DEMO = Path(__file__).parents[1] / "deploy" / "demo" / "store"
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Median of 20 calls after 3."""
+    times = []
+    for _ in range(23):
+        _synchronize(device)
+        started = perf_counter()
+        work()
+        _synchronize(device)
+        times.append(perf_counter() - started)
+    return median(times[3:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def random_packed(spec: PackedSpec, device: torch.device) -> torch.Tensor:
+    """Valid packed bytes; every code is one, and every scale and zero is 1 (0x3C00 as float16)."""
+    random = np.random.default_rng(0)
+    packed = random.integers(0, 60, (spec.num_blocks, spec.block_bytes), dtype=np.uint8)
+    meta = np.full(VECTOR_BYTES // 2, 0x3C00, dtype=np.uint16).view(np.uint8)
+    packed[:, spec.code_bytes :] = np.tile(meta, spec.num_groups)
+    return torch.from_numpy(packed.reshape(-1)).to(device)
+
+
+@torch.inference_mode()
+def print_dequantize(device: torch.device) -> None:
+    rows = []
+    x = torch.randn(1, _COLUMNS, device=device, dtype=torch.bfloat16)
+    dense = torch.randn(_ROWS, _COLUMNS, device=device, dtype=torch.bfloat16)
+    plain_us = 1e6 * seconds_of(lambda: torch.nn.functional.linear(x, dense), device)
+    for spec in _SPECS:
+        packed = random_packed(spec, device)
+        moved = spec.num_bytes + 2 * _ROWS * _COLUMNS
+        rate = moved / seconds_of(lambda packed=packed, spec=spec: dequantize(packed, spec, torch.bfloat16), device)
+        copy = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(copy)
+        copy_rate = moved / seconds_of(lambda copy=copy, target=target: target.copy_(copy), device)
+        cells = [f"{rate / 1e9:.1f}", f"{rate / copy_rate:.3f}", *_linear_cells(packed, spec, x, device)]
+        rows.append((f"{spec.encoding} g{spec.group}" if spec.group else spec.encoding, *cells, f"{plain_us:.0f}"))
+    print_table(("14336 x 4096", "dequantize, GB/s", "x copy", "PackedLinear, us", "torch bf16, us"), rows)
+
+
+def _linear_cells(packed: torch.Tensor, spec: PackedSpec, x: torch.Tensor, device: torch.device) -> list[str]:
+    if device.type == "cpu":  # there it would be another kernel
+        return ["-"]
+    linear = PackedLinear(packed, spec, None, "float")
+    return [f"{1e6 * seconds_of(lambda: linear(x), device):.0f}"]
+
+
+def measure_rates(runner: Runner, rounds: int) -> tuple[float, float]:
+    """Medians of prefill and decode tokens/s."""
+    found = [_measure_round(runner, index) for index in range(rounds + 1)][1:]
+    return median(rates[0] for rates in found), median(rates[1] for rates in found)
+
+
+def _measure_round(runner: Runner, index: int) -> tuple[float, float]:
+    random = np.random.default_rng(index)
+    prompt = (3 + index, *random.integers(3, 1024, _TOKENS - 1).tolist())  # no two begin alike: no KV cache is reused
+    started, times = perf_counter(), []
+    for _ in runner.stream(GenerationRequest(secrets.token_hex(8), prompt, _TOKENS + 1)):
+        times.append(perf_counter())
+    return _TOKENS / (times[0] - started), (len(times) - 1) / (times[-1] - times[0])
+
+
+def print_rates(store: Path, device: torch.device, rounds: int) -> None:
+    rows = []
+    with in_process(store, "float", str(device)) as runner:
+        dtype = str(next(runner.model.parameters()).dtype).removeprefix("torch.")
+        prefill, decode = measure_rates(runner, rounds)
+        stats = runner.stats()
+        rows.append((f"{device}, {dtype}", f"{decode:.1f}", f"{prefill:.1f}"))
+    with in_process(store, "int8") as runner:
+        prefill, decode = measure_rates(runner, rounds)
+        rows.append(("cpu, int8", f"{decode:.1f}", f"{prefill:.1f}"))
+    print_table((f"{store.parent.name}/{store.name}, tokens/s", "decode", "prefill"), rows)
+    calls = stats.layer_calls
+    parts = (("group", stats.group_s), ("lease", stats.lease_s), ("copy and compute", stats.compute_s))
+    print(f"\n{device}, us a layer call: " + ", ".join(f"{name} {1e6 * s / calls:.0f}" for name, s in parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--store", type=Path, default=_DEMO)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; run this on a machine with one, or try it out with --device cpu")
+    print(describe_machine())
+    print(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}\n")
+    print_dequantize(device)
+    print()
+    print_rates(arguments.store, device, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Expert hosts in threads of this process, reached over the real data plane."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from moray.cluster.client import HostAddress, HostClient
+from moray.cluster.placement import place_evenly
+from moray.cluster.server import DataPlaneServer
+from moray.runtime.experts.shard_host import ShardHost
+from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.store.store import Store
+
+TOKEN = "the session's token"
+_numbers = count()
+
+
+def new_address(host_id: str) -> HostAddress:
+    """An abstract socket of this test's own."""
+    return HostAddress(host_id, f"ipc://@moray-test-{os.getpid()}-{next(_numbers)}", TOKEN)
+
+
+def make_host(store: Store, keys: Sequence[ExpertKey], num_threads: int = 2) -> ShardHost:
+    """A loaded host."""
+    host = ShardHost(store, keys, num_threads)
+    host.load()
+    return host
+
+
+@contextmanager
+def serving(address: HostAddress, host: ShardHost) -> Iterator[DataPlaneServer]:
+    server = DataPlaneServer(address.host_id, host, address.address, address.token)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextmanager
+def cluster_of(store: Store, num_hosts: int) -> Iterator[list[tuple[HostAddress, ShardHost]]]:
+    """All of a store's experts on so many hosts, as an engine places them."""
+    names = [f"host-{index}" for index in range(num_hosts)]
+    hosts = [(new_address(name), make_host(store, keys)) for name, keys in place_evenly(store.manifest, names).items()]
+    servers = [DataPlaneServer(a.host_id, host, a.address, a.token) for a, host in hosts]
+    try:
+        yield hosts
+    finally:
+        for server in servers:
+            server.close()
+        for _, host in hosts:
+            host.close()
+
+
+@contextmanager
+def watching(client: HostClient) -> Iterator[Callable[[], object]]:
+    """Yields what waits until the client is connected anew: a request sent before might go to the old server."""
+    monitor = client._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    try:
+        yield lambda: recv_monitor_message(monitor)
+    finally:
+        client._socket.disable_monitor()
+        monitor.close()

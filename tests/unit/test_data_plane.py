@@ -1,0 +1,560 @@
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import zmq
+from helpers.hosts import TOKEN, make_host, new_address, serving, watching
+from helpers.matrices import Floats, assert_same_bits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moray.cluster.client import HelloRequiredError, HostAddress, HostClient
+from moray.cluster.messages import (
+    MESSAGES,
+    PROTOCOL_VERSION,
+    Compute,
+    Computed,
+    Granted,
+    Hello,
+    Hint,
+    Message,
+    Need,
+    Refused,
+    Release,
+    Welcome,
+    decode,
+    encode,
+)
+from moray.cluster.server import DataPlaneServer
+from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
+from moray.runtime.experts.shard_host import ShardHost
+from moray.runtime.kernels import ops
+from moray.runtime.kernels.ops import Grouping, MatrixKernel
+from moray.runtime.layout.packed import LAYOUT_ID
+from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.store.store import Store
+
+pytestmark = pytest.mark.timeout(60)  # what hangs fails soon
+
+KEYS = [ExpertKey(0, 3), ExpertKey(0, 5), ExpertKey(1, 0), ExpertKey(0, 1)]
+HIDDEN = 256
+
+
+@pytest.fixture(scope="module")
+def host(demo: Store) -> Iterator[ShardHost]:
+    made = make_host(demo, KEYS)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def address() -> HostAddress:
+    return new_address("host-7")
+
+
+@pytest.fixture(scope="module")
+def server(host: ShardHost, address: HostAddress) -> Iterator[DataPlaneServer]:
+    with serving(address, host) as made:
+        yield made
+
+
+@pytest.fixture
+def client(server: DataPlaneServer, address: HostAddress) -> Iterator[HostClient]:
+    with connected(address) as made:
+        made.greet()
+        yield made
+
+
+@contextmanager
+def connected(address: HostAddress, name: str = "tester", timeout_s: float = 30.0) -> Iterator[HostClient]:
+    made = HostClient(address, name, timeout_s=timeout_s)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Peer:
+    """Speaks ZeroMQ, but says what it likes."""
+
+    def __init__(self, address: HostAddress) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.RCVTIMEO, 30_000)
+        self._socket.connect(address.address)
+        self._token = address.token
+
+    def greet(self) -> None:
+        assert isinstance(self.ask([encode(1, Hello(client="peer", token=self._token))])[1], Welcome)
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        self._socket.send_multipart(frames)
+
+    def receive(self) -> tuple[int, Message]:
+        return decode(self._socket.recv_multipart()[0])
+
+    def ask(self, frames: Sequence[bytes]) -> tuple[int, Message]:
+        self.send(frames)
+        return self.receive()
+
+    def replies_until(self, request_id: int) -> list[Message]:
+        """Replies that came before the one to a request, which is not returned."""
+        replies = []
+        while (reply := self.receive())[0] != request_id:
+            replies.append(reply[1])
+        return replies
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+@pytest.fixture(scope="module")
+def stranger(server: DataPlaneServer, address: HostAddress) -> Iterator[Peer]:
+    """A peer that has not said Hello."""
+    peer = Peer(address)
+    yield peer
+    peer.close()
+
+
+@pytest.fixture(scope="module")
+def friend(server: DataPlaneServer, address: HostAddress) -> Iterator[Peer]:
+    """A peer that knows the token."""
+    peer = Peer(address)
+    peer.greet()
+    yield peer
+    peer.close()
+
+
+# ------------------------------------------------------------------------------------------ hello
+
+
+def test_a_host_says_what_it_holds(client: HostClient, host: ShardHost, demo: Store) -> None:
+    welcome = client.greet()
+    ref = host.arena.ref
+    assert welcome == Welcome(
+        host_id="host-7",
+        store_fingerprint=demo.fingerprint,
+        layout_id=LAYOUT_ID,
+        numerics_id=demo.manifest.numerics_id,
+        arena_pid=ref.pid,
+        arena_fd=ref.fd,
+        arena_bytes=ref.num_bytes,
+        experts=[[3, 5, 1], [0], [], [], [], []],
+    )
+
+
+@pytest.mark.parametrize("token", ["", "wrong", TOKEN + " ", TOKEN[:-1], "ü"])
+def test_a_wrong_token_is_refused_and_counted(server: DataPlaneServer, address: HostAddress, token: str) -> None:
+    rejected = server.stats.rejected
+    with connected(HostAddress("host-7", address.address, token), "intruder") as intruder:
+        with pytest.raises(ProtocolError, match="host-7: the session token is wrong; this host serves another engine"):
+            intruder.greet()
+        with pytest.raises(ProtocolError):  # still nobody
+            intruder.request(Need(layer=0, experts=[3]))
+    assert server.stats.rejected >= rejected + 2
+    assert "intruder" not in server.stats.clients
+
+
+def test_a_request_before_hello_is_refused_and_counted(server: DataPlaneServer, address: HostAddress) -> None:
+    rejected = server.stats.rejected
+    with connected(address, "hasty") as hasty:
+        for message in (Need(layer=0, experts=[3]), Hint(layer=0, experts=[3]), Release(slots=[0])):
+            with pytest.raises(HelloRequiredError, match="introduce yourself"):
+                hasty.receive(hasty.send(message))
+        assert server.stats.rejected == rejected + 3 and "hasty" not in server.stats.clients
+        reply, _ = hasty.request(Need(layer=0, experts=[3]))  # introduces itself
+        assert isinstance(reply, Granted) and "hasty" in server.stats.clients
+
+
+def test_a_client_that_comes_back_loses_its_old_leases(
+    host: ShardHost, address: HostAddress, client: HostClient
+) -> None:
+    client.request(Need(layer=0, experts=[3, 5]))
+    assert host._leases["tester"]
+    with connected(address) as again:
+        again.greet()
+        assert "tester" not in host._leases
+        with pytest.raises(HelloRequiredError):  # the connection it had before is nobody's now
+            client.receive(client.send(Need(layer=0, experts=[3])))
+
+
+# --------------------------------------------------------------------------------- need and release
+
+
+def test_a_need_is_granted(client: HostClient, host: ShardHost) -> None:
+    reply, buffers = client.request(Need(layer=0, experts=[1, 3]))
+    assert reply == Granted(slots=[3, 0], generations=[2, 2]) and buffers == []
+    assert client.request(Need(layer=2, experts=[]))[0] == Granted(slots=[], generations=[])
+
+
+def test_a_release_and_a_hint_have_no_reply(client: HostClient, host: ShardHost, server: DataPlaneServer) -> None:
+    hints = server.stats.hints
+    client.request(Need(layer=0, experts=[1, 3]))
+    client.send(Release(slots=[3]))
+    client.send(Hint(layer=3, experts=[1]))
+    client.send(Release(slots=[3, 3, 77, -1]))  # more than was leased
+    reply, _ = client.request(Need(layer=1, experts=[0]))  # the next reply there is
+    assert isinstance(reply, Granted)
+    assert host._leases["tester"] == {0: 1, 2: 1} and server.stats.hints == hints + 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "expert"), [(0, 0), (1, 3), (3, 0), (6, 0), (-1, 0), (0, -1), (2**63, 0), (0, 2**64 - 1)]
+)
+def test_an_expert_that_lives_elsewhere_is_refused_and_counted(
+    client: HostClient, server: DataPlaneServer, layer: int, expert: int
+) -> None:
+    rejected = server.stats.rejected
+    with pytest.raises(ProtocolError, match="does not live here"):
+        client.request(Need(layer=layer, experts=[expert]))
+    assert server.stats.rejected == rejected + 1
+
+
+# ---------------------------------------------------------------------------------------- compute
+
+
+def rows(count: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal((count, HIDDEN)).astype(np.float32)
+
+
+@pytest.mark.parametrize("numerics", ["int8", "float"])
+def test_outputs_computed_by_a_host_are_the_same_bits(client: HostClient, demo: Store, numerics: Any) -> None:
+    experts, counts, x = [5, 1, 3], [2, 1, 4], rows(7)
+    request = Compute(layer=0, experts=experts, counts=counts, numerics=numerics)
+    reply, buffers = client.request(request, x.data.cast("B"))
+    assert reply == Computed() and len(buffers) == 1
+    layout = demo.manifest.layers[0].layout
+    up, down = layout["gate_up_proj"], layout["down_proj"]
+    shards = [demo.read_shard(ExpertKey(0, expert)) for expert in experts]
+    at = np.array([shard.ctypes.data for shard in shards], dtype=np.int64)
+    pairs = np.arange(7)
+    grouping = Grouping(np.array(experts), np.array([0, 2, 3, 7]), pairs, pairs[:, None])
+    kernels = [MatrixKernel.of(tensor.spec, numerics) for tensor in (up, down)]
+    ones = np.ones((7, 1), dtype=np.float32)
+    expected = ops.moe_swiglu(x, ones, grouping, kernels[0], at + up.offset, kernels[1], at + down.offset)
+    assert_same_bits(np.frombuffer(buffers[0], dtype=np.float32).reshape(7, HIDDEN), expected)
+
+
+def test_activations_that_are_not_numbers_stay_in_their_rows(client: HostClient) -> None:
+    x = rows(3)
+    clean = client.request(Compute(layer=0, experts=[3], counts=[3], numerics="int8"), x.data.cast("B"))[1][0]
+    x[1] = np.nan
+    spoiled = client.request(Compute(layer=0, experts=[3], counts=[3], numerics="int8"), x.data.cast("B"))[1][0]
+    one, other = (np.frombuffer(data, dtype=np.float32).reshape(3, HIDDEN) for data in (clean, spoiled))
+    assert np.isnan(other[1]).all()
+    assert_same_bits(other[[0, 2]], one[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_bytes", "reason"),
+    [
+        ({"layer": 9}, 4 * HIDDEN, "layer 9 does not exist"),
+        ({"layer": -1}, 4 * HIDDEN, "layer -1 does not exist"),
+        ({"experts": [0]}, 4 * HIDDEN, "does not live here"),
+        ({"counts": [0]}, 0, "counts must give at least one row"),
+        ({"counts": [-1]}, 4 * HIDDEN, "counts must give at least one row"),
+        ({"counts": [1, 1]}, 8 * HIDDEN, "counts must give at least one row"),
+        ({"experts": [], "counts": []}, 0, "counts must give at least one row"),
+        ({"counts": [2]}, 4 * HIDDEN, "expected one buffer of 2 x 256 float32"),
+        ({"counts": [2**62]}, 4 * HIDDEN, "expected one buffer of"),
+        ({}, 4 * HIDDEN + 1, "expected one buffer of 1 x 256"),
+        ({}, 0, "expected one buffer of 1 x 256"),
+    ],
+)
+def test_a_compute_request_that_does_not_add_up_is_refused(
+    client: HostClient, server: DataPlaneServer, fields: dict[str, Any], num_bytes: int, reason: str
+) -> None:
+    rejected = server.stats.rejected
+    request = Compute(**({"layer": 0, "experts": [3], "counts": [1], "numerics": "int8"} | fields))
+    with pytest.raises(ProtocolError, match=reason):
+        client.request(request, memoryview(bytes(num_bytes)))
+    assert server.stats.rejected == rejected + 1
+
+
+@pytest.mark.parametrize("num_buffers", [0, 2])
+def test_a_compute_request_needs_one_buffer(client: HostClient, num_buffers: int) -> None:
+    buffers = [memoryview(bytes(4 * HIDDEN))] * num_buffers
+    with pytest.raises(ProtocolError, match="expected one buffer"):
+        client.request(Compute(layer=0, experts=[3], counts=[1], numerics="int8"), *buffers)
+
+
+# -------------------------------------------------------------------------------- malformed messages
+
+
+def header(kind: object = "Need", fields: object = None, request_id: object = 5, version: object = 1) -> bytes:
+    fields = {"layer": 0, "experts": [3]} if fields is None else fields
+    packed: bytes = msgpack.Packer().pack([version, request_id, kind, fields])
+    return packed
+
+
+NESTED: list[Any] = []  # as deep as msgpack allows, deeper than Python's repr can go
+for _ in range(1000):
+    NESTED = [NESTED]
+
+MALFORMED = {
+    "nothing": b"",
+    "never used": b"\xc1",
+    "cut short": header()[:-1],
+    "more after it": header() + b"\x00",
+    "not a list": msgpack.packb({"layer": 0}),
+    "too short": msgpack.packb([1, 5, "Need"]),
+    "older version": header(version=PROTOCOL_VERSION - 1),
+    "newer version": header(version=PROTOCOL_VERSION + 1),
+    "version is text": header(version="1"),
+    "id is text": header(request_id="5"),
+    "id is nothing": header(request_id=None),
+    "unknown type": header("Shutdown"),
+    "type is a list": header(["Need"]),
+    "type is a base class": header("Message"),
+    "a host's message": header("Granted", {"slots": [], "generations": []}),
+    "no fields": header(fields={}),
+    "fields are a list": header(fields=[0, [3]]),
+    "missing field": header(fields={"layer": 0}),
+    "unknown field": header(fields={"layer": 0, "experts": [3], "more": 1}),
+    "number as text": header(fields={"layer": "0", "experts": [3]}),
+    "number as float": header(fields={"layer": 0.0, "experts": [3]}),
+    "yes as a number": header(fields={"layer": True, "experts": [3]}),
+    "list of text": header(fields={"layer": 0, "experts": ["3"]}),
+    "unknown numerics": header("Compute", {"layer": 0, "experts": [3], "counts": [1], "numerics": "fp8"}),
+    "a number as key": msgpack.packb([1, 5, "Need", {0: 1}]),
+    "a list as key": b"\x94\x01\x05\xa4Need\x81\x90\x01",
+    "too long a list": header(fields={"layer": 0, "experts": [3] * ((1 << 20) + 1)}),
+    "announces a long list": b"\x94\x01\x05\xa4Need\xdd\xff\xff\xff\xff",
+    "announces long text": b"\x94\x01\x05\xdb\xff\xff\xff\xff",
+    "too many keys": header(fields={str(key): 0 for key in range(65)}),
+    "too long a text": header("Hello", {"client": "x" * ((1 << 16) + 1), "token": ""}),
+    "not utf-8": b"\x94\x01\x05\xa4\xff\xff\xff\xff\x80",
+    "a bad timestamp": b"\x94\x01\x05\xc7\x03\xff\x00\x00\x00\x80",
+    "nested too deeply": b"\x91" * 3000 + b"\x00",
+    "version nested deeply": header(version=NESTED),
+    "id nested deeply": header(request_id=NESTED),
+    "type nested deeply": header(NESTED),
+    "field nested deeply": header(fields={"layer": NESTED, "experts": [3]}),
+}
+
+
+@pytest.mark.parametrize("frame", MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize("who", ["stranger", "friend"])
+def test_a_malformed_message_is_refused_and_counted(
+    server: DataPlaneServer, frame: bytes, who: str, request: pytest.FixtureRequest
+) -> None:
+    peer: Peer = request.getfixturevalue(who)
+    requests, rejected = server.stats.requests, server.stats.rejected
+    _, reply = peer.ask([frame])
+    assert isinstance(reply, Refused) and reply.message
+    if who == "friend":
+        assert reply.reason == "request"
+    assert (server.stats.requests, server.stats.rejected) == (requests + 1, rejected + 1)
+    check_alive(peer)
+
+
+def check_alive(peer: Peer, request_id: int = 99) -> None:
+    peer.send([encode(request_id, Need(layer=0, experts=[3]))])
+    peer.replies_until(request_id)
+
+
+def test_a_peer_of_another_version_is_told_to_upgrade(stranger: Peer) -> None:
+    _, reply = stranger.ask([header(version=2)])
+    assert isinstance(reply, Refused)
+    assert reply.message == "the peer speaks protocol 2, this moray speaks 1; upgrade both"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(frames=st.lists(st.binary(max_size=200), min_size=1, max_size=4))
+def test_random_bytes_never_stop_the_server(stranger: Peer, friend: Peer, frames: list[bytes]) -> None:
+    for peer in (stranger, friend):
+        assert isinstance(peer.ask(frames)[1], Refused)
+        check_alive(peer)
+
+
+numbers = st.integers(-3, 10) | st.integers(-(2**63), 2**64 - 1)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+# Fields as they should be, more or less: right names with wrong values, and the other way round.
+fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "layer": st.integers(-1, 7) | values,
+        "experts": st.lists(st.integers(-1, 8), max_size=4) | values,
+        "counts": st.lists(st.integers(-1, 3), max_size=4) | values,
+        "numerics": st.sampled_from(["int8", "float"]) | values,
+        "slots": st.lists(numbers, max_size=4) | values,
+        "client": st.text(max_size=5) | values,
+        "token": st.just(TOKEN) | values,
+        "x": values,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(sorted(MESSAGES)) | values,
+    some=fields | values,
+    request_id=st.integers(0, 90) | values,
+    version=st.just(1) | values,
+    buffers=st.lists(st.binary(max_size=8) | st.sampled_from([bytes(4 * HIDDEN), bytes(8 * HIDDEN)]), max_size=2),
+)
+def test_messages_that_are_nearly_right_never_stop_the_server(
+    stranger: Peer, friend: Peer, kind: object, some: object, request_id: object, version: object, buffers: list[bytes]
+) -> None:
+    if isinstance(kind, str) and kind in MESSAGES and isinstance(some, dict):  # its own names only: many must pass
+        some = {name: value for name, value in some.items() if name in MESSAGES[kind].model_fields}
+    for peer in (stranger, friend):
+        peer.send([header(kind, some, request_id, version), *buffers])
+        check_alive(peer, 2**40)
+
+
+def test_bytes_that_are_not_zeromq_never_stop_the_server(client: HostClient, address: HostAddress) -> None:
+    rng = np.random.default_rng(0)
+    for num_bytes in (1, 10, 64, 5000):
+        with socket.socket(socket.AF_UNIX) as raw:
+            raw.connect("\0" + address.address.removeprefix("ipc://@"))
+            raw.sendall(rng.bytes(num_bytes))
+    assert isinstance(client.request(Need(layer=0, experts=[3]))[0], Granted)
+
+
+@pytest.mark.parametrize("message", [Need(layer=0, experts=[3]), Hello(client="ü", token="t"), Computed()])
+def test_messages_survive_encoding(message: Message) -> None:
+    assert decode(encode(7, message)) == (7, message)
+
+
+def test_every_message_survives_encoding() -> None:
+    text, number, many = {"str": "x", "int": 3, "list[int]": [1, 2]}, 2**64 - 1, [[0], []]
+    examples: dict[str, Any] = {"experts": [1], "reason": "shard", "numerics": "float", **text}
+    for kind in MESSAGES.values():
+        made = {}
+        for name, field in kind.model_fields.items():
+            annotation = str(field.annotation)
+            if name in examples and not (kind is Welcome and name == "experts"):
+                made[name] = examples[name]
+            elif "list[list" in annotation:
+                made[name] = many
+            else:
+                made[name] = [1, 2] if "list" in annotation else number if field.annotation is int else "x"
+        message = kind(**made)
+        assert decode(encode(2**64 - 1, message)) == (2**64 - 1, message)
+
+
+# ----------------------------------------------------------------------------- the client's patience
+
+
+class QuietHost:
+    """Listens, and answers each request with a list of frames somebody prepared."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.address = new_address("quiet")
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(self.address.address)
+        self._answers = answers
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> QuietHost:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.join()
+        self._socket.close(linger=0)
+        self._context.term()
+
+    def _run(self) -> None:
+        identity, *_ = self._socket.recv_multipart()
+        for answer in self._answers:
+            self._socket.send_multipart([identity, answer])
+
+
+def test_a_silent_host_is_lost_after_the_deadline() -> None:
+    lost = pytest.raises(HostLostError, match=r"expert host quiet did not answer within 0\.05 s")
+    with QuietHost() as host, connected(host.address, timeout_s=0.05) as client, lost:
+        client.greet()
+
+
+def test_a_host_that_does_not_exist_is_lost_after_the_deadline() -> None:
+    with connected(new_address("nobody"), timeout_s=0.05) as client, pytest.raises(HostLostError, match="nobody"):
+        client.request(Need(layer=0, experts=[0]))
+
+
+def test_replies_to_older_requests_are_skipped() -> None:
+    old, new = Granted(slots=[1], generations=[2]), Granted(slots=[3], generations=[4])
+    with QuietHost(encode(0, old), encode(7, old), encode(1, new)) as host, connected(host.address) as client:
+        assert client.receive(client.send(Need(layer=0, experts=[0]))) == (new, [])
+
+
+def test_only_replies_to_older_requests_are_no_reply() -> None:
+    old = Granted(slots=[1], generations=[2])
+    lost = pytest.raises(HostLostError)
+    with QuietHost(encode(0, old)) as host, connected(host.address, timeout_s=0.05) as client, lost:
+        client.receive(client.send(Need(layer=0, experts=[0])))
+
+
+def test_a_host_that_speaks_nonsense_is_a_protocol_error() -> None:
+    with QuietHost(b"\xc1") as host, connected(host.address) as client, pytest.raises(ProtocolError, match="msgpack"):
+        client.greet()
+
+
+def test_a_host_that_answers_hello_with_something_else_is_a_protocol_error() -> None:
+    refused = pytest.raises(ProtocolError, match="host quiet answered Hello with Computed")
+    with QuietHost(encode(1, Computed())) as host, connected(host.address) as client, refused:
+        client.greet()
+
+
+def test_a_shard_the_host_could_not_read_is_a_corrupt_shard() -> None:
+    answer = encode(1, Refused(reason="shard", message="checksum"))
+    refused = pytest.raises(CorruptShardError, match="expert host quiet: checksum")
+    with QuietHost(answer) as host, connected(host.address) as client, refused:
+        client.receive(client.send(Need(layer=0, experts=[0])))
+
+
+def test_several_requests_may_be_under_way(client: HostClient) -> None:
+    ids = [client.send(Need(layer=0, experts=[expert])) for expert in (3, 5, 1)]
+    replies = [client.receive(request_id)[0] for request_id in ids]
+    assert replies == [Granted(slots=[slot], generations=[2]) for slot in (0, 1, 3)]
+
+
+def test_a_client_works_on_after_its_host_was_restarted(host: ShardHost) -> None:
+    address = new_address("phoenix")
+    with connected(address) as client, ExitStack() as stack:
+        with serving(address, host):
+            first = client.request(Need(layer=0, experts=[3]))
+            wait = stack.enter_context(watching(client))
+        with serving(address, host) as restarted:
+            wait()
+            assert client.request(Need(layer=0, experts=[3])) == first
+            assert restarted.stats.clients == {"tester"}
+
+
+def test_a_server_can_be_closed_while_clients_are_connected(host: ShardHost) -> None:
+    address = new_address("short")
+    with serving(address, host), connected(address) as client:
+        client.greet()
+    before = threading.active_count()
+    with serving(address, host):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_what_a_host_cannot_do_is_told_to_its_client_alone(
+    monkeypatch: pytest.MonkeyPatch, client: HostClient, host: ShardHost, server: DataPlaneServer
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError("no room")
+
+    rejected = server.stats.rejected
+    with monkeypatch.context() as patched:
+        patched.setattr(host, "need", fail)
+        with pytest.raises(ProtocolError, match="host-7: MemoryError: no room"):
+            client.request(Need(layer=0, experts=[3]))
+    assert server.stats.rejected == rejected + 1
+    assert isinstance(client.request(Need(layer=0, experts=[3]))[0], Granted)
