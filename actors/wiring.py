@@ -64,7 +64,8 @@ def start_actors(
 ) -> Actors:
     """Start an engine's actors and wait until they are ready. On failure none is left behind.
 
-    All run on node ``node_id``: the hosts' arenas are used in place. ``num_gpus`` is what the compute actor asks of Ray: 0 or 1. ``is_local``: Ray was started by this process, so the actors end with it, however it ends.
+    All run on node ``node_id``: the hosts' arenas are used in place. ``num_gpus`` is what the compute actor
+    asks of Ray: 0 or 1. ``is_local``: Ray was started by this process, so the actors end with it, however it ends.
     """
     name = f"engine-{secrets.token_hex(4)}"
     owner = Owner.this_process() if is_local else None

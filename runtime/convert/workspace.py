@@ -74,7 +74,8 @@ def explain_full_disk(store: Path, files: Mapping[str, int]) -> Iterator[None]:
         free = shutil.disk_usage(_nearest_existing(store)).free
         raise ResourceError(
             f"the disk of {store} is full ({error.strerror}): {format_bytes(max(0, sum(files.values()) - present))} "
-            f"more are needed, {format_bytes(free)} are free; free some space and run the same command again, it continues where it stopped"
+            f"more are needed, {format_bytes(free)} are free; "
+            "free some space and run the same command again, it continues where it stopped"
         ) from error
 
 

@@ -46,8 +46,8 @@ class ExpertsBinding:
         self._layout = layout
         self._up = layout["gate_up_proj" if module.has_gate else "up_proj"]
         self._down = layout["down_proj"]
-        self._up_bias = _optional(layout, self._up.name + "_bias")
-        self._down_bias = _optional(layout, "down_proj_bias")
+        self._up_bias = layout.get(self._up.name + "_bias")
+        self._down_bias = layout.get("down_proj_bias")
         assert self._up.spec is not None and self._down.spec is not None
         self._up_kernel = MatrixKernel.of(self._up.spec, numerics)
         self._down_kernel = MatrixKernel.of(self._down.spec, numerics)
@@ -124,10 +124,6 @@ class ExpertsBinding:
             return torch.zeros(len(shards_E), 1)
         rows = [_bytes_at(a + bias.offset, bias.num_bytes).view(torch.float32) for a in shards_E.tolist()]
         return torch.stack(rows)
-
-
-def _optional(layout: ShardLayout, name: str) -> ShardTensor | None:
-    return layout[name] if name in layout else None
 
 
 def _is_plain_swiglu(module: Any) -> bool:

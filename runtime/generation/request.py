@@ -41,8 +41,10 @@ class SamplingParams:
             raise RequestError(f"temperature is {self.temperature}, expected 0 (greedy) to 100")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
-        if self.top_k < 0:
-            raise RequestError(f"top_k is {self.top_k}, expected 0 (all) or more")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise RequestError(f"top_k is {self.top_k}, expected a whole number, 0 (all) or more")
+        if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**64):
+            raise RequestError(f"seed is {self.seed}, expected a whole number of at most 64 bits")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ from moray.runtime.store.store import Store
 
 Events = SimpleQueue[TokenEvent | BaseException]
 
+_CLOSED = "the engine was closed"
+
 
 class Runner:
     """Generates from a store whose experts come from ``source``. Public methods may be called from any thread.
@@ -42,6 +44,8 @@ class Runner:
         self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config))
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, Events] = {}
+        self._closing = threading.RLock()  # held to queue a command; reentrant: collected streams cancel themselves
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="moray-step-loop", daemon=True)
         self._thread.start()
 
@@ -56,7 +60,7 @@ class Runner:
     def stream(self, request: GenerationRequest) -> Iterator[TokenEvent]:
         """Yield the request's events; the last has ``finished``. Closing the iterator cancels the request.
 
-        Raises RequestError before anything is computed, or whatever made a step fail.
+        Raises RequestError before anything is computed, MorayError after ``close``, or whatever made a step fail.
         """
         self._loop.check(request)
         outbox: Events = SimpleQueue()
@@ -68,16 +72,18 @@ class Runner:
             self._outboxes[request.request_id] = outbox
             self._loop.add(request)
 
-        self._inbox.put(start)
+        if not self._post(start):
+            raise MorayError(_CLOSED)
         return self._events(request.request_id, outbox)
 
     def cancel(self, request_id: str) -> None:
         """End a request after the step in flight; its stream ends with reason "cancelled"."""
-        self._inbox.put(lambda: self._loop.cancel(request_id))
+        self._post(lambda: self._loop.cancel(request_id))
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """float32 [T, V] over the whole sequence. Raises RequestError."""
+        """float32 [T, V] over the whole sequence. Raises RequestError, and MorayError after ``close``."""
         self._loop.check(GenerationRequest("logits", tuple(token_ids[:-1] or token_ids), 1))
+        self._loop.check_ids(token_ids)
         answer: Future[torch.Tensor] = Future()
 
         def compute() -> None:
@@ -86,7 +92,8 @@ class Runner:
             except BaseException as error:
                 answer.set_exception(error)
 
-        self._inbox.put(compute)
+        if not self._post(compute):
+            raise MorayError(_CLOSED)
         return answer.result()
 
     def stats(self) -> ExpertsStats:
@@ -94,8 +101,17 @@ class Runner:
 
     def close(self) -> None:
         """Stop the thread; open streams end with an error."""
-        self._inbox.put(None)
+        with self._closing:
+            self._is_closed = True
+            self._inbox.put(None)
         self._thread.join()
+
+    def _post(self, command: Callable[[], None]) -> bool:
+        """Queue a command for the loop's thread; False after ``close``."""
+        with self._closing:
+            if not self._is_closed:
+                self._inbox.put(command)
+            return not self._is_closed
 
     def _events(self, request_id: str, outbox: Events) -> Iterator[TokenEvent]:
         finished = False
@@ -116,13 +132,13 @@ class Runner:
             while self._loop.is_idle or not self._inbox.empty():
                 command = self._inbox.get()  # blocks while idle: no CPU is used
                 if command is None:
-                    self._fail(self._loop.abort(), MorayError("the engine was closed"))
+                    self._fail(MorayError(_CLOSED))
                     return
                 command()
             try:
                 events = self._loop.step()
             except Exception as error:
-                self._fail(self._loop.abort(), error)
+                self._fail(error)
                 continue
             for event in events:
                 self._deliver(event)
@@ -131,9 +147,11 @@ class Runner:
         outbox = self._outboxes.pop(event.request_id) if event.finished else self._outboxes[event.request_id]
         outbox.put(event)
 
-    def _fail(self, request_ids: list[str], error: BaseException) -> None:
-        for request_id in request_ids:
-            self._outboxes.pop(request_id).put(error)
+    def _fail(self, error: BaseException) -> None:
+        """End every stream, also those that ended in the failed step, whose last events are lost with it."""
+        self._loop.abort()
+        while self._outboxes:
+            self._outboxes.popitem()[1].put(error)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ class Sampler:
         if self._greedy:
             return
         if params.temperature != 1:
-            self._processors.append(TemperatureLogitsWarper(params.temperature))
+            self._processors.append(TemperatureLogitsWarper(float(params.temperature)))
         if params.top_k:
             self._processors.append(TopKLogitsWarper(params.top_k))
         if params.top_p < 1:
@@ -33,5 +33,6 @@ class Sampler:
         logits = logits_V.float().cpu()
         if self._greedy:
             return int(logits.argmax())
+        logits = logits - logits.max()  # the same probabilities, and no overflow at a temperature near 0
         scores = self._processors(torch.LongTensor([ids]), logits[None])
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))

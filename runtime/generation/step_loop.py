@@ -7,6 +7,7 @@ blocks or starts threads: ``runner.py`` drives it. Requests join and leave betwe
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedModel
@@ -56,7 +57,13 @@ class StepLoop:
                 f"the prompt has {length} tokens, the model's context holds {self.context_length} with at least one "
                 "to generate; shorten the prompt"
             )
-        bad = [i for i in request.prompt_ids if not 0 <= i < self.vocabulary_size]
+        self.check_ids(request.prompt_ids)
+        if request.stop and self._tokenizer is None:
+            raise RequestError("this store has no tokenizer, so a text cannot stop a request; leave out stop")
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raise RequestError if an id is not a token of the model."""
+        bad = [i for i in ids if not 0 <= i < self.vocabulary_size]
         if bad:
             raise RequestError(f"token id {bad[0]} is not in the vocabulary of {self.vocabulary_size}")
 
@@ -68,7 +75,8 @@ class StepLoop:
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; unknown ids are ignored, they may just have ended."""
-        self._cancelled.add(request_id)
+        if request_id in self._running or any(request.request_id == request_id for request in self._waiting):
+            self._cancelled.add(request_id)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
@@ -83,12 +91,11 @@ class StepLoop:
             events += self._advance(sequence)
         return events
 
-    def abort(self) -> list[str]:
-        """Drop every request after a failed step, with their caches. Returns their ids."""
-        dropped = [request.request_id for request in self._waiting] + list(self._running)
+    def abort(self) -> None:
+        """Drop every request after a failed step, with their caches."""
         self._waiting.clear()
         self._running.clear()
-        return dropped
+        self._cancelled.clear()
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:

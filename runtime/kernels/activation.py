@@ -13,7 +13,17 @@ from moray.runtime.kernels.simd import float_from_bits
 LOG2E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 # Coefficients of exp on [-ln2/2, ln2/2] (Cephes, expf).
-EXP_C = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))  # fmt: skip
+EXP_C = tuple(
+    np.float32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
 C0, C1, C2, C3, C4, C5 = EXP_C
 EXP_MIN, EXP_MAX = np.float32(-87.0), np.float32(88.0)
 # Fewer values than this are done by the calling thread: waking the others takes longer.

@@ -21,7 +21,7 @@ def _load_int64(typingctx, address):
 @njit(cache=True)
 def all_equal(addresses, expected):
     """Whether the int64 at every address has its expected value."""
-    for i in range(addresses.shape[0]):
+    for i in range(addresses.shape[0]):  # noqa: SIM110  (compiled: a loop is the plain form)
         if _load_int64(addresses[i]) != expected[i]:
             return False
     return True

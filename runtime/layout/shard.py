@@ -64,8 +64,8 @@ class ShardLayout:
                 return tensor
         raise KeyError(name)
 
-    def __contains__(self, name: object) -> bool:
-        return any(tensor.name == name for tensor in self.tensors)
+    def get(self, name: str) -> ShardTensor | None:
+        return next((tensor for tensor in self.tensors if tensor.name == name), None)
 
     @property
     def header_end(self) -> int:

@@ -119,7 +119,7 @@ def test_errors_of_actors_arrive_as_they_are(tmp_path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 4]))
-    with pytest.raises(CorruptShardError, match="experts-00002.bin.*expert 3 of MoE layer 2 at offset 589824"):
+    with pytest.raises(CorruptShardError, match=r"experts-00002\.bin.*expert 3 of MoE layer 2 at offset 589824"):
         moray.launch(damaged)
 
 

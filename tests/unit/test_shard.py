@@ -70,6 +70,6 @@ def test_other_bytes_are_not_a_shard(num_bytes: int) -> None:
 def test_tensors_are_found_by_name() -> None:
     layout = plan_layout(TENSORS)
     assert layout["gate_up_proj_bias"].length == 96
-    assert "down_proj" in layout and "up_proj" not in layout
+    assert layout.get("down_proj") == layout["down_proj"] and layout.get("up_proj") is None
     with pytest.raises(KeyError):
         layout["up_proj"]
