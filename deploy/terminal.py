@@ -82,7 +82,7 @@ def run_doctor(store: Path | None, console: Console, *, as_json: bool) -> bool:
 def _engine(config: EngineConfig, console: Console, quiet: bool = False) -> Iterator[tuple[Engine, float]]:
     """A running engine and the seconds it took to start."""
     started = perf_counter()
-    with console.status(f"Starting Ray and {config.hosts} expert host(s)...") if not quiet else _nothing():
+    with console.status(f"Starting Ray and {config.hosts} expert host(s); the very first start also compiles kernels...") if not quiet else _nothing():
         engine = Engine(config)
     try:
         yield engine, perf_counter() - started

@@ -22,7 +22,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer | None, prompt_ids: tuple[int, ...], stop: tuple[str, ...]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt_ids)[-8:]  # enough context for leading-space rules
+        self._ids = _context(tokenizer, list(prompt_ids))
         self._shown = len(self._ids)  # tokens before this are already in the text
         self._window = 0  # decoding starts here
         self._stop = stop
@@ -57,6 +57,18 @@ class Detokenizer:
         keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def _context(tokenizer: Tokenizer | None, prompt: list[int]) -> list[int]:
+    """The prompt's last tokens: enough for leading-space rules, and not cut inside a character.
+
+    With single bytes as tokens, half a character in front would spoil the whole characters that follow it.
+    """
+    first = max(0, len(prompt) - 8)
+    candidates = [prompt[at:] for at in range(first, max(0, first - 3) - 1, -1)]  # a character has at most 4 bytes
+    if tokenizer is None:
+        return candidates[0]
+    return min(candidates, key=lambda ids: tokenizer.decode(ids, skip_special_tokens=True).count(REPLACEMENT))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 import numba
@@ -31,8 +32,14 @@ def _cache_folder() -> str:
     digest = hashlib.sha256(f"{numba.__version__} {INSTRUCTION_SET}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return str(base / "moray" / f"kernels-{digest.hexdigest()[:16]}")
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moray" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home: compile once for each boot
+        folder = Path(tempfile.gettempdir()) / f"moray-{os.getuid()}" / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return str(folder)
 
 
 def set_num_threads(count: int) -> None:
