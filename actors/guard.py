@@ -22,11 +22,6 @@ class Owner:
     pid: int
     ray_processes: tuple[tuple[int, float], ...]  # pid and time of creation, for pids are used again
 
-    @classmethod
-    def this_process(cls) -> Owner:
-        children = psutil.Process().children(recursive=True)
-        return cls(os.getpid(), tuple((child.pid, child.create_time()) for child in children))
-
 
 def exit_with(owner: Owner | None, *, end_ray: bool = False) -> None:
     """End this process as soon as its owner has ended. None: live until told.

@@ -29,6 +29,8 @@ from moray.runtime.layout.packed import Numerics
 T = TypeVar("T")
 
 _MAX_STREAMS = 64
+#: Concurrency group of short calls to the compute actor: they never wait behind streams.
+CONTROL = "control"
 _NODE_LABEL = "ray.io/node-id"  # every node has this label from Ray
 
 
@@ -60,25 +62,24 @@ def start_actors(
     device: str,
     num_gpus: int,
     num_threads: int,
-    is_local: bool,
+    owner: Owner | None,
 ) -> Actors:
     """Start an engine's actors and wait until they are ready. On failure none is left behind.
 
     All run on node ``node_id``: the hosts' arenas are used in place. ``num_gpus`` is what the compute actor
-    asks of Ray: 0 or 1. ``is_local``: Ray was started by this process, so the actors end with it, however it ends.
+    asks of Ray: 0 or 1. ``owner``: the process that the actors end with, however it ends.
     """
     name = f"engine-{secrets.token_hex(4)}"
-    owner = Owner.this_process() if is_local else None
     token = secrets.token_hex(32)
     host_ids = [f"host-{index}" for index in range(num_hosts)]
     started: list[Any] = []
     try:
-        here = {"label_selector": {_NODE_LABEL: node_id}}
+        here: dict[str, Any] = {"label_selector": {_NODE_LABEL: node_id}}
         orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator", **here).remote(store_path, host_ids, owner)
         started.append(orchestrator)
         options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus} | here
         compute_config = ComputeConfig(store_path, numerics, device, num_threads, owner)
-        compute = _remote(ComputeActor, **options).remote(compute_config, _node_id)
+        compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, _node_id)
         started.append(compute)
         placement = call(orchestrator.placement)
         lookup = _survivor_lookup(f"{name}-orchestrator")
@@ -125,8 +126,10 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _remote(kind: type, **options: object) -> Any:
-    return ray.remote(kind).options(num_cpus=0, **options)
+def _remote(kind: type, groups: dict[str, int] | None = None, **options: Any) -> Any:
+    remote: Any = ray.remote  # its types know neither concurrency groups nor plain classes
+    made = (remote(concurrency_groups=groups) if groups else remote)(kind)
+    return made.options(num_cpus=0, **options)
 
 
 def _node_id() -> str:

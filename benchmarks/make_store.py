@@ -77,7 +77,8 @@ def write_store(directory: Path, geometry: Geometry, recipe: Recipe, *, seed: in
         family="mixtral",
         recipe=recipe.to_dict(),
         layers=tuple(
-            ExpertsLayer(f"model.layers.{i}.mlp.experts", geometry.experts, layout) for i in range(geometry.layers)
+            ExpertsLayer(f"model.layers.{i}.mlp.experts", geometry.experts, layout, "swiglu")
+            for i in range(geometry.layers)
         ),
         shards=shards,
         trunk_bytes=(directory / TRUNK_NAME).stat().st_size,

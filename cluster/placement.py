@@ -10,9 +10,9 @@ from moray.runtime.store.manifest import Manifest
 
 
 def place_evenly(manifest: Manifest, host_ids: Sequence[str]) -> dict[str, list[ExpertKey]]:
-    """Deal the experts of every layer over the hosts in turn, starting one host further at each layer.
+    """Deal the experts, layer after layer, over the hosts in turn.
 
-    So every host has work in every layer, and totals differ by at most one expert. Keys come in layer order.
+    Every layer is spread over as many hosts as it can be, and totals differ by at most one. Keys come in layer order.
     Raises ConfigError if a host would get nothing.
     """
     if not 1 <= len(host_ids) <= len(manifest.shards):

@@ -10,8 +10,10 @@ import logging
 import os
 import secrets
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, no stubs
 
@@ -28,6 +30,7 @@ class RaySession:
     """What this process did to have Ray."""
 
     started_here: bool  # we started it, so we stop it
+    processes: tuple[tuple[int, float], ...] = ()  # what was started: pid and time of creation
 
 
 def start_local(num_cpus: int) -> RaySession:
@@ -47,6 +50,7 @@ def start_local(num_cpus: int) -> RaySession:
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     Config.initialize("")  # Ray read these when it was imported; this is how its own code makes it read them again
+    before = _children()
     try:
         ray.init(
             address="local",  # never join what RAY_ADDRESS or another user's session offers
@@ -60,7 +64,7 @@ def start_local(num_cpus: int) -> RaySession:
         )
     except Exception as error:
         raise ClusterError(f"Ray did not start on this machine ({error}); run `moray doctor`") from error
-    return RaySession(True)
+    return RaySession(True, tuple(_children() - before))
 
 
 def join(address: str) -> RaySession:
@@ -91,6 +95,16 @@ def leave(session: RaySession) -> None:
     """Stop Ray if it was started here."""
     if session.started_here and ray.is_initialized():
         ray.shutdown()
+
+
+def _children() -> set[tuple[int, float]]:
+    """Ray's processes below this one. Not all children: a program may have others, which are not ours to end."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(f"{os.sep}ray{os.sep}" in word or word.startswith("ray::") for word in child.cmdline()):
+                found.add((child.pid, child.create_time()))
+    return found
 
 
 def living_nodes() -> list[NodeInfo]:

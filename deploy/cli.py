@@ -18,7 +18,7 @@ from rich.console import Console
 from moray.runtime.errors import InputError, MorayError
 
 app = typer.Typer(
-    help="Run Mixture-of-Experts language models that are bigger than your GPU, your RAM or one of your machines.",
+    help="Run Mixture-of-Experts language models on Ray, their experts in shared memory beside the compute process.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
+from moray.actors.guard import Owner
 from moray.actors.messages import ComputeStats
-from moray.actors.wiring import Actors, call, fetch, start_actors, stop_actors
+from moray.actors.wiring import CONTROL, Actors, call, fetch, start_actors, stop_actors
 from moray.cluster import ray_session
 from moray.cluster.nodes import choose_compute_node
 from moray.cluster.ray_session import RaySession
@@ -143,7 +145,7 @@ class Engine:
                 yield event
         finally:
             if not finished and self._actors is not None:
-                compute.cancel.remote(request_id)
+                compute.cancel.options(concurrency_group=CONTROL).remote(request_id)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 [T, V]: the model's logits after each of the T tokens."""
@@ -153,7 +155,7 @@ class Engine:
 
     def stats(self) -> ComputeStats:
         """What the experts did so far: tokens per expert, bytes by source, time by part."""
-        stats: ComputeStats = call(self.actors.compute.stats)
+        stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
         return stats
 
     def close(self) -> None:
@@ -175,7 +177,7 @@ class Engine:
             device=config.device,
             num_gpus=1 if node.num_gpus and config.device != "cpu" else 0,
             num_threads=config.num_threads,
-            is_local=self._session.started_here,
+            owner=Owner(os.getpid(), self._session.processes) if self._session.started_here else None,
         )
 
 

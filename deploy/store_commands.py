@@ -103,7 +103,7 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "expert encodings": ", ".join(encodings),
         "format": manifest.format_version,
         "layout": manifest.layout_id,
-        "numerics": f"{manifest.numerics_id} (exact across CPUs), float (reference)",
+        "numerics": f"{manifest.numerics_id} (kernels bit-identical across CPUs), float (reference)",
         "source": ", ".join(f"{key} {value}" for key, value in manifest.source.items()),
     } | ({"notes": "; ".join(manifest.notes)} if manifest.notes else {})
 

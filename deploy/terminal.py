@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -82,17 +82,13 @@ def run_doctor(store: Path | None, console: Console, *, as_json: bool) -> bool:
 def _engine(config: EngineConfig, console: Console, quiet: bool = False) -> Iterator[tuple[Engine, float]]:
     """A running engine and the seconds it took to start."""
     started = perf_counter()
-    with console.status(f"Starting Ray and {config.hosts} expert host(s); the very first start also compiles kernels...") if not quiet else _nothing():
+    text = f"Starting Ray and {config.hosts} expert host(s); the very first start also compiles kernels..."
+    with console.status(text) if not quiet else nullcontext():
         engine = Engine(config)
     try:
         yield engine, perf_counter() - started
     finally:
         engine.close()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _read_line(console: Console) -> str:

@@ -18,7 +18,13 @@ from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME, TrunkPlan, plan_trun
 from moray.runtime.errors import UnsupportedModelError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.layout.shard import ExpertKey, ShardLayout, plan_layout
-from moray.runtime.model.families import EXPERT_PARAMETERS, build_model, expert_modules, expert_params
+from moray.runtime.model.families import (
+    EXPERT_PARAMETERS,
+    build_model,
+    expert_modules,
+    expert_params,
+    is_plain_swiglu,
+)
 from moray.runtime.store.manifest import ExpertsLayer
 
 _SHARD_ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
@@ -60,7 +66,8 @@ def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) 
     notes: dict[str, None] = {}
     for layer, (path, module) in enumerate(expert_modules(model)):
         layout, tensors = _plan_layer(path, module, index, recipe, index.experts[layer][0], notes)
-        layers.append(ExpertsLayer(path, len(index.experts[layer]), layout))
+        activation = "swiglu" if is_plain_swiglu(module) else "module"
+        layers.append(ExpertsLayer(path, len(index.experts[layer]), layout, activation))
         for expert, sources in enumerate(index.experts[layer]):
             key = ExpertKey(layer, expert)
             shards[key] = _plan_shard(key, layout, tensors, sources)

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
+from transformers.integrations.moe import ExpertsInterface
 
 from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.source import ExpertSource, Ints
@@ -26,6 +25,7 @@ from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.kernels.ops import Grouping, MatrixKernel
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout, ShardTensor
+from moray.runtime.model.families import is_plain_swiglu
 
 IMPLEMENTATION = "moray"
 
@@ -51,7 +51,7 @@ class ExpertsBinding:
         assert self._up.spec is not None and self._down.spec is not None
         self._up_kernel = MatrixKernel.of(self._up.spec, numerics)
         self._down_kernel = MatrixKernel.of(self._down.spec, numerics)
-        self._is_fused = _is_plain_swiglu(module) and self._up_bias is None and self._down_bias is None
+        self._is_fused = is_plain_swiglu(module)
 
     def forward(self, module: Any, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         started = perf_counter()
@@ -124,14 +124,6 @@ class ExpertsBinding:
             return torch.zeros(len(shards_E), 1)
         rows = [_bytes_at(a + bias.offset, bias.num_bytes).view(torch.float32) for a in shards_E.tolist()]
         return torch.stack(rows)
-
-
-def _is_plain_swiglu(module: Any) -> bool:
-    """Whether the experts are down(silu(gate) * up) with gates first: what the fused kernel computes."""
-    if not module.has_gate or not module.is_concatenated or module.has_post_expert_norm:
-        return False
-    is_default = type(module)._apply_gate is _default_apply_gate
-    return is_default and isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
 
 
 def _bytes_at(address: int, count: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import xxhash
 
 from moray.runtime.arena import Arena
-from moray.runtime.errors import HostLostError
+from moray.runtime.errors import HostLostError, ProtocolError
 from moray.runtime.experts.source import Ints
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
@@ -81,7 +81,10 @@ class ShardHost:
         from moray.runtime.kernels.setup import set_num_threads
 
         set_num_threads(self._num_threads)
-        layout = self.store.manifest.layers[layer].layout
+        info = self.store.manifest.layers[layer]
+        if info.activation != "swiglu":
+            raise ProtocolError(f"the experts of MoE layer {layer} ({info.module}) are not plain SwiGLU: lease them")
+        layout = info.layout
         gate_up, down = layout["gate_up_proj"], layout["down_proj"]
         assert gate_up.spec is not None and down.spec is not None
         slots = np.array([self._slots[ExpertKey(layer, expert)] for expert in experts], dtype=np.int64)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -23,6 +24,7 @@ from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.loader import bind_experts
 from moray.runtime.store.store import Store
 
+_MAX_EARLY_CANCELS = 256
 Events = SimpleQueue[TokenEvent | BaseException]
 
 _CLOSED = "the engine was closed"
@@ -44,6 +46,7 @@ class Runner:
         self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config))
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, Events] = {}
+        self._early_cancels: deque[str] = deque(maxlen=_MAX_EARLY_CANCELS)
         self._closing = threading.RLock()  # held to queue a command; reentrant: collected streams cancel themselves
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="moray-step-loop", daemon=True)
@@ -71,14 +74,26 @@ class Runner:
                 return
             self._outboxes[request.request_id] = outbox
             self._loop.add(request)
+            if request.request_id in self._early_cancels:
+                self._loop.cancel(request.request_id)
 
         if not self._post(start):
             raise MorayError(_CLOSED)
         return self._events(request.request_id, outbox)
 
     def cancel(self, request_id: str) -> None:
-        """End a request after the step in flight; its stream ends with reason "cancelled"."""
-        self._post(lambda: self._loop.cancel(request_id))
+        """End a request after the step in flight; its stream ends with reason "cancelled".
+
+        A cancel may overtake its request: it is kept for a while.
+        """
+
+        def end() -> None:
+            if request_id in self._outboxes:
+                self._loop.cancel(request_id)
+            else:
+                self._early_cancels.append(request_id)
+
+        self._post(end)
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """float32 [T, V] over the whole sequence. Raises RequestError, and MorayError after ``close``."""

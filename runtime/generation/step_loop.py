@@ -1,6 +1,6 @@
 """The step loop: prefill and decode steps over the model's forward, for several sequences at once.
 
-One call of ``step`` advances every running sequence by one token, or computes one chunk of one prompt. Nothing here
+One call of ``step`` advances every decoding sequence by one token and computes one chunk of one prompt. Nothing here
 blocks or starts threads: ``runner.py`` drives it. Requests join and leave between steps.
 """
 
@@ -84,10 +84,12 @@ class StepLoop:
         events = self._drop_cancelled()
         while self._waiting and len(self._running) < MAX_RUNNING:
             self._admit(self._waiting.popleft())
-        for sequence in self._running.values():
-            if len(sequence.pending) > 1:
-                return events + self._advance(sequence)
+        prefilled = False
         for sequence in list(self._running.values()):
+            if len(sequence.pending) > 1:
+                if prefilled:
+                    continue
+                prefilled = True
             events += self._advance(sequence)
         return events
 

@@ -8,8 +8,8 @@ of 4 bytes; lane r belongs to row r of the block. What the 4 bytes hold depends 
     q8          4 columns         vector j: columns 4j..4j+3, one unsigned code a byte
     q4, q2, q3  as q8, but each byte holds several codes, in planes (below)
 
-Quantized rows are cut into groups of ``group`` columns. The codes of one group in one row block
-are ``group * bits / 2`` ... exactly ``16 * group * bits / 8`` bytes. A *plane* of b bits holds
+Quantized rows are cut into groups of ``group`` columns. The codes of one group in one row block take
+``16 * group * bits / 8`` bytes, a multiple of 64. A *plane* of b bits holds
 8/b fields a byte and V = group*b/32 vectors a group: quad c (columns 4c..4c+3 of the group) lies in
 vector c % V, at bit b * (c // V) of each byte. q4 is one plane of 4 bits and q2 one of 2; q3 is a
 plane of 2 bits (the low ones) followed by a plane of 1 bit (the high one).

@@ -26,6 +26,7 @@ def load_model(store: Store, numerics: Numerics, device: torch.device) -> PreTra
     Raises StoreError if the trunk does not fit the model.
     """
     dtype = compute_dtype(device)
+    store.verify_trunk()
     model = build_model(load_config(store.path), dtype)
     _load_trunk(model, store, numerics, dtype)
     nn.Module.to(model, device)

@@ -37,11 +37,16 @@ class ShardEntry:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsLayer:
-    """One MoE layer: the path of its experts module in the model, and how its shards are laid out."""
+    """One MoE layer: the path of its experts module in the model, and how its shards are laid out.
+
+    ``activation`` is "swiglu" if an expert is down(silu(gate) * up), which the kernels compute by themselves;
+    "module" if it takes the code of the family's experts module in transformers.
+    """
 
     module: str
     num_experts: int
     layout: ShardLayout
+    activation: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,13 @@ class Manifest:
             "recipe": self.recipe,
             "layouts": [{"bytes": x.num_bytes, "tensors": [encode_tensor(t) for t in x.tensors]} for x in layouts],
             "layers": [
-                {"module": x.module, "experts": x.num_experts, "layout": layouts.index(x.layout)} for x in self.layers
+                {
+                    "module": x.module,
+                    "experts": x.num_experts,
+                    "layout": layouts.index(x.layout),
+                    "activation": x.activation,
+                }
+                for x in self.layers
             ],
             "shards": [[*k, e.file, e.offset, e.num_bytes, e.checksum] for k, e in self.shards.items()],
             "trunk": {
@@ -119,7 +130,9 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
 
 def _decode(document: Mapping[str, Any]) -> Manifest:
     layouts = [ShardLayout(tuple(decode_tensor(t) for t in x["tensors"]), x["bytes"]) for x in document["layouts"]]
-    layers = tuple(ExpertsLayer(x["module"], x["experts"], layouts[x["layout"]]) for x in document["layers"])
+    layers = tuple(
+        ExpertsLayer(x["module"], x["experts"], layouts[x["layout"]], x["activation"]) for x in document["layers"]
+    )
     shards = {ExpertKey(x[0], x[1]): ShardEntry(x[2], x[3], x[4], x[5]) for x in document["shards"]}
     expected = {ExpertKey(i, e) for i, layer in enumerate(layers) for e in range(layer.num_experts)}
     if shards.keys() != expected:

@@ -1,4 +1,4 @@
-"""moray (MoE on Ray): Mixture-of-Experts models bigger than your GPU, your RAM or one of your machines.
+"""moray (MoE on Ray): Mixture-of-Experts models with their experts outside the compute process.
 
 Importing this package imports neither torch nor ray: names load on first use.
 """

@@ -83,27 +83,30 @@ def test_killing_the_driver_frees_memory_at_once() -> None:
         assert_nothing_left(running)
 
 
-@pytest.mark.parametrize("victim", [":ComputeActor", "raylet/raylet"])
-def test_killing_what_generation_needs_ends_in_one_clear_error(victim: str) -> None:
+def test_killing_the_compute_actor_ends_in_one_clear_error() -> None:
+    with generating(1900) as running:
+        running.named(":ComputeActor").kill()
+        output = finish(running, expected={1})
+        assert "error: an actor of the engine is gone" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("victim", ["raylet/raylet", pytest.param("gcs_server", marks=pytest.mark.long)])
+def test_killing_ray_s_own_processes_is_survived_or_ends_in_one_clear_error(victim: str) -> None:
+    """No layer and no token needs Ray: a short answer may end well before anybody notices."""
     with generating(1900) as running:
         running.named(victim).kill()
-        assert running.process.stdout is not None
-        output = running.process.stdout.read().decode()
-        assert running.process.wait(90) == 1
-        assert "Traceback" not in output
-        assert "error: " in output.splitlines()[-1]
-        assert_nothing_left(running)
+        finish(running, expected={0, 1})
 
 
-@pytest.mark.long
-def test_generation_outlives_ray_s_control_service() -> None:
-    """No layer and no token needs it."""
-    with generating(300) as running:
-        running.named("gcs_server").kill()
-        assert running.process.stdout is not None
-        assert "of 48 used" in running.process.stdout.read().decode()
-        assert running.process.wait(90) == 0
-        assert_nothing_left(running)
+def finish(running: Running, expected: set[int]) -> str:
+    """Wait for the command. Returns what it still printed."""
+    assert running.process.stdout is not None
+    output = running.process.stdout.read().decode()
+    assert running.process.wait(90) in expected
+    assert "Traceback" not in output
+    assert ("error: " in output) == (running.process.returncode != 0)
+    assert_nothing_left(running)
+    return output
 
 
 def assert_no_arena(running: Running, seconds: float) -> None:

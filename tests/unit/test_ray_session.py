@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from moray.cluster import ray_session
-from moray.runtime.errors import ClusterError
+from moray.runtime.errors import ClusterError, ConfigError
 
 
 def test_unit_tests_cannot_start_ray() -> None:
@@ -17,7 +17,7 @@ def test_unit_tests_cannot_start_ray() -> None:
 
 @pytest.mark.parametrize("address", ["", "localhost", ":6379", "10.0.0.1:", "10.0.0.1:six"])
 def test_an_address_without_host_and_port_is_refused(address: str) -> None:
-    with pytest.raises(ClusterError, match="not HOST:PORT"):
+    with pytest.raises(ConfigError, match="not HOST:PORT"):
         ray_session.join(address)
 
 
@@ -26,7 +26,7 @@ def test_a_port_nobody_listens_at_is_refused_at_once(scheme: str) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # taken, but not listening
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(ClusterError, match=f"no Ray cluster answers at {scheme}{address}.*ray start"):
+        with pytest.raises(ConfigError, match=f"no Ray cluster answers at {scheme}{address}.*ray start"):
             ray_session.join(scheme + address)
 
 
@@ -35,4 +35,4 @@ def test_a_cluster_that_refuses_is_reported_and_not_stopped() -> None:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(ClusterError, match=f"{address} refused this process"):
             ray_session.join(address)  # reaches the ray.init that unit tests forbid
-    ray_session.leave(ray_session.RaySession(started_here=False, num_gpus=0))
+    ray_session.leave(ray_session.RaySession(started_here=False))
