@@ -88,7 +88,7 @@ def start_actors(
         for address in addresses:
             keys = tuple(placement[address.host_id])
             config = HostConfig(address, store_path, keys, num_threads, owner)
-            host_options = {"name": f"{name}-{address.host_id}", "max_restarts": -1} | here
+            host_options: dict[str, Any] = {"name": f"{name}-{address.host_id}", "max_restarts": -1} | here
             started.append(_remote(ExpertHost, **host_options).remote(config, _node_id, lookup))
         hosts = tuple(started[2:])
         host_reports = tuple(call(actor.report) for actor in hosts)
