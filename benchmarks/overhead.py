@@ -1,6 +1,6 @@
 """What moray costs over its kernels, and against stock transformers: tokens/s, and the time of one layer by part.
 
-    python benchmarks/overhead.py                       # (a) tiny and (b) one Mixtral-8x7B layer; about 10 minutes
+    python benchmarks/overhead.py                       # (a) tiny and (b) one Mixtral-8x7B layer; about 5 minutes
     python benchmarks/overhead.py --quick               # few tokens, (b) at a quarter of the width: does it work?
     python benchmarks/overhead.py --only tiny --checkpoint /path/to/tiny-mixtral
 

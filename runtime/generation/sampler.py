@@ -7,6 +7,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from moray.runtime.generation.request import SamplingParams
 
+_LEAST_TEMPERATURE = 1e-30  # below it, float32 would divide by zero
+
 
 class Sampler:
     """One request's sampler: its own random state, so a batch never changes what a seed gives."""
@@ -22,7 +24,7 @@ class Sampler:
         if self._greedy:
             return
         if params.temperature != 1:
-            self._processors.append(TemperatureLogitsWarper(float(params.temperature)))
+            self._processors.append(TemperatureLogitsWarper(max(float(params.temperature), _LEAST_TEMPERATURE)))
         if params.top_k:
             self._processors.append(TopKLogitsWarper(params.top_k))
         if params.top_p < 1:

@@ -6,8 +6,9 @@ xxhash, pytest and pytest-timeout:
 
     PYTHONPATH=src HF_HUB_OFFLINE=1 python3 -m pytest tests/gpu -W ignore
 
-Class gpu-*: floating point of the device, bfloat16 activations, so results are compared within tolerances. Those of the
-whole model were set from the same operations run in bfloat16 on a CPU, times two to three.
+Class gpu-*: the device's own floating point, bfloat16 activations, so results are compared within tolerances. The same
+operations in bfloat16 on a CPU give, for the whole model: median relative error of a token's logits 0.004 to 0.006,
+divergence up to 0.003 nats, 63 of 64 greedy tokens the same.
 """
 
 from __future__ import annotations
