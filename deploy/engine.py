@@ -31,6 +31,8 @@ from moray.runtime.generation.request import (
 from moray.runtime.memory import require_memory
 from moray.runtime.store.store import Store
 
+__all__ = ["Completion", "Engine", "Message", "launch"]
+
 if TYPE_CHECKING:  # a process that only talks to an engine does not load torch
     import torch
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["Completion", "Engine", "__version__", "launch"]
+__all__ = ["Completion", "Engine", "Message", "__version__", "launch"]
 
 if TYPE_CHECKING:
-    from moray.deploy.engine import Completion, Engine, launch
+    from moray.deploy.engine import Completion, Engine, Message, launch
 else:  # hidden from type checkers, or they would accept any name
 
     def __getattr__(name: str) -> object:
