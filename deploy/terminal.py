@@ -45,7 +45,10 @@ def run_demo(config: EngineConfig, max_new_tokens: int, console: Console) -> Non
 def run_chat(config: EngineConfig, system: str | None, options: dict[str, Any], console: Console) -> None:
     messages = [Message("system", system)] if system else []
     with _engine(config, console) as (engine, start_s):
-        console.print("Empty line, Ctrl-D or Ctrl-C at the prompt: end. Ctrl-C while it answers: stop the answer.")
+        console.print(
+            "Empty line, Ctrl-D or Ctrl-C at the prompt: end. Ctrl-C while it answers: stop the answer.",
+            highlight=False,
+        )
         finished = None
         while line := _read_line(console):
             messages.append(Message("user", line))
@@ -54,7 +57,7 @@ def run_chat(config: EngineConfig, system: str | None, options: dict[str, Any], 
                 finished = _stream(engine.stream(messages, **options), console, answer)
                 _report_turn(finished, console)
             except KeyboardInterrupt:
-                console.print("\n(stopped)", style="dim")
+                console.print("\n(stopped)", style="dim", highlight=False)
             text, ids = "".join(event.text for event in answer), tuple(i for event in answer for i in event.token_ids)
             messages.append(Message("assistant", text, ids))
         if finished is not None:
