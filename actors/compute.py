@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from moray.runtime.evaluation import Ids, TokenScores
+
 
 class ComputeActor:
     """Loads the trunk when it is made, while the hosts load their experts; generates after ``attach``.
@@ -48,6 +50,7 @@ class ComputeActor:
             node_id=self._node_id,
             pid=os.getpid(),
             device=str(self._model.device),
+            numerics=self._numerics_class(),
             context_length=self._runner.context_length,
             has_tokenizer=self._runner.tokenizer is not None,
             arenas=self._source.arena_refs(),
@@ -60,7 +63,7 @@ class ComputeActor:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import torch
 
-        from moray.runtime.kernels.setup import set_num_threads
+        from moray.runtime.kernels.pool import set_num_threads
         from moray.runtime.model.loader import load_model
 
         started = perf_counter()
@@ -68,6 +71,11 @@ class ComputeActor:
         self._store = Store.open(self._config.store_path)
         self._model = load_model(self._store, self._config.numerics, torch.device(_resolve(self._config.device)))
         self._load_s = perf_counter() - started
+
+    def _numerics_class(self) -> str:
+        if self._model.device.type == "cpu":
+            return self._config.numerics
+        return f"gpu-{str(self._model.dtype).removeprefix('torch.')}"
 
     def generate(
         self, request_id: str, prompt: Prompt, max_new_tokens: int, sampling: SamplingParams, stop: tuple[str, ...]
@@ -83,6 +91,9 @@ class ComputeActor:
         """float32 [T, V]."""
         logits: npt.NDArray[np.float32] = self._runner.logits(token_ids).numpy()
         return logits
+
+    def score(self, token_ids: list[int], candidates: Ids | None) -> TokenScores:
+        return self._runner.score(token_ids, candidates)
 
     def stats(self) -> ComputeStats:
         return ComputeStats(self._runner.stats(), tuple(self._source.describe()))

@@ -55,6 +55,7 @@ class ComputeReport:
     node_id: str
     pid: int
     device: str
+    numerics: str  # class: int8, float, or gpu- and the device's type
     context_length: int
     has_tokenizer: bool
     arenas: dict[str, ArenaRef]  # host id -> this process's descriptor of its arena

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from moray.runtime.experts.source import InProcessSource
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels.isa import INSTRUCTION_SET
-from moray.runtime.kernels.setup import set_num_threads
+from moray.runtime.kernels.pool import set_num_threads
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.memory import format_bytes
 from moray.runtime.model.families import expert_modules

@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from make_checkpoint import PRESETS, write_checkpoint
+from geometry import PRESETS
+from make_checkpoint import write_checkpoint
 
 INTERVAL_S = 0.05
 OVERHEAD_BYTES = 600 << 20

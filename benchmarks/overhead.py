@@ -54,8 +54,9 @@ import numpy as np
 import ray
 import torch
 from common import describe_machine, in_process, print_table, working_directory
+from geometry import PRESETS, Geometry
 from layer_clock import LayerClock, LayerTimes, meter_times
-from make_checkpoint import PRESETS, Geometry, write_checkpoint
+from make_checkpoint import write_checkpoint
 from make_store import write_store
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar

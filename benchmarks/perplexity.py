@@ -1,17 +1,14 @@
-"""Perplexity of stores on text: what a recipe costs in quality.
+"""Perplexity of stores on text: what a recipe costs in quality, in one process, without Ray.
 
     python benchmarks/perplexity.py STORE [STORE ...]                        # on files of CPython's own test suite
     python benchmarks/perplexity.py STORE --text a.txt b.txt --window 1024
     python benchmarks/perplexity.py --checkpoint DIR --recipes none hqq8 hqq4 hqq3 hqq2
 
-The last form converts the checkpoint with each recipe into a temporary directory first.
+The last form converts the checkpoint with each recipe into a temporary directory first. What it adds to `moray eval`:
+that, several numerics classes in one table, and a default text.
 
-What it measures: each file is tokenized with the store's tokenizer as one document (with its begin token, if the
-tokenizer adds one) and its first ``--tokens-per-file`` tokens are cut into windows of ``--window`` tokens without
-overlap; a shorter rest is left out. Each window is one forward pass on its own, so its first token is context only.
-Perplexity is exp of the mean negative log-likelihood, in nats, of all other tokens: per token, so numbers compare
-between stores with the same tokenizer only. *bits* are bytes of the file(s) x 8 / parameters: of the experts alone,
-with scales, zeros and padding, and of the whole store.
+What it measures is defined in moray/runtime/evaluation.py and printed below the table. Of each file the first
+``--tokens-per-file`` tokens count.
 
 The default text is deterministic for a Python version: of the files test_*.py in the standard library's test folder
 that have at least ``--tokens-per-file`` tokens, sorted by name, ``--files`` evenly spaced ones, the first included.
@@ -21,122 +18,59 @@ The demonstration model was trained on other parts of the library, not on this f
 from __future__ import annotations
 
 import argparse
-import math
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, get_args
 
-import torch
 from common import describe_machine, in_process, print_table, working_directory
 
+from moray.deploy.evaluation_report import Report, StoreResult, Text, notes, table
 from moray.runtime.convert.converter import convert
-from moray.runtime.errors import StoreError
-from moray.runtime.generation.runner import Runner
-from moray.runtime.generation.text import load_tokenizer
+from moray.runtime.evaluation import Evaluation, cut_windows
+from moray.runtime.generation.text import encode_file, encode_prompt, require_tokenizer
 from moray.runtime.layout.packed import Numerics
-from moray.runtime.memory import format_bytes
-from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
 
 Window = list[int]
 
 
-@dataclass(frozen=True)
-class Result:
-    """One store in one numerics class."""
-
-    name: str
-    manifest: Manifest
-    numerics: Numerics
-    mean_nll: float
-    num_predicted: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.mean_nll)
-
-
 def default_texts(tokenizer: Any, count: int, min_tokens: int) -> list[Path]:
     """Evenly spaced files of CPython's test suite that are long enough."""
     folder = Path(sysconfig.get_paths()["stdlib"]) / "test"
-    files = [file for file in sorted(folder.glob("test_*.py")) if len(_tokenize(tokenizer, file)) >= min_tokens]
+    files = [file for file in sorted(folder.glob("test_*.py")) if _num_tokens(tokenizer, file) >= min_tokens]
     if len(files) < count:
         raise SystemExit(f"{folder} has {len(files)} long enough files, expected {count}; name texts with --text")
     return [files[i * len(files) // count] for i in range(count)]
 
 
-def windows_of(tokenizer: Any, files: Sequence[Path], window: int, tokens_per_file: int) -> list[Window]:
-    """Windows of exactly ``window`` tokens, in the order of the files."""
-    found = []
+def cut_texts(
+    tokenizer: Any, files: Sequence[Path], window: int, tokens_per_file: int
+) -> tuple[list[Text], list[Window]]:
+    """What is evaluated of each file, and the windows of all."""
+    texts: list[Text] = []
+    windows: list[Window] = []
     for file in files:
-        ids = _tokenize(tokenizer, file)[:tokens_per_file]
-        found += [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
-    if not found:
-        raise SystemExit(f"no text has {window} tokens; choose a smaller --window or longer texts")
-    return found
+        ids = encode_file(tokenizer, file)
+        found = list(cut_windows(ids[:tokens_per_file], window))
+        windows += found
+        texts.append(Text(file, len(ids), sum(len(w) for w in found)))
+    return texts, windows
 
 
-def evaluate(runner: Runner, windows: Sequence[Window]) -> tuple[float, int]:
-    """Mean negative log-likelihood in nats, and of how many tokens."""
-    total, count = 0.0, 0
-    for window in windows:
-        logits = runner.logits(window)[:-1]
-        targets = torch.tensor(window[1:])
-        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        count += len(targets)
-    return total / count, count
-
-
-def evaluate_store(path: Path, windows: Sequence[Window], numerics: Numerics) -> Result:
+def evaluate_store(path: Path, windows: Sequence[Window], numerics: Numerics) -> StoreResult:
     with in_process(path, numerics) as runner, Store.open(path) as store:
-        nll, count = evaluate(runner, windows)
-        return Result(path.name, store.manifest, numerics, nll, count)
+        evaluation, started = Evaluation(), perf_counter()
+        for window in windows:
+            evaluation.add(runner.score(window))
+        rate = sum(len(window) for window in windows) / (perf_counter() - started)
+        return StoreResult(path.name, path, store.manifest, store.fingerprint, numerics, evaluation, rate)
 
 
-def bits_of_experts(manifest: Manifest) -> float:
-    """Bits a weight, of all routed experts."""
-    counts = [
-        layer.num_experts * sum(t.spec.rows * t.spec.columns if t.spec else t.length for t in layer.layout.tensors)
-        for layer in manifest.layers
-    ]
-    return 8 * manifest.expert_bytes / sum(counts)
-
-
-def print_results(results: Sequence[Result]) -> None:
-    header = ("store", "experts", "attention", "class", "bits, experts", "bits, all", "size", "perplexity", "vs first")
-    rows = []
-    for result in results:
-        manifest = result.manifest
-        size = manifest.expert_bytes + manifest.trunk_bytes
-        rows.append(
-            (
-                result.name,
-                manifest.recipe["experts"],
-                manifest.recipe["attention"],
-                result.numerics,
-                f"{bits_of_experts(manifest):.2f}",
-                f"{8 * size / manifest.num_parameters:.2f}",
-                format_bytes(size),
-                f"{result.perplexity:.3f}",
-                f"{100 * (result.perplexity / results[0].perplexity - 1):+.2f} %",
-            )
-        )
-    print_table(header, rows)
-
-
-def _tokenize(tokenizer: Any, file: Path) -> list[int]:
-    ids: list[int] = tokenizer(file.read_text(encoding="utf-8", errors="replace"), verbose=False)["input_ids"]
-    return ids
-
-
-def _tokenizer(store: Path) -> Any:
-    tokenizer = load_tokenizer(store)
-    if tokenizer is None:
-        raise StoreError(f"{store} has no tokenizer; perplexity on text needs one")
-    return tokenizer
+def _num_tokens(tokenizer: Any, file: Path) -> int:
+    return len(encode_prompt(tokenizer, file.read_text(encoding="utf-8", errors="replace")))  # not all are UTF-8
 
 
 @contextmanager
@@ -171,14 +105,15 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     arguments = _parse()
     with _stores(arguments) as stores:
-        tokenizer = _tokenizer(stores[0])
+        tokenizer = require_tokenizer(stores[0])
         files = arguments.text or default_texts(tokenizer, arguments.files, arguments.tokens_per_file)
-        windows = windows_of(tokenizer, files, arguments.window, arguments.tokens_per_file)
+        texts, windows = cut_texts(tokenizer, files, arguments.window, arguments.tokens_per_file)
         results = [evaluate_store(store, windows, numerics) for numerics in arguments.numerics for store in stores]
+    report = Report(arguments.window, None, texts, len(windows), None, results)
     print(f"{describe_machine()}\n")
-    print(f"{len(windows)} windows of {arguments.window} tokens, {results[0].num_predicted:,} tokens predicted, from:")
-    print(", ".join(file.name for file in files) + "\n")
-    print_results(results)
+    header, *rows = table(report)
+    print_table(header, rows)
+    print("\n" + "\n".join(notes(report)))
 
 
 if __name__ == "__main__":

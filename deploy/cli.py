@@ -23,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure this machine: kernels against its memory, decoding on a store.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 console = Console()
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -44,8 +46,10 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def command(epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose errors are one line, with an example under its help."""
+def command(
+    example: str, name: str | None = None, group: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose errors are one line, with an example under its help. ``name``: if not the function's."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
@@ -60,7 +64,7 @@ def command(epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]]
                 errors.print("stopped")
                 raise typer.Exit(130) from None
 
-        app.command(epilog=f"Example: {epilog}")(run)
+        group.command(name, epilog=f"Example: {example}")(run)
         return function
 
     return register
@@ -82,7 +86,8 @@ def convert(
         str,
         typer.Option(
             help="One scheme for experts and attention, or COMPONENT=SCHEME,... Components: experts, attention, "
-            "shared, dense, embeddings. Schemes: none, hqq8, hqq4, hqq3, hqq2, each with :GROUP."
+            "shared, dense, embeddings. Schemes: none, hqq8, hqq4, hqq3, hqq2, each with :GROUP, all but hqq8 also "
+            "with :GROUP:s8 (second-level scales). Or a whole recipe: paper-4bit, paper-3bit, paper-2bit."
         ),
     ] = "hqq4",
     workers: Annotated[int | None, typer.Option(help="Processes that quantize; none: one for each core.")] = None,
@@ -176,7 +181,101 @@ def demo(hosts: HostsOption = 2, max_new_tokens: MaxTokensOption = 120) -> None:
     run_demo(make_config({"hosts": hosts}), max_new_tokens, console)
 
 
+# ----------------------------------------------------------------------------------- evaluation
+
+
+@command("moray eval ./mixtral-hqq4 ./mixtral-q3 --text book.txt --reference ./mixtral-none", "eval")
+def evaluate(
+    text: Annotated[list[Path], typer.Option(help="A file of UTF-8 text; may be given again.")],
+    stores: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="STORE", help="Stores to evaluate; none: the embedded demonstration model."),
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="A store to compare with, such as one of recipe none.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Evaluate only so many first tokens of all texts.")] = None,
+    hosts: HostsOption = None,
+    device: DeviceOption = None,
+    numerics: NumericsOption = None,
+    address: AddressOption = None,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity on text, and agreement with a reference store.
+
+    Texts are cut into windows without overlap; a shorter last window counts if it has at least 2 tokens.
+
+    Each window is one forward pass of its own; its first token is context only, its others are predicted.
+
+    Perplexity: exp of the mean negative log-likelihood (NLL, nats) of the predicted tokens.
+
+    Same top: the share of predicted positions whose most likely token is the reference's.
+
+    KL: mean KL(reference || store) in nats, over the reference's 64 most likely tokens and one bucket for the rest.
+
+    All stores must have one tokenizer. They are evaluated one after the other, the reference first.
+    """
+    from moray.deploy.config import make_config
+    from moray.deploy.evaluate import run_eval
+
+    settings = make_config(_engine_values(None, hosts, device, numerics, address, threads), config)
+    paths = stores or [settings.store_path]
+    run_eval(settings, paths, text, reference, window, max_tokens, console, as_json=as_json)
+
+
 # ------------------------------------------------------------------------------------- machine
+
+
+@command("moray bench kernels --encodings q4,q4:64:u8 --threads 2", "kernels", bench)
+def bench_kernels(
+    encodings: Annotated[
+        str | None,
+        typer.Option(
+            help="ENCODING:GROUP:META,... (docs/format.md), e.g. q8,q4:32,q3:64:u8,bf16; none: the usual ones."
+        ),
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Of one matrix, ROWSxCOLUMNS; none: 14336x4096.")] = None,
+    threads: ThreadsOption = None,
+    working_set: Annotated[
+        str | None, typer.Option(help="At least so much memory is read in turn, e.g. 1GiB; none: 512MB.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="How often everything is measured, in turns; none: 5.")] = None,
+    numerics: Annotated[str, typer.Option(help="int8 or float (docs/format.md).")] = "int8",
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: does it run? Its numbers mean nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the kernels against the bandwidth of this machine's memory and against torch."""
+    from moray.deploy.bench.options import DEFAULT_ENCODINGS, make_options
+    from moray.runtime.cpu import usable_cores
+
+    num_threads = usable_cores() if threads is None else threads
+    options = make_options(encodings or DEFAULT_ENCODINGS, shape, num_threads, working_set, pairs, numerics, quick)
+    from moray.deploy.bench.kernels_report import run_kernels
+
+    run_kernels(options, console, skip_unsupported=encodings is None, as_json=as_json)
+
+
+@command("moray bench decode ./mixtral-hqq4 --repeat 5", "decode", bench)
+def bench_decode(
+    store: StoreArgument = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens before those that are decoded.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each repeat.")] = 64,
+    repeat: Annotated[int, typer.Option(help="How often everything is measured, in turns.")] = 5,
+    hosts: HostsOption = None,
+    device: DeviceOption = None,
+    numerics: NumericsOption = None,
+    threads: ThreadsOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure an engine on a store: tokens a second, time by part, bytes against the memory's bandwidth, idle CPU."""
+    from moray.deploy.config import make_config
+
+    settings = make_config(_engine_values(store, hosts, device, numerics, None, threads), config)
+    from moray.deploy.bench.decode_report import run_decode
+
+    run_decode(settings, prompt_tokens, new_tokens, repeat, console, as_json=as_json)
 
 
 @command("moray doctor ./mixtral-hqq4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from moray.cluster.nodes import choose_compute_node
 from moray.cluster.ray_session import RaySession
 from moray.deploy.config import EngineConfig, make_config
 from moray.runtime.errors import ClusterError
+from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.generation.request import (
     FinishReason,
     Message,
@@ -74,7 +76,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         path = config.store_path.absolute()
-        _check_store(path, config)
+        check_store(path, config)
         self._session = ray_session.join(config.address) if config.address else _start_local(config)
         self._actors: Actors | None = None
         try:
@@ -155,6 +157,15 @@ class Engine:
 
         return torch.from_numpy(call(self.actors.compute.logits, list(token_ids)).copy())
 
+    def score(self, token_ids: Sequence[int], candidates: Ids | None = None) -> TokenScores:
+        """How well the model predicts T tokens: log-probabilities of each next token and of the 64 most likely ones.
+
+        ``candidates`` [T-1, K]: token ids whose log-probabilities are wanted as well. Raises RequestError.
+        """
+        scores: TokenScores = call(self.actors.compute.score, list(token_ids), candidates)
+        # A copy: what Ray gives are views of its object store, which would fill up and does not outlive the engine.
+        return copy.deepcopy(scores)
+
     def stats(self) -> ComputeStats:
         """What the experts did so far: tokens per expert, bytes by source, time by part."""
         stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
@@ -183,7 +194,7 @@ class Engine:
         )
 
 
-def _check_store(path: Path, config: EngineConfig) -> None:
+def check_store(path: Path, config: EngineConfig) -> None:
     """Refuse a bad store, or one that this machine's memory cannot hold, before Ray starts."""
     with Store.open(path) as store:
         manifest = store.manifest

@@ -22,6 +22,7 @@ from rich.table import Table
 from moray.deploy.config import demo_store
 from moray.runtime.convert.converter import convert
 from moray.runtime.convert.recipe import Recipe
+from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.memory import format_bytes
 from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
@@ -84,10 +85,7 @@ def _verify(store: Store, console: Console, quiet: bool) -> None:
 
 def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
     encodings = Counter(
-        f"{tensor.spec.encoding}{f' g{tensor.spec.group}' if tensor.spec.group else ''}"
-        for layer in manifest.layers
-        for tensor in layer.layout.tensors
-        if tensor.spec
+        _encoding(tensor.spec) for layer in manifest.layers for tensor in layer.layout.tensors if tensor.spec
     )
     counts = sorted({layer.num_experts for layer in manifest.layers})
     return {
@@ -106,6 +104,12 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "numerics": f"{manifest.numerics_id} (kernels bit-identical across CPUs), float (reference)",
         "source": ", ".join(f"{key} {value}" for key, value in manifest.source.items()),
     } | ({"notes": "; ".join(manifest.notes)} if manifest.notes else {})
+
+
+def _encoding(spec: PackedSpec) -> str:
+    """In words, such as "q4 g64" or "q2 g16 s8" (second-level scales)."""
+    group = f" g{spec.group}" if spec.group else ""
+    return f"{spec.encoding}{group}{' s8' if spec.meta == 'u8' else ''}"
 
 
 def _table(facts: dict[str, Any]) -> Table:

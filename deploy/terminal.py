@@ -25,7 +25,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 def run_generate(
     config: EngineConfig, prompt: str, options: dict[str, Any], console: Console, *, as_json: bool
 ) -> None:
-    with _engine(config, console, quiet=as_json) as (engine, start_s):
+    with running_engine(config, console, quiet=as_json) as (engine, start_s):
         if as_json:
             completion = engine.generate(prompt, **options)
             console.print_json(json.dumps({"prompt": prompt, "completion": asdict(completion)}))
@@ -36,7 +36,7 @@ def run_generate(
 
 
 def run_demo(config: EngineConfig, max_new_tokens: int, console: Console) -> None:
-    with _engine(config, console) as (engine, start_s):
+    with running_engine(config, console) as (engine, start_s):
         _write(console, DEMO_PROMPT, style="dim")
         finished = _stream(engine.stream(DEMO_PROMPT, max_new_tokens=max_new_tokens), console)
         _summarize(engine, finished, start_s, console)
@@ -44,7 +44,7 @@ def run_demo(config: EngineConfig, max_new_tokens: int, console: Console) -> Non
 
 def run_chat(config: EngineConfig, system: str | None, options: dict[str, Any], console: Console) -> None:
     messages = [Message("system", system)] if system else []
-    with _engine(config, console) as (engine, start_s):
+    with running_engine(config, console) as (engine, start_s):
         console.print(
             "Empty line, Ctrl-D or Ctrl-C at the prompt: end. Ctrl-C while it answers: stop the answer.",
             highlight=False,
@@ -82,7 +82,7 @@ def run_doctor(store: Path | None, console: Console, *, as_json: bool) -> bool:
 
 
 @contextmanager
-def _engine(config: EngineConfig, console: Console, quiet: bool = False) -> Iterator[tuple[Engine, float]]:
+def running_engine(config: EngineConfig, console: Console, quiet: bool = False) -> Iterator[tuple[Engine, float]]:
     """A running engine and the seconds it took to start."""
     started = perf_counter()
     text = f"Starting Ray and {config.hosts} expert host(s); the very first start also compiles kernels..."

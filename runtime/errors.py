@@ -9,7 +9,8 @@ MorayError
 │   ├── StoreError             a store that is missing, incomplete, newer or corrupt
 │   │   └── CorruptShardError  a shard whose checksum fails
 │   ├── ResourceError          not enough memory or disk: says needed and free
-│   └── RequestError           a generation request that cannot be served
+│   ├── RequestError           a generation request that cannot be served
+│   └── EvaluationError        a text that cannot be evaluated on, or stores that cannot be compared
 ├── ClusterError               Ray or a node is not there
 │   └── HostLostError          an expert host does not answer
 └── ProtocolError              a data-plane peer sent something we do not accept
@@ -68,6 +69,10 @@ class ResourceError(InputError):
 
 class RequestError(InputError):
     """A generation request cannot be served as asked."""
+
+
+class EvaluationError(InputError):
+    """A text cannot be evaluated on, or stores cannot be compared."""
 
 
 class ClusterError(MorayError):

@@ -46,30 +46,20 @@ def check_kernels() -> Iterator[Check]:
         remedy = "unset MORAY_KERNEL if it is set; else set it to portable, which every CPU runs, and report this"
         yield Check("kernels", "problem", str(error), remedy)
         return
-    took = f"{found['instruction_set']}, {found['seconds']:.1f} s"
+    took = f"{found['instruction_set']}, {found['threads']} threads, {found['seconds']:.1f} s"
     if found["equal"]:
         yield Check("kernels", "ok", f"int8 results equal the reference bit for bit ({took})")
     else:
         remedy = "set MORAY_KERNEL=portable and report this: tokens would differ from those of other machines"
         yield Check("kernels", "problem", f"int8 results differ from the reference ({took})", remedy)
-    yield judge_threading_layer(found["layer"], found["threads"])
-
-
-def judge_threading_layer(layer: str, threads: int) -> Check:
-    found = f"{layer}, {threads} threads"
-    if layer == "omp":
-        return Check("threading layer", "ok", found)
-    why = "aborts when two threads compute at once" if layer == "workqueue" else "competes with torch's threads"
-    remedy = f"{layer} {why}; install torch from PyPI or download.pytorch.org, whose OpenMP library Numba then shares"
-    return Check("threading layer", "warning", found, remedy)
 
 
 def try_kernels() -> dict[str, Any]:
     """Compare the compiled int8 kernel with its definition. Runs in a child: a wrong instruction ends it."""
-    import numba
     import numpy as np
 
     from moray.runtime.kernels import isa, ops, reference
+    from moray.runtime.kernels.pool import current_pool
     from moray.runtime.layout.packed import PackedSpec, Quantized, pack_quantized
 
     started = perf_counter()
@@ -83,7 +73,6 @@ def try_kernels() -> dict[str, Any]:
     return {
         "equal": y_TR.tobytes() == reference.matmul(x_TC, packed, spec).tobytes(),
         "instruction_set": isa.INSTRUCTION_SET,
-        "layer": numba.threading_layer(),
-        "threads": numba.get_num_threads(),
+        "threads": current_pool().num_threads,
         "seconds": perf_counter() - started,
     }

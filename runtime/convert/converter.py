@@ -23,6 +23,7 @@ from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece
 from moray.runtime.convert.journal import JOURNAL_NAME, Journal
 from moray.runtime.convert.plan import Plan, make_plan
+from moray.runtime.convert.quantize import QUANTIZER_ID
 from moray.runtime.convert.recipe import Recipe
 from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME
 from moray.runtime.convert.workers import Workshop, make_pieces, write_at
@@ -93,7 +94,7 @@ def convert(
 def _fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """Of everything that decides a store's bytes."""
     parts = [checkpoint.fingerprint, checkpoint.path.joinpath("config.json").read_text(), str(recipe), LAYOUT_ID]
-    parts += [str(FORMAT_VERSION), version("hqq"), transformers.__version__]
+    parts += [str(FORMAT_VERSION), QUANTIZER_ID, version("hqq"), transformers.__version__]
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 

@@ -71,7 +71,7 @@ def choose_spec(
         encoding: Encoding = "f16" if dtype == torch.float16 else "bf16"
         return PackedSpec(rows, columns, encoding), f"{where}: no group divides its rows, kept as {encoding}"
     note = None if group == scheme.group else f"{where}: group {group} instead of {scheme.group}"
-    return PackedSpec(rows, columns, scheme.encoding, group), note
+    return PackedSpec(rows, columns, scheme.encoding, group, scheme.meta), note
 
 
 def encode_piece(piece: Piece, checkpoint: Checkpoint, shapes: ModelShapes) -> Bytes:
@@ -101,7 +101,7 @@ def _pack(matrix: torch.Tensor, plan: TensorPlan, spec: PackedSpec) -> Bytes:
     if not spec.is_quantized:
         return pack_plain(_plain_array(matrix, spec.encoding), spec)
     try:
-        return pack_quantized(quantize_rows(matrix, spec.bits, spec.group), spec)
+        return pack_quantized(quantize_rows(matrix, spec.bits, spec.group, spec.meta), spec)
     except OverflowError as error:
         raise CheckpointError(
             f"{_origin(plan)} has weights too large for {spec.encoding} ({error}); keep this component with `none`"

@@ -18,12 +18,12 @@ from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME, TrunkPlan, plan_trun
 from moray.runtime.errors import UnsupportedModelError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.layout.shard import ExpertKey, ShardLayout, plan_layout
+from moray.runtime.model.expert_gates import is_swiglu
 from moray.runtime.model.families import (
     EXPERT_PARAMETERS,
     build_model,
     expert_modules,
     expert_params,
-    is_plain_swiglu,
 )
 from moray.runtime.store.manifest import ExpertsLayer
 
@@ -66,7 +66,7 @@ def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) 
     notes: dict[str, None] = {}
     for layer, (path, module) in enumerate(expert_modules(model)):
         layout, tensors = _plan_layer(path, module, index, recipe, index.experts[layer][0], notes)
-        activation = "swiglu" if is_plain_swiglu(module) else "module"
+        activation = "swiglu" if is_swiglu(module) else "module"
         layers.append(ExpertsLayer(path, len(index.experts[layer]), layout, activation))
         for expert, sources in enumerate(index.experts[layer]):
             key = ExpertKey(layer, expert)

@@ -1,31 +1,51 @@
-"""The recipe: how many bits each component of a model gets."""
+"""The recipe: how many bits each component of a model gets.
+
+A scheme is ``none`` or ``hqqBITS[:GROUP[:s8]]``; ``s8`` means second-level scales of 8 bits (layout/second_level.py).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from moray.runtime.errors import RecipeError
-from moray.runtime.layout.packed import Encoding, is_legal_group
+from moray.runtime.layout.packed import SECOND_LEVEL_ENCODINGS, Encoding, Meta, is_legal_group
 from moray.runtime.model.components import COMPONENTS, Component
 
-_DEFAULT_GROUPS = {8: 64, 4: 64, 3: 64, 2: 16}
+_DEFAULTS: dict[int, tuple[int, Meta]] = {8: (64, "f16"), 4: (64, "f16"), 3: (64, "f16"), 2: (16, "u8")}
 _ENCODINGS: dict[int, Encoding] = {8: "q8", 4: "q4", 3: "q3", 2: "q2"}
 _MAX_GROUP = 256
 _DEFAULT_COMPONENTS: tuple[Component, ...] = ("experts", "attention")
-_ALLOWED = "none, hqq8, hqq4, hqq3, hqq2, each hqq optionally with :GROUP"
+_SECOND_LEVEL = "s8"
 
 DEFAULT_RECIPE = "experts=hqq4:64,attention=hqq4:64"
+
+#: Whole recipes by name: those of mixtral-offloading (arXiv 2312.17238).
+PRESETS = {
+    "paper-4bit": "experts=hqq4:64:s8,attention=hqq4:64:s8",
+    "paper-3bit": "experts=hqq3:64:s8,attention=hqq4:64:s8",
+    "paper-2bit": "experts=hqq2:16:s8,attention=hqq4:64:s8",
+}
+_ALLOWED = (
+    "none, hqq8, hqq4, hqq3, hqq2, each hqq optionally with :GROUP, all but hqq8 with :GROUP:s8; "
+    f"or, as the whole recipe, {', '.join(PRESETS)}"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """HQQ with ``bits`` bits a weight and one scale and zero per ``group`` columns; bits None: as stored."""
+    """HQQ with ``bits`` bits a weight and one scale and zero per ``group`` columns; bits None: as stored.
+
+    ``meta`` says how scales and zeros are stored (layout/packed.py).
+    """
 
     bits: int | None = None
     group: int = 0
+    meta: Meta = "f16"
 
     def __str__(self) -> str:
-        return "none" if self.bits is None else f"hqq{self.bits}:{self.group}"
+        if self.bits is None:
+            return "none"
+        return f"hqq{self.bits}:{self.group}" + (f":{_SECOND_LEVEL}" if self.meta == "u8" else "")
 
     @property
     def encoding(self) -> Encoding:
@@ -55,10 +75,11 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str = DEFAULT_RECIPE) -> Recipe:
-        """Read ``SCHEME`` (for experts and attention) or ``COMPONENT=SCHEME,...``.
+        """Read ``SCHEME`` (for experts and attention), ``COMPONENT=SCHEME,...``, or a preset's name.
 
         Raises RecipeError naming what is unknown and what is allowed.
         """
+        text = PRESETS.get(text.strip(), text)
         if "=" not in text:
             scheme = _parse_scheme(text)
             return cls({component: scheme for component in _DEFAULT_COMPONENTS})
@@ -82,14 +103,15 @@ def _parse_component(name: str, part: str) -> Component:
 
 
 def _parse_scheme(text: str) -> Scheme:
-    name, colon, group_text = text.strip().partition(":")
-    if name == "none" and not colon:
+    name, *options = text.strip().split(":")
+    if name == "none" and not options:
         return NONE
-    bits = {f"hqq{bits}": bits for bits in _DEFAULT_GROUPS}.get(name)
+    bits = {f"hqq{bits}": bits for bits in _DEFAULTS}.get(name)
     if bits is None:
         raise RecipeError(f"unknown scheme {text.strip()!r}; allowed: {_ALLOWED}")
-    group = _parse_group(group_text, bits, text) if colon else _DEFAULT_GROUPS[bits]
-    return Scheme(bits, group)
+    if not options:
+        return Scheme(bits, *_DEFAULTS[bits])
+    return Scheme(bits, _parse_group(options[0], bits, text), _parse_meta(options[1:], bits, text))
 
 
 def _parse_group(group_text: str, bits: int, text: str) -> int:
@@ -98,5 +120,22 @@ def _parse_group(group_text: str, bits: int, text: str) -> int:
         raise RecipeError(
             f"group {group_text!r} in scheme {text.strip()!r} is not possible with {bits} bits; "
             f"allowed: multiples of {allowed[0]} from {allowed[0]} to {allowed[-1]}"
+            + (f", before :{_SECOND_LEVEL}" if group_text == _SECOND_LEVEL else "")
         )
     return int(group_text)
+
+
+def _parse_meta(options: list[str], bits: int, text: str) -> Meta:
+    if not options:
+        return "f16"
+    if options != [_SECOND_LEVEL]:
+        raise RecipeError(
+            f"unknown option {':'.join(options)!r} in scheme {text.strip()!r}; "
+            f"allowed after the group: {_SECOND_LEVEL} (second-level scales of 8 bits)"
+        )
+    if _ENCODINGS[bits] not in SECOND_LEVEL_ENCODINGS:
+        raise RecipeError(
+            f"scheme {text.strip()!r}: weights of {bits} bits cannot have second-level scales; "
+            f"leave out :{_SECOND_LEVEL}, or take hqq4, hqq3 or hqq2"
+        )
+    return "u8"

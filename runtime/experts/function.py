@@ -22,10 +22,10 @@ from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.source import ExpertSource, Ints
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize
-from moray.runtime.kernels.ops import Grouping, MatrixKernel
+from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout, ShardTensor
-from moray.runtime.model.families import is_plain_swiglu
+from moray.runtime.model.expert_gates import fused_gate
 
 IMPLEMENTATION = "moray"
 
@@ -51,7 +51,8 @@ class ExpertsBinding:
         assert self._up.spec is not None and self._down.spec is not None
         self._up_kernel = MatrixKernel.of(self._up.spec, numerics)
         self._down_kernel = MatrixKernel.of(self._down.spec, numerics)
-        self._is_fused = is_plain_swiglu(module)
+        gate = fused_gate(module)
+        self._fused = None if gate is None else LayerKernel(self._up_kernel, self._down_kernel, gate)
 
     def forward(self, module: Any, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         started = perf_counter()
@@ -76,12 +77,17 @@ class ExpertsBinding:
     ) -> torch.Tensor:
         if x_TH.device.type != "cpu":
             return self._on_device(module, x_TH, weights_TK, grouping, shards_E)
-        x = x_TH.numpy()
-        weights = weights_TK.float().contiguous().numpy()
+        x_TH, weights_TK = x_TH.contiguous(), weights_TK.float().contiguous()
         up_at, down_at = shards_E + self._up.offset, shards_E + self._down.offset
-        if self._is_fused:
-            out = ops.moe_swiglu(x, weights, grouping, self._up_kernel, up_at, self._down_kernel, down_at)
-            return torch.from_numpy(out)
+        if self._fused is not None:
+            out_TH = torch.empty_like(x_TH)
+            at = (x_TH.data_ptr(), weights_TK.data_ptr(), out_TH.data_ptr())
+            biases = (
+                NO_BIASES if bias is None else shards_E + bias.offset for bias in (self._up_bias, self._down_bias)
+            )
+            ops.moe_layer_at(*at, grouping, self._fused, up_at, down_at, *biases)
+            return out_TH
+        x, weights = x_TH.numpy(), weights_TK.numpy()
         experts_of_pair = np.repeat(np.arange(len(grouping.active)), np.diff(grouping.starts))
         up = torch.from_numpy(self._up_kernel.matmul(x, up_at, grouping.starts, grouping.token_of_pair))
         h = self._activate(module, up + self._biases(self._up_bias, shards_E)[experts_of_pair])

@@ -61,7 +61,8 @@ class ExpertsMeter:
 
     def record(self, layer: int, grouping: Grouping, group_s: float, lease_s: float, compute_s: float) -> None:
         self.tokens[layer][grouping.active] += np.diff(grouping.starts)
-        np.add.at(self.bytes_by_owner, self.owners[layer][grouping.active], self.shard_bytes[layer])
+        used = np.bincount(self.owners[layer][grouping.active], minlength=len(self.names))
+        self.bytes_by_owner += used * self.shard_bytes[layer]
         self.layer_calls += 1
         self.group_s += group_s
         self.lease_s += lease_s

@@ -77,8 +77,8 @@ class ShardHost:
         """
         # Imported here: a host that only lends its shards never loads torch or Numba.
         from moray.runtime.kernels import ops
-        from moray.runtime.kernels.ops import MatrixKernel
-        from moray.runtime.kernels.setup import set_num_threads
+        from moray.runtime.kernels.ops import LayerKernel, MatrixKernel
+        from moray.runtime.kernels.pool import set_num_threads
 
         set_num_threads(self._num_threads)
         info = self.store.manifest.layers[layer]
@@ -93,10 +93,8 @@ class ShardHost:
         pairs = np.arange(len(x_PH))
         grouping = ops.Grouping(np.asarray(experts, dtype=np.int64), starts, pairs, pairs[:, None])
         ones = np.ones((len(x_PH), 1), dtype=np.float32)
-        kernels = (MatrixKernel.of(gate_up.spec, numerics), MatrixKernel.of(down.spec, numerics))
-        return ops.moe_swiglu(
-            x_PH, ones, grouping, kernels[0], shards + gate_up.offset, kernels[1], shards + down.offset
-        )
+        kernels = LayerKernel(MatrixKernel.of(gate_up.spec, numerics), MatrixKernel.of(down.spec, numerics))
+        return ops.moe_layer(x_PH, ones, grouping, kernels, shards + gate_up.offset, shards + down.offset)
 
     def close(self) -> None:
         self.arena.close()

@@ -10,11 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from moray.runtime.errors import MorayError, RequestError
+from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.source import ExpertSource
 from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEvent
@@ -23,6 +26,8 @@ from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tok
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.loader import bind_experts
 from moray.runtime.store.store import Store
+
+T = TypeVar("T")
 
 _MAX_EARLY_CANCELS = 256
 Events = SimpleQueue[TokenEvent | BaseException]
@@ -97,19 +102,26 @@ class Runner:
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """float32 [T, V] over the whole sequence. Raises RequestError, and MorayError after ``close``."""
-        self._loop.check(GenerationRequest("logits", tuple(token_ids[:-1] or token_ids), 1))
-        self._loop.check_ids(token_ids)
-        answer: Future[torch.Tensor] = Future()
+        self._check_sequence(token_ids)
+        return self._compute(lambda: self._loop.logits(token_ids))
 
-        def compute() -> None:
-            try:
-                answer.set_result(self._loop.logits(token_ids))
-            except BaseException as error:
-                answer.set_exception(error)
+    def score(self, token_ids: list[int], candidates: Ids | None = None) -> TokenScores:
+        """How well the model predicts T tokens, at least 2, in one forward pass over the whole sequence.
 
-        if not self._post(compute):
-            raise MorayError(_CLOSED)
-        return answer.result()
+        ``candidates`` [T-1, K], the same K in each row: token ids whose log-probabilities are wanted as well.
+        Raises RequestError, and MorayError after ``close``.
+        """
+        self._check_sequence(token_ids)
+        if len(token_ids) < 2:
+            raise RequestError("a sequence of 1 token has nothing to score, expected at least 2: the first is context")
+        if candidates is not None:
+            if candidates.ndim != 2 or len(candidates) != len(token_ids) - 1:
+                raise RequestError(
+                    f"candidates have shape {list(candidates.shape)}, expected [{len(token_ids) - 1}, K]: a row for "
+                    "each token but the first"
+                )
+            self._loop.check_ids(np.unique(candidates).tolist())
+        return self._compute(lambda: self._loop.score(token_ids, candidates))
 
     def stats(self) -> ExpertsStats:
         return self._meter.snapshot()
@@ -120,6 +132,25 @@ class Runner:
             self._is_closed = True
             self._inbox.put(None)
         self._thread.join()
+
+    def _check_sequence(self, token_ids: list[int]) -> None:
+        """Raise RequestError if the model cannot take these tokens: one more than a prompt may have."""
+        self._loop.check(GenerationRequest("sequence", tuple(token_ids[:-1] or token_ids), 1))
+        self._loop.check_ids(token_ids)
+
+    def _compute(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the loop's thread, between steps, and wait for what it gives or raises."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(work())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        if not self._post(run):
+            raise MorayError(_CLOSED)
+        return answer.result()
 
     def _post(self, command: Callable[[], None]) -> bool:
         """Queue a command for the loop's thread; False after ``close``."""

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from moray.runtime.errors import RequestError
+from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.generation.detokenizer import Detokenizer, Tokenizer
 from moray.runtime.generation.kv import KeptCaches
 from moray.runtime.generation.request import GenerationRequest, TokenEvent
 from moray.runtime.generation.sampler import Sampler
+from moray.runtime.generation.scoring import score_logits
 from moray.runtime.generation.sequence import Sequence
+from moray.runtime.model.families import context_length
 
 PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds activations, and how long a decode waits
 MAX_RUNNING = 8
@@ -36,10 +40,11 @@ class StepLoop:
         self._running: dict[str, Sequence] = {}
         self._cancelled: set[str] = set()
         self._kept = KeptCaches(KEPT_CACHES)
+        self._num_threads = torch.get_num_threads()
 
     @property
     def context_length(self) -> int:
-        return int(getattr(self._config, "max_position_embeddings", 0) or 1 << 30)
+        return context_length(self._config)
 
     @property
     def vocabulary_size(self) -> int:
@@ -102,10 +107,19 @@ class StepLoop:
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """float32 [T, V] of the whole sequence, computed at once, beside whatever is running."""
+        torch.set_num_threads(self._num_threads)
         ids = torch.tensor([token_ids], device=self._model.device)
         output = self._model(input_ids=ids, use_cache=False)
         logits: torch.Tensor = output.logits[0].float().cpu()
         return logits
+
+    @torch.inference_mode()
+    def score(self, token_ids: list[int], candidates: Ids | None = None) -> TokenScores:
+        """Scores of a window of T > 1 tokens, computed at once, beside whatever is running. Holds one [T, V]."""
+        torch.set_num_threads(self._num_threads)
+        ids = torch.tensor([token_ids], device=self._model.device)
+        logits = self._model(input_ids=ids, use_cache=False).logits[0, :-1]
+        return score_logits(logits, np.array(token_ids[1:], dtype=np.int32), candidates)
 
     def _admit(self, request: GenerationRequest) -> None:
         room = self.context_length - len(request.prompt_ids)
@@ -124,6 +138,8 @@ class StepLoop:
         pending = sequence.pending
         chunk = pending[:PREFILL_CHUNK] if sequence.kv.can_chunk else pending
         ids = torch.tensor([chunk], device=self._model.device)
+        # For one token torch's part is tiny: waking its threads takes longer, and they would disturb the kernels'.
+        torch.set_num_threads(1 if len(chunk) == 1 else self._num_threads)
         output = self._model(input_ids=ids, past_key_values=sequence.kv.cache, use_cache=True, logits_to_keep=1)
         sequence.kv.ids += chunk
         if len(chunk) < len(pending):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from moray.runtime.errors import RequestError, StoreError
+from moray.runtime.errors import EvaluationError, RequestError, StoreError
 from moray.runtime.generation.request import Message, Prompt
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -23,6 +23,43 @@ def load_tokenizer(path: Path) -> Any | None:
         raise StoreError(f"the tokenizer in {path} cannot be loaded ({error}); copy its files again") from error
 
 
+def require_tokenizer(path: Path) -> Any:
+    """The store's tokenizer. Raises StoreError if it has none, or it cannot be read."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise StoreError(f"{path} has no tokenizer, which a text needs; copy the checkpoint's tokenizer files into it")
+    return tokenizer
+
+
+def encode_file(tokenizer: Any, file: Path) -> tuple[int, ...]:
+    """Token ids of a text to evaluate on, at least 2. Raises EvaluationError."""
+    ids = encode_prompt(tokenizer, _read_text(file))
+    if len(ids) < 2:
+        raise EvaluationError(
+            f"the text {file} has {len(ids)} token(s), expected at least 2: the first is context only; "
+            "give a longer text"
+        )
+    return ids
+
+
+def _read_text(file: Path) -> str:
+    """Line ends stay as they are."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise EvaluationError(
+            f"the text {file} cannot be read ({error.strerror}); expected a file of UTF-8 text"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise EvaluationError(
+            f"the text {file} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); "
+            "convert it first, for example with iconv"
+        ) from error
+    if not text:
+        raise EvaluationError(f"the text {file} is empty; expected a file of UTF-8 text")
+    return text
+
+
 def encode_prompt(tokenizer: Any | None, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a text, a chat or ready ids. Raises RequestError."""
     if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
@@ -30,7 +67,7 @@ def encode_prompt(tokenizer: Any | None, prompt: Prompt) -> tuple[int, ...]:
     if tokenizer is None:
         raise RequestError("this store has no tokenizer; give the prompt as token ids")
     if isinstance(prompt, str):
-        return tuple(tokenizer(prompt)["input_ids"])
+        return tuple(tokenizer(prompt, verbose=False)["input_ids"])  # too long: the step loop says so better
     if not all(isinstance(item, Message) for item in prompt):
         raise RequestError("a prompt is a text, a list of token ids or a list of messages")
     return _encode_chat(tokenizer, list(prompt))  # type: ignore[arg-type]

@@ -1,150 +1,130 @@
-"""Activations of class int8: quantization, SwiGLU and the weighted sum, in strict float32.
+"""Activations as phases of a program (pool.py): into panels, through the gate, and summed.
 
-Every operation is a single correctly rounded float32 operation in a stated order, so NumPy gives the same bits.
+Shapes as in moe.py. A pair's row goes into the panel of its tile (matmul.py: ``tile_of``).
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, prange
+from numba import cfunc, njit
 
-from moray.runtime.kernels.simd import float_from_bits
-
-LOG2E = np.float32(1.4426950408889634)
-LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-# Coefficients of exp on [-ln2/2, ln2/2] (Cephes, expf).
-EXP_C = tuple(
-    np.float32(c)
-    for c in (
-        1.9875691500e-4,
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    )
+from moray.runtime.kernels.gates import INTERLEAVED
+from moray.runtime.kernels.matmul import ITEMS, tile_of, word
+from moray.runtime.kernels.rows import (
+    add_row,
+    add_scaled_row,
+    copy_column,
+    gated_row,
+    quantize_group,
+    store_zero,
 )
-C0, C1, C2, C3, C4, C5 = EXP_C
-EXP_MIN, EXP_MAX = np.float32(-87.0), np.float32(88.0)
-# Fewer values than this are done by the calling thread: waking the others takes longer.
-SERIAL_VALUES = 1 << 15
-ONE, LIMIT, MAX_FINITE = np.float32(1.0), np.float32(127.0), np.float32(3.4028235e38)
 
+# Words of the params of ``pack`` and ``activate``.
+SOURCE, INDEX, SOURCE_COLUMNS, SOURCE_STRIDE, COLUMNS, GROUP, INTEGER, X, XS, XSUM, STARTS, EXPERT, SLICES = range(13)
+# And of ``activate`` alone: outputs of gate_up, the addresses of its biases (or 0), and a Gate's fields.
+GATE_UP, BIASES, KIND, LIMIT, ALPHA = range(13, 18)
+NUM_PARAMS = 18
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _quantize_row(p, x, group, xq, xs, xsum):
-    for g in range(x.shape[1] // group):
-        first = g * group
-        largest, finite = np.float32(0.0), True
-        for c in range(first, first + group):
-            magnitude = abs(x[p, c])
-            finite = finite and magnitude <= MAX_FINITE
-            largest = max(largest, magnitude)
-        inverse = LIMIT / largest
-        total = np.int32(0)
-        if finite and inverse <= MAX_FINITE:
-            for c in range(first, first + group):
-                q = np.int8(np.rint(x[p, c] * inverse))
-                xq[p, c] = q
-                total += np.int32(q)
-            xs[p, g] = largest / LIMIT
-        else:
-            for c in range(first, first + group):
-                xq[p, c] = 0
-            xs[p, g] = np.float32(0.0) if finite else np.float32(np.nan)
-        xsum[p, g] = total
+# Words of the params of ``combine``.
+C_Y, C_POSITIONS, C_WEIGHTS, C_OUT, C_TOP_K, C_COLUMNS, C_SLICES, C_BIASES, C_EXPERT = range(9)
 
-
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def _quantize_parallel(x, group, xq, xs, xsum):
-    for p in prange(x.shape[0]):
-        _quantize_row(p, x, group, xq, xs, xsum)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def quantize_rows(x, group, xq, xs, xsum):
-    """Symmetric int8 per group of columns, round half to even.
-
-    x: float32 [P, C]. Written: xq int8 [P, C], xs float32 [P, G] (largest magnitude / 127), xsum int32 [P, G] (sum
-    of xq). A group with a NaN or Inf gets scale NaN, so that the outputs that use it are NaN too.
-    """
-    if x.size < SERIAL_VALUES:
-        for p in range(x.shape[0]):
-            _quantize_row(p, x, group, xq, xs, xsum)
-    else:
-        _quantize_parallel(x, group, xq, xs, xsum)
-
-
-@njit(nogil=True, cache=True, forceinline=True, error_model="numpy")
-def _exp(x):
-    n = np.rint(x * LOG2E)
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    y = C0
-    y = y * r + C1
-    y = y * r + C2
-    y = y * r + C3
-    y = y * r + C4
-    y = y * r + C5
-    y = (y * (r * r) + r) + ONE
-    return y * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _swiglu_row(p, gate_up, h):
-    width = gate_up.shape[1] // 2
-    for c in range(width):
-        gate, up = gate_up[p, c], gate_up[p, width + c]
-        if gate == gate:
-            e = _exp(min(max(-gate, EXP_MIN), EXP_MAX))
-            h[p, c] = (gate / (ONE + e)) * up
-        else:
-            h[p, c] = gate
-    for c in range(width, h.shape[1]):
-        h[p, c] = np.float32(0.0)
-
-
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def _swiglu_parallel(gate_up, h):
-    for p in prange(h.shape[0]):
-        _swiglu_row(p, gate_up, h)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def swiglu(gate_up, h):
-    """h = silu(gate) * up. gate_up: float32 [P, 2 I], gates first; h: float32 [P, >= I], written, zeros after I."""
-    if h.size < SERIAL_VALUES:
-        for p in range(h.shape[0]):
-            _swiglu_row(p, gate_up, h)
-    else:
-        _swiglu_parallel(gate_up, h)
+SLICE = 1024  # columns in an item, about
 
 
 @njit(nogil=True, cache=True)
-def _combine_token(t, y, positions, weights, out):
-    for c in range(out.shape[1]):
-        out[t, c] = np.float32(0.0)
-    for k in range(positions.shape[1]):
-        p = positions[t, k]
-        if p >= 0:
-            w = weights[t, k]
-            for c in range(out.shape[1]):
-                out[t, c] = out[t, c] + w * y[p, c]
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _combine_parallel(y, positions, weights, out):
-    for t in prange(out.shape[0]):
-        _combine_token(t, y, positions, weights, out)
+def slice_columns(group):
+    """Columns in one item: whole groups of about 1024 columns."""
+    return group * max(1, SLICE // group) if group else SLICE
 
 
 @njit(nogil=True, cache=True)
-def combine(y, positions, weights, out):
-    """out[t] = sum over k, in the router's order, of weights[t, k] * y[positions[t, k]].
+def num_slices(columns, group):
+    each = slice_columns(group)
+    return (columns + each - 1) // each
 
-    y: float32 [P, H]; positions: int64 [T, K] (negative: skip); weights: float32 [T, K]; out: float32 [T, H], written.
-    """
-    if y.size < SERIAL_VALUES:
-        for t in range(out.shape[0]):
-            _combine_token(t, y, positions, weights, out)
+
+@njit(nogil=True, cache=True)
+def _pack_slice(params, pair, source, first, last):
+    """Put columns first..last-1 of a pair's row, which starts at ``source``, into its panel."""
+    columns, group, end_of_source = word(params, COLUMNS), word(params, GROUP), word(params, SOURCE_COLUMNS)
+    expert = word(word(params, EXPERT), pair)
+    start, end = word(word(params, STARTS), expert), word(word(params, STARTS), expert + 1)
+    tile, width = tile_of(pair, start, end)
+    token = pair - tile
+    if word(params, INTEGER):
+        num_groups = columns // group
+        codes = word(params, X) + tile * columns + 4 * token
+        scales = word(params, XS) + 4 * (tile * num_groups + token)
+        sums = word(params, XSUM) + 4 * (tile * num_groups + token)
+        for g in range(first // group, last // group):
+            quantize_group(
+                source + 4 * g * group, group, codes + g * group * width, 4 * width,
+                scales + 4 * g * width, sums + 4 * g * width,
+            )  # fmt: skip
     else:
-        _combine_parallel(y, positions, weights, out)
+        x = word(params, X) + 4 * (tile * columns + token)
+        for c in range(first, min(last, end_of_source)):
+            copy_column(source + 4 * c, x + 4 * c * width)
+        for c in range(max(first, end_of_source), last):
+            store_zero(x + 4 * c * width)
+
+
+@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
+def pack(params, first, last):
+    """Rows of x into panels, quantized in class int8. Items: (pair, slice); row INDEX[pair], or the pair's own."""
+    columns, each, slices = word(params, COLUMNS), slice_columns(word(params, GROUP)), word(params, SLICES)
+    for item in range(first, last):
+        pair = item // slices
+        at = (item - pair * slices) * each
+        row = word(word(params, INDEX), pair) if word(params, INDEX) else pair
+        source = word(params, SOURCE) + 4 * row * word(params, SOURCE_STRIDE)
+        _pack_slice(params, pair, source, at, min(at + each, columns))
+
+
+@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
+def activate(params, first, last):
+    """Rows of gate_up, plus biases, through the gate into rows of h, and these into panels. Items: (pair, slice)."""
+    columns, each, slices = word(params, COLUMNS), slice_columns(word(params, GROUP)), word(params, SLICES)
+    width, kind = word(params, SOURCE_COLUMNS), word(params, KIND)
+    for item in range(first, last):
+        pair = item // slices
+        at = (item - pair * slices) * each
+        end = min(at + each, columns)
+        count = min(end, width) - at
+        h = word(params, SOURCE) + 4 * pair * width
+        row = word(params, GATE_UP) + 8 * pair * width
+        gate, up = row + 4 * at, row + 4 * (width + at)
+        if kind & INTERLEAVED:
+            gate = up = row + 8 * at
+        if word(params, BIASES):
+            biases = word(word(params, BIASES), word(word(params, EXPERT), pair))
+            if kind & INTERLEAVED:
+                add_row(gate, biases + 8 * at, 2 * count)
+            else:
+                add_row(gate, biases + 4 * at, count)
+                add_row(up, biases + 4 * (width + at), count)
+        gated_row(gate, up, h + 4 * at, count, kind, word(params, LIMIT), word(params, ALPHA))
+        _pack_slice(params, pair, h, at, end)
+
+
+@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
+def combine(params, first, last):
+    """out[t] = sum over k, in the router's order, of weights[t, k] * y[positions[t, k]]; negative: skip.
+
+    Items: (token, slice). y float32 [P, H], positions int64 [T, K], weights float32 [T, K], out float32 [T, H].
+    Biases, if there are, are added to y first: in place, each row of y is used once.
+    """
+    columns, top_k, slices = word(params, C_COLUMNS), word(params, C_TOP_K), word(params, C_SLICES)
+    for item in range(first, last):
+        token = item // slices
+        at = (item - token * slices) * SLICE
+        count = min(SLICE, columns - at)
+        out = word(params, C_OUT) + 4 * (token * columns + at)
+        for c in range(count):
+            store_zero(out + 4 * c)
+        for k in range(top_k):
+            pair = word(word(params, C_POSITIONS), token * top_k + k)
+            if pair >= 0:
+                row = word(params, C_Y) + 4 * (pair * columns + at)
+                if word(params, C_BIASES):
+                    add_row(row, word(word(params, C_BIASES), word(word(params, C_EXPERT), pair)) + 4 * at, count)
+                add_scaled_row(out, row, word(params, C_WEIGHTS) + 4 * (token * top_k + k), count)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from moray.runtime.layout import second_level
 from moray.runtime.layout.packed import PLANES, ROWS, SCALE_FACTOR, VECTOR_BYTES, PackedSpec
 
 _PLAIN_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -14,33 +15,52 @@ _PLAIN_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float
 
 def dequantize(packed: torch.Tensor, spec: PackedSpec, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [num_bytes] -> [R, C] of ``dtype`` on the same device."""
-    return _rows(packed.view(spec.num_blocks, spec.block_bytes), spec, dtype)[: spec.rows]
+    blocks = packed.view(spec.num_blocks, spec.block_bytes)
+    codes = blocks[:, : spec.code_bytes].unflatten(1, (-1, ROWS, 4))
+    values = _values(codes, *_meta(blocks[:, spec.code_bytes :], spec), spec)
+    return values.flatten(0, 1)[: spec.rows].to(dtype)
 
 
 def dequantize_rows(packed: torch.Tensor, spec: PackedSpec, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Some rows of a packed matrix (an embedding): rows int64 [N] -> [N, C]."""
     blocks = packed.view(spec.num_blocks, spec.block_bytes)[rows // ROWS]
-    lane = torch.arange(len(rows), device=rows.device) * ROWS + rows % ROWS
-    return _rows(blocks, spec, dtype)[lane]
+    each, lane = torch.arange(len(rows), device=rows.device), rows % ROWS
+    codes = blocks[:, : spec.code_bytes].unflatten(1, (-1, ROWS, 4))[each, :, lane].unsqueeze(2)
+    scales, zeros = (part[each, lane].unsqueeze(1) for part in _meta(blocks[:, spec.code_bytes :], spec))
+    return _values(codes, scales, zeros, spec).squeeze(1).to(dtype)
 
 
-def _rows(blocks: torch.Tensor, spec: PackedSpec, dtype: torch.dtype) -> torch.Tensor:
-    """[N, block_bytes] row blocks -> [N * 16, C]."""
-    count = len(blocks)
-    codes = blocks[:, : spec.code_bytes].reshape(count, -1, ROWS, 4)
+def _values(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, spec: PackedSpec) -> torch.Tensor:
+    """Vectors [N, V, L, 4] of L lanes and their scales and zeros [N, L, G] -> [N, L, C]."""
+    count, lanes = len(codes), codes.shape[2]
     if not spec.is_quantized:
-        values = codes.transpose(1, 2).reshape(count * ROWS, -1).view(_PLAIN_TYPES[spec.encoding])
-        return values[:, : spec.columns].to(dtype)
-    meta = blocks[:, spec.code_bytes :].reshape(count, spec.num_groups, VECTOR_BYTES).view(torch.float16)
-    meta = meta.view(count, spec.num_groups, 2, ROWS).permute(2, 0, 3, 1).float()
-    columns = _codes(codes.view(count, spec.num_groups, -1, ROWS, 4), spec)
-    columns = columns.permute(0, 3, 1, 2, 4).reshape(count, ROWS, spec.num_groups, spec.group).float()
-    weights = (columns - meta[1][..., None]) * (meta[0][..., None] * SCALE_FACTOR)
-    return weights.view(count * ROWS, spec.columns).to(dtype)
+        return codes.transpose(1, 2).reshape(count, lanes, -1).view(_PLAIN_TYPES[spec.encoding])[..., : spec.columns]
+    quads = _codes(codes.unflatten(1, (spec.num_groups, -1)), spec)
+    columns = quads.permute(0, 3, 1, 2, 4).reshape(count, lanes, spec.num_groups, spec.group).float()
+    return ((columns - zeros[..., None]) * scales[..., None]).flatten(2)
+
+
+def _meta(data: torch.Tensor, spec: PackedSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, meta_bytes] -> float32 scales and zeros [N, 16, G]."""
+    count, groups = len(data), spec.num_groups
+    if groups == 0:
+        nothing = torch.empty(count, ROWS, 0, device=data.device)
+        return nothing, nothing
+    if spec.meta == "f16":
+        halves = data.reshape(count, groups, VECTOR_BYTES).view(torch.float16).view(count, groups, 2, ROWS)
+        scales, zeros = halves.permute(2, 0, 3, 1).float()
+        return scales * SCALE_FACTOR, zeros
+    supers = second_level.num_supers(groups)
+    end = 2 * ROWS * groups
+    codes = data[:, :end].reshape(count, groups, 2, ROWS).permute(2, 0, 3, 1).float()
+    shared = data[:, end : end + 2 * ROWS * supers].reshape(count, supers, 2 * ROWS).view(torch.float16)
+    shared = shared.transpose(1, 2).float().repeat_interleave(second_level.GROUPS, dim=2)[..., :groups]
+    scales = codes[0] * shared * second_level.SUPER_FACTOR
+    return scales, codes[1] * second_level.zero_step(spec.bits) + second_level.lowest_zero(spec.bits)
 
 
 def _codes(packed: torch.Tensor, spec: PackedSpec) -> torch.Tensor:
-    """[N, G, vectors, 16, 4] packed -> [N, G, quads, 16, 4] codes (layout/packed.py: planes)."""
+    """[N, G, vectors, L, 4] packed -> [N, G, quads, L, 4] codes (layout/packed.py: planes)."""
     codes, first, shift = None, 0, 0
     for bits in PLANES[spec.encoding]:
         vectors = spec.group * bits // 32

@@ -6,7 +6,8 @@ import os
 
 import llvmlite.binding as llvm
 
-INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "portable")
+PORTABLE = "portable"
+INSTRUCTION_SETS = ("avx512vnni", "avx512", "avxvnni", "avx2", PORTABLE)
 
 
 def detect_instruction_set() -> str:
@@ -16,12 +17,16 @@ def detect_instruction_set() -> str:
         if wanted not in INSTRUCTION_SETS:
             raise ValueError(f"MORAY_KERNEL={wanted} is unknown, expected one of {', '.join(INSTRUCTION_SETS)}")
         return wanted
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512vnni"):
-        return "avx512vnni"
+    return best_instruction_set(llvm.get_host_cpu_features())
+
+
+def best_instruction_set(features: dict[str, bool]) -> str:
+    """The best instruction set of a CPU with these LLVM features."""
+    if not (features.get("avx2") and features.get("f16c")):
+        return PORTABLE
     if features.get("avx512bw"):
-        return "avx512"
-    return "avx2" if features.get("avx2") else "portable"
+        return "avx512vnni" if features.get("avx512vnni") else "avx512"
+    return "avxvnni" if features.get("avxvnni") else "avx2"
 
 
 INSTRUCTION_SET = detect_instruction_set()

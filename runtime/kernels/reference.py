@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.kernels import activation
+from moray.runtime.kernels import rows
 from moray.runtime.layout.packed import Bytes, PackedSpec, unpack_plain, unpack_quantized
 
 Floats = npt.NDArray[np.float32]
@@ -65,14 +65,14 @@ def matmul_float(x_TC: Floats, packed: Bytes, spec: PackedSpec) -> Floats:
 
 
 def swiglu(gate: Floats, up: Floats) -> Floats:
-    """silu(gate) * up with the exp of activation.py."""
-    x = np.minimum(np.maximum(-gate, activation.EXP_MIN), activation.EXP_MAX)
-    n = np.rint(x * activation.LOG2E)
-    r = (x - n * activation.LN2_HIGH) - n * activation.LN2_LOW
-    y = np.full_like(x, activation.C0)
-    for c in activation.EXP_C[1:]:
-        y = y * r + c
-    y = (y * (r * r) + r) + activation.ONE
-    with np.errstate(invalid="ignore"):
-        power = ((np.nan_to_num(n).astype(np.int32) + 127) << 23).view(np.float32)
-    return np.where(np.isnan(gate), gate, (gate / (activation.ONE + y * power)) * up)
+    """silu(gate) * up with the exp of rows.py."""
+    f, one = np.float32, np.float32(1)
+    x: Floats = np.where(np.isnan(gate), f(0), np.clip(-gate, f(rows.EXP_MIN), f(rows.EXP_MAX)))
+    n = np.rint(x * f(rows.LOG2E))
+    r = (x - n * f(rows.LN2_HIGH)) - n * f(rows.LN2_LOW)
+    y: Floats = np.full_like(x, f(rows.EXP_C[0]))
+    for c in rows.EXP_C[1:]:
+        y = y * r + f(c)
+    y = (y * (r * r) + r) + one
+    power = ((n.astype(np.int32) + 127) << 23).view(np.float32)
+    return np.asarray((gate / (one + y * power)) * up, dtype=np.float32)

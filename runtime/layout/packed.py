@@ -20,6 +20,7 @@ After the codes of all its groups a row block holds one *meta* vector a group: 1
     w = (q - zero) * scale * 2**-8
 
 The constant 2**-8 keeps the scales of small weights out of float16's subnormal range.
+That is meta "f16". With meta "u8" (q4, q3 and q2) scales and zeros are 8-bit codes: second_level.py.
 Rows that do not fill the last block are stored as zero codes with zero scales.
 docs/format.md has the picture.
 """
@@ -32,8 +33,14 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from moray.runtime.layout import second_level
+
 Encoding = Literal["f32", "bf16", "f16", "q8", "q4", "q3", "q2"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
+
+#: How scales and zeros are stored: as float16, or as 8-bit codes with super-scales (second_level.py).
+Meta = Literal["f16", "u8"]
+METAS: tuple[Meta, ...] = get_args(Meta)
 
 #: Numerics classes of the CPU kernels (docs/format.md).
 Numerics = Literal["int8", "float"]
@@ -45,8 +52,10 @@ SCALE_FACTOR = 2.0**-8
 
 _BITS: dict[Encoding, int] = {"f32": 32, "bf16": 16, "f16": 16, "q8": 8, "q4": 4, "q3": 3, "q2": 2}
 PLANES: dict[Encoding, tuple[int, ...]] = {"q8": (8,), "q4": (4,), "q3": (2, 1), "q2": (2,)}
+SECOND_LEVEL_ENCODINGS: tuple[Encoding, ...] = ("q4", "q3", "q2")
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +63,14 @@ class PackedSpec:
     """Shape and encoding of one packed matrix.
 
     ``group`` is the number of columns that share a scale and a zero; 0 for f32, bf16 and f16.
+    ``meta`` says how these are stored; "u8" for q4, q3 and q2 only.
     """
 
     rows: int
     columns: int
     encoding: Encoding
     group: int = 0
+    meta: Meta = "f16"
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
@@ -70,6 +81,10 @@ class PackedSpec:
             raise ValueError(f"group {self.group} is not legal for {self.columns} columns of {self.encoding}")
         if not self.is_quantized and self.group != 0:
             raise ValueError(f"{self.encoding} has no groups, got group {self.group}")
+        if self.meta not in METAS:
+            raise ValueError(f"unknown meta {self.meta!r}, expected one of {', '.join(METAS)}")
+        if self.meta == "u8" and self.encoding not in SECOND_LEVEL_ENCODINGS:
+            raise ValueError(f"{self.encoding} has no second-level scales (meta u8)")
 
     @property
     def bits(self) -> int:
@@ -97,9 +112,16 @@ class PackedSpec:
         return -(-self.columns // columns_per_lane) * VECTOR_BYTES
 
     @property
+    def meta_bytes(self) -> int:
+        """Bytes of scales and zeros in one row block, a multiple of 64; 0 if not quantized."""
+        if self.meta == "u8":
+            return second_level.meta_bytes(self.num_groups)
+        return self.num_groups * VECTOR_BYTES
+
+    @property
     def block_bytes(self) -> int:
-        """Bytes of one row block: codes, then one meta vector a group."""
-        return self.code_bytes + self.num_groups * VECTOR_BYTES
+        """Bytes of one row block: codes, then meta."""
+        return self.code_bytes + self.meta_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -162,7 +184,8 @@ def unpack_plain(packed: Bytes, spec: PackedSpec) -> npt.NDArray[np.generic]:
 def pack_quantized(quantized: Quantized, spec: PackedSpec) -> Bytes:
     """Pack codes, scales and zeros. Returns uint8 [num_bytes].
 
-    Raises OverflowError if a scale does not fit float16 (weights of a range above ~3800 at 4 bits).
+    Raises OverflowError if a scale does not fit float16 (weights of a range above ~3800 at 4 bits), or, with
+    meta "u8", if scales and zeros are not exactly ones that it can hold (convert/quantize.py makes them so).
     """
     assert quantized.codes.shape == (spec.rows, spec.columns)
     blocks, groups = spec.num_blocks, spec.num_groups
@@ -178,15 +201,13 @@ def pack_quantized(quantized: Quantized, spec: PackedSpec) -> Bytes:
 
 
 def unpack_quantized(packed: Bytes, spec: PackedSpec) -> Quantized:
-    """Inverse of ``pack_quantized``, up to the float16 rounding of scales and zeros."""
+    """Inverse of ``pack_quantized``, up to the float16 rounding of scales and zeros with meta "f16"."""
     blocks, groups = spec.num_blocks, spec.num_groups
     data = packed.reshape(blocks, spec.block_bytes)
     vectors = _unpack_planes(data[:, : spec.code_bytes].reshape(blocks, groups, -1, ROWS, 4), spec)
     codes = vectors.transpose(0, 3, 1, 2, 4).reshape(blocks * ROWS, spec.columns)[: spec.rows]
-    meta = np.ascontiguousarray(data[:, spec.code_bytes :]).view(np.float16)
-    meta = meta.reshape(blocks, groups, 2, ROWS).transpose(2, 0, 3, 1).reshape(2, blocks * ROWS, groups)
-    scales = meta[0, : spec.rows].astype(np.float32) * np.float32(SCALE_FACTOR)
-    return Quantized(np.ascontiguousarray(codes), scales, meta[1, : spec.rows].astype(np.float32))
+    scales, zeros = _unpack_meta(data[:, spec.code_bytes :], spec)
+    return Quantized(np.ascontiguousarray(codes), scales[: spec.rows], zeros[: spec.rows])
 
 
 def _pack_planes(vectors: Bytes, spec: PackedSpec) -> Bytes:
@@ -219,7 +240,18 @@ def _unpack_planes(packed: Bytes, spec: PackedSpec) -> Bytes:
     return codes
 
 
+def _unpack_meta(data: Bytes, spec: PackedSpec) -> tuple[Floats, Floats]:
+    """uint8 [block, meta_bytes] -> float32 scales and zeros [block * 16, G]."""
+    if spec.meta == "u8":
+        return second_level.unpack(data, spec.num_groups, spec.bits)
+    halves = np.ascontiguousarray(data).view(np.float16).reshape(-1, spec.num_groups, 2, ROWS)
+    scales, zeros = halves.transpose(2, 0, 3, 1).reshape(2, -1, spec.num_groups).astype(np.float32)
+    return scales * np.float32(SCALE_FACTOR), zeros
+
+
 def _pack_meta(quantized: Quantized, spec: PackedSpec) -> Bytes:
+    if spec.meta == "u8":
+        return second_level.pack(quantized.scales, quantized.zeros, spec.bits)
     meta = np.zeros((2, spec.num_blocks * ROWS, spec.num_groups), dtype=np.float16)
     with np.errstate(over="ignore"):
         meta[0, : spec.rows] = quantized.scales / np.float32(SCALE_FACTOR)

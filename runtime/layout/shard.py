@@ -119,17 +119,20 @@ def decode_tensor(entry: Mapping[str, Any]) -> ShardTensor:
 
 
 def encode_spec(spec: PackedSpec) -> dict[str, Any]:
-    return {
+    """A spec as it stands in headers and manifests. ``meta`` is there only if it is not "f16"."""
+    entry: dict[str, Any] = {
         "shape": [spec.rows, spec.columns],
         "encoding": spec.encoding,
         "bits": spec.bits,
         "group": spec.group,
     }
+    return entry if spec.meta == "f16" else entry | {"meta": spec.meta}
 
 
 def decode_spec(entry: Mapping[str, Any]) -> PackedSpec:
+    """Inverse of ``encode_spec``. Raises ValueError for what this version does not know."""
     rows, columns = entry["shape"]
-    return PackedSpec(rows, columns, entry["encoding"], entry["group"])
+    return PackedSpec(rows, columns, entry["encoding"], entry["group"], entry.get("meta", "f16"))
 
 
 def build_shard(key: ExpertKey, layout: ShardLayout, tensors: Mapping[str, Bytes]) -> Bytes:

@@ -22,9 +22,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
-from transformers.integrations.moe import _default_apply_gate
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -67,17 +65,14 @@ def load_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
     return config
 
 
+def context_length(config: PreTrainedConfig) -> int:
+    """Most tokens of one sequence; 2**30 where the configuration has no limit."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether this module is a layer's routed experts (the test transformers' own exporter uses)."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-
-
-def is_plain_swiglu(module: Any) -> bool:
-    """Whether these experts are down(silu(gate) * up), gates first, no biases: what the fused kernel computes."""
-    if not module.has_gate or not module.is_concatenated or module.has_bias or module.has_post_expert_norm:
-        return False
-    is_default = type(module)._apply_gate is _default_apply_gate
-    return is_default and isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"])))
 
 
 def expert_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -36,11 +36,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return nn.functional.linear(x, dequantize(self.packed, self.spec, x.dtype), self.bias)
-        rows = x.reshape(-1, self.in_features).contiguous().numpy()
-        y = torch.from_numpy(ops.linear(rows, self.packed.numpy(), self._kernel))
-        if self.bias is not None:
-            y += self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        rows = x.contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features)
+        num_rows = rows.numel() // self.in_features
+        ops.linear_at(self._kernel, self.packed.data_ptr(), rows.data_ptr(), num_rows, y.data_ptr())
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class PackedEmbedding(nn.Module):

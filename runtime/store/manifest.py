@@ -76,6 +76,24 @@ class Manifest:
         """Bytes of the largest shard: what an arena slot must hold."""
         return max(entry.num_bytes for entry in self.shards.values())
 
+    @property
+    def num_expert_parameters(self) -> int:
+        """Weights and biases of all routed experts."""
+        return sum(
+            layer.num_experts * sum(t.spec.rows * t.spec.columns if t.spec else t.length for t in layer.layout.tensors)
+            for layer in self.layers
+        )
+
+    @property
+    def bits_per_expert_weight(self) -> float:
+        """With scales, zeros and padding."""
+        return 8 * self.expert_bytes / self.num_expert_parameters
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole store, with scales, zeros and padding."""
+        return 8 * (self.expert_bytes + self.trunk_bytes) / self.num_parameters
+
     def encode(self) -> bytes:
         layouts = list(dict.fromkeys(layer.layout for layer in self.layers))
         document = {

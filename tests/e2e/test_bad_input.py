@@ -149,6 +149,76 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(moray("generate", "x"), "11.7 MiB", "5.0 MiB are free")
 
 
+# -------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("import os\nimport sys\n" * 20)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (b"", ["empty", "UTF-8"]),
+        (b"caf\xe9", ["not UTF-8", "byte 3", "0xe9", "convert it"]),
+        (None, ["cannot be read", "No such file"]),
+    ],
+)
+def test_a_text_that_cannot_be_evaluated_on(tmp_path: Path, content: bytes | None, fragments: list[str]) -> None:
+    file = tmp_path / "bad.txt"
+    if content is not None:
+        file.write_bytes(content)
+    refused(moray("eval", "--text", file), "bad.txt", *fragments)
+
+
+def test_a_text_of_one_token(damaged_store: Path, tmp_path: Path) -> None:
+    rewrite_tokenizer(damaged_store, post_processor=None)  # else a begin token makes two of them
+    (tmp_path / "short.txt").write_text("x")
+    refused(moray("eval", damaged_store, "--text", tmp_path / "short.txt"), "short.txt", "1 token(s)", "at least 2")
+
+
+def test_windows_that_no_model_takes(text: Path) -> None:
+    refused(moray("eval", "--text", text, "--window", "1"), "--window is 1", "at least 2")
+    refused(moray("eval", "--text", text, "--window", "2049"), "--window is 2049", "holds 2048 tokens", "smaller")
+    refused(moray("eval", "--text", text, "--max-tokens", "1"), "--max-tokens is 1", "at least 2")
+
+
+def rewrite_tokenizer(store: Path, **values: object) -> None:
+    file = store / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_stores_that_cut_a_text_differently(damaged_store: Path, text: Path) -> None:
+    model = json.loads((damaged_store / "tokenizer.json").read_text())["model"]
+    rewrite_tokenizer(damaged_store, model=model | {"merges": []})
+    for arguments in ([damaged_store, demo_store()], ["--reference", damaged_store]):
+        refused(moray("eval", *arguments, "--text", text), str(damaged_store), str(demo_store()), "text.txt", "tokens")
+
+
+def test_stores_of_different_vocabularies(store: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(store("mixtral"), tmp_path / "other"))
+    for file in demo_store().glob("tokenizer*"):
+        shutil.copy(file, other)
+    refused(moray("eval", demo_store(), other, "--text", text), "vocabulary of 200", "4096", "one by one")
+
+
+def test_a_store_without_a_tokenizer(store: Callable[..., Path], text: Path) -> None:
+    refused(moray("eval", store("mixtral"), "--text", text), "no tokenizer", "copy")
+
+
+def test_evaluation_of_what_is_no_store(mixtral: Path, text: Path) -> None:
+    for arguments in ([mixtral], [demo_store(), mixtral], [demo_store(), "--reference", mixtral]):
+        refused(moray("eval", *arguments, "--text", text), "moray convert")
+
+
+def test_evaluation_of_a_store_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    monkeypatch.setattr("moray.runtime.memory.available_memory", lambda: 5 << 20)
+    refused(moray("eval", "--text", text), "11.7 MiB", "5.0 MiB are free")
+
+
 # ------------------------------------------------------------------- configuration and requests
 
 

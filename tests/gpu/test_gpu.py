@@ -26,6 +26,7 @@ from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels import reference
 from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
+from moray.runtime.layout import second_level
 from moray.runtime.layout.packed import Bytes, PackedSpec, Quantized, pack_plain, pack_quantized
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 
@@ -51,6 +52,9 @@ _SPECS = [
     PackedSpec(20, 96, "q3", 32),
     PackedSpec(48, 128, "q2", 16),
     PackedSpec(17, 128, "q2", 64),
+    PackedSpec(48, 128, "q4", 64, "u8"),
+    PackedSpec(20, 96, "q3", 32, "u8"),
+    PackedSpec(33, 320, "q2", 16, "u8"),  # two super-scales a row
     PackedSpec(48, 128, "bf16"),
     PackedSpec(19, 37, "bf16"),  # an odd count of columns
     PackedSpec(48, 64, "f16"),
@@ -64,6 +68,10 @@ def make_packed(spec: PackedSpec, seed: int = 0) -> Bytes:
     if spec.is_quantized:
         codes = random.integers(0, 2**spec.bits, (spec.rows, spec.columns), dtype=np.uint8)
         grid = (spec.rows, spec.num_groups)
+        if spec.meta == "u8":
+            steps = random.integers(64, 256, (2, *grid), dtype=np.uint8)
+            supers = random.uniform(200, 500, (spec.rows, second_level.num_supers(spec.num_groups))) / 2**spec.bits
+            return pack_quantized(Quantized(codes, *second_level.decode(*steps, supers.astype("f2"), spec.bits)), spec)
         scales = (random.uniform(0.5, 2.0, grid) / 2**spec.bits).astype(np.float32)
         zeros = random.uniform(0, 2**spec.bits, grid).astype(np.float32)
         return pack_quantized(Quantized(codes, scales, zeros), spec)

@@ -6,10 +6,13 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
+from moray.runtime.layout import second_level
 from moray.runtime.layout.packed import (
     ENCODINGS,
     SCALE_FACTOR,
+    SECOND_LEVEL_ENCODINGS,
     Bytes,
+    Meta,
     PackedSpec,
     Quantized,
     is_legal_group,
@@ -27,14 +30,25 @@ def legal_groups(encoding: str) -> list[int]:
 
 
 @st.composite
-def specs(draw: st.DrawFn, encodings: tuple[str, ...] = ENCODINGS) -> PackedSpec:
-    """Matrices of up to 40 x 40, or up to 4 groups a row; whole row blocks and tails, odd columns."""
+def specs(draw: st.DrawFn, encodings: tuple[str, ...] = ENCODINGS, metas: tuple[Meta, ...] = ("f16",)) -> PackedSpec:
+    """Matrices of up to 40 x 40, or up to 4 groups a row (with second-level scales up to 40); tails, odd columns."""
     encoding = draw(st.sampled_from(encodings))
     rows = draw(st.integers(1, 40))
     if encoding not in BITS:
         return PackedSpec(rows, draw(st.integers(1, 40)), encoding)
     group = draw(st.sampled_from(legal_groups(encoding)))
-    return PackedSpec(rows, group * draw(st.integers(1, 4)), encoding, group)
+    meta = draw(st.sampled_from(metas)) if encoding in SECOND_LEVEL_ENCODINGS else "f16"
+    groups = draw(st.integers(1, 4) if meta == "f16" else st.sampled_from([1, 2, 3, 5, 15, 16, 17, 32, 40]))
+    return PackedSpec(rows, group * groups, encoding, group, meta)
+
+
+def second_level_grid(spec: PackedSpec, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Scales and zeros [R, G] of random codes, all 256 of them, and super-scales of which some are 0 or subnormal."""
+    shape = (2, spec.rows, spec.num_groups)
+    scale_codes, zero_codes = rng.integers(0, 256, shape, dtype=np.uint8)
+    supers = rng.uniform(0.1, 1, (spec.rows, second_level.num_supers(spec.num_groups)))
+    supers *= rng.choice([1, 1, 1, 1, 2.0**-20, 0, 2.0**12], supers.shape)
+    return second_level.decode(scale_codes, zero_codes, supers.astype(np.float16), spec.bits)
 
 
 def random_matrix(spec: PackedSpec, rng: np.random.Generator) -> Bytes:
@@ -44,10 +58,12 @@ def random_matrix(spec: PackedSpec, rng: np.random.Generator) -> Bytes:
         if spec.encoding == "bf16":
             return pack_plain((values.view(np.uint32) >> 16).astype(np.uint16), spec)
         return pack_plain(values.astype(np.float16 if spec.encoding == "f16" else np.float32), spec)
+    codes = rng.integers(0, 1 << spec.bits, (spec.rows, spec.columns), dtype=np.uint8)
+    if spec.meta == "u8":
+        return pack_quantized(Quantized(codes, *second_level_grid(spec, rng)), spec)
     meta = (spec.rows, spec.num_groups)
     scales = rng.uniform(0.1, 1, meta).astype(np.float16).astype(np.float32) * np.float32(SCALE_FACTOR)
     zeros = rng.uniform(0, 1 << spec.bits, meta).astype(np.float16).astype(np.float32)
-    codes = rng.integers(0, 1 << spec.bits, (spec.rows, spec.columns), dtype=np.uint8)
     return pack_quantized(Quantized(codes, scales, zeros), spec)
 
 

@@ -20,10 +20,13 @@ from helpers.checkpoints import FAMILIES, tiny_checkpoint
 from helpers.stores import read_expert, read_trunk, state_of_store
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from moray.deploy.cli import app
 from moray.runtime.convert import converter, workers
 from moray.runtime.convert.converter import convert
 from moray.runtime.convert.journal import JOURNAL_NAME
+from moray.runtime.convert.recipe import PRESETS
 from moray.runtime.errors import CheckpointError, ResourceError, StoreError
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.manifest import MANIFEST_NAME, Manifest
@@ -90,6 +93,39 @@ def test_quantized_stores_are_near_the_checkpoint(
         error = (value.float() - model.state_dict()[name]).norm() / model.state_dict()[name].norm()
         assert error < (0.1 if "self_attn" in name else 0.006), name
     assert "attention" in {kind for kind, scheme in manifest.recipe.items() if scheme == "hqq4:64"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "encodings", "block_bytes", "error_of_experts"),
+    [
+        ("paper-4bit", "q4 g64 s8, q4 g48 s8", [512 + 64, 768 + 128], 0.09),
+        ("paper-3bit", "q3 g64 s8, q3 g32 s8", [384 + 64, 576 + 128], 0.19),
+        ("paper-2bit", "q2 g16 s8", [256 + 192, 384 + 256], 0.29),
+    ],
+)
+def test_presets_end_to_end(
+    recipe: str,
+    encodings: str,
+    block_bytes: list[int],
+    error_of_experts: float,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    manifest = convert(checkpoint("mixtral"), tmp_path / "store", recipe)
+    specs = [tensor.spec for tensor in manifest.layers[0].layout.tensors]
+    assert [spec.block_bytes for spec in specs if spec] == block_bytes
+    packed = {path: (spec.encoding, spec.group, spec.meta) for path, spec in manifest.packed_trunk.items()}
+    assert {how for path, how in packed.items() if "self_attn" in path} == {("q4", 64, "u8")}
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"))
+    state = state_of_store(Store.open(tmp_path / "store"), model)
+    for name, value in model.state_dict().items():
+        error = (state[name].float() - value).norm() / value.norm()
+        assert error < (error_of_experts if "experts" in name else 0.09), name
+        assert error == 0 or "experts" in name or "self_attn" in name
+    output = CliRunner().invoke(app, ["info", str(tmp_path / "store"), "--verify", "--json"])
+    facts = json.loads(output.stdout)
+    assert facts["recipe"].startswith(PRESETS[recipe].replace(",", ", ") + ", shared=none")
+    assert facts["expert encodings"] == encodings and facts["verified"] == "every byte"
 
 
 @pytest.mark.parametrize(("dtype", "encoding"), [(torch.bfloat16, "bf16"), (torch.float16, "f16")])
@@ -371,11 +407,12 @@ def test_values_that_are_no_numbers_name_their_tensor(tmp_path: Path, value: flo
         convert(path, tmp_path / "store", recipe)
 
 
-def test_weights_too_large_name_their_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["hqq4", "paper-4bit"])
+def test_weights_too_large_name_their_tensor(tmp_path: Path, recipe: str) -> None:
     path = tiny_checkpoint("mixtral", tmp_path / "checkpoint")
     tensors = load_file(path / SINGLE)
     key = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     tensors[key] *= 1e6
     save_file(tensors, path / SINGLE)
     with pytest.raises(CheckpointError, match=f"{key} .*too large for q4"):
-        convert(path, tmp_path / "store")
+        convert(path, tmp_path / "store", recipe)

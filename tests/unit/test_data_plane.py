@@ -36,7 +36,7 @@ from moray.cluster.server import DataPlaneServer
 from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels import ops
-from moray.runtime.kernels.ops import Grouping, MatrixKernel
+from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
@@ -239,7 +239,7 @@ def test_outputs_computed_by_a_host_are_the_same_bits(client: HostClient, demo: 
     grouping = Grouping(np.array(experts), np.array([0, 2, 3, 7]), pairs, pairs[:, None])
     kernels = [MatrixKernel.of(tensor.spec, numerics) for tensor in (up, down)]
     ones = np.ones((7, 1), dtype=np.float32)
-    expected = ops.moe_swiglu(x, ones, grouping, kernels[0], at + up.offset, kernels[1], at + down.offset)
+    expected = ops.moe_layer(x, ones, grouping, LayerKernel(*kernels), at + up.offset, at + down.offset)
     assert_same_bits(np.frombuffer(buffers[0], dtype=np.float32).reshape(7, HIDDEN), expected)
 
 

@@ -14,10 +14,11 @@ import yaml
 
 from moray.deploy.cli import app
 from moray.deploy.config import EngineConfig, make_config
-from moray.runtime.convert.recipe import Recipe
-from moray.runtime.layout.packed import Encoding, PackedSpec, Quantized, pack_quantized
+from moray.runtime.convert.recipe import PRESETS, Recipe
+from moray.runtime.layout.packed import Encoding, PackedSpec, Quantized, pack_quantized, unpack_quantized
 
 ROOT = Path(__file__).parents[2]
+SCHEME = r"hqq\d:\d+(?::s8)?"
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/format.md")
 FOLDERS = ("actors", "cluster", "deploy", "runtime")
 ENGINE_CONFIGS = sorted((ROOT / "configs" / "engine").glob("*.yaml"))
@@ -79,6 +80,29 @@ def test_the_worked_example_of_the_format(encoding: Encoding) -> None:
     assert (halves[int(scale_at) // 2], halves[int(zero_at) // 2]) == (3, 7)
 
 
+@pytest.mark.parametrize("encoding", ["q4", "q3", "q2"])
+def test_the_worked_example_of_second_level_scales(encoding: Encoding) -> None:
+    spec = PackedSpec(896, 256, encoding, 64, "u8")
+    ((block_bytes, scale_at, zero_at, super_at),) = (
+        map(int, row) for row in rows("docs/format.md", rf"`{encoding}` \| (\d+) \| (\d+) \| (\d+) \| (\d+)")
+    )
+    assert spec.block_bytes == block_bytes
+    packed = np.zeros(spec.num_bytes, np.uint8)
+    packed[scale_at], packed[zero_at] = 200, 124
+    packed[super_at : super_at + 2] = np.array([0.5], np.float16).view(np.uint8)
+    quantized = unpack_quantized(packed, spec)
+    assert np.argwhere(quantized.scales).tolist() == [[5, 0]] and quantized.scales[5, 0] == 200 * 0.5 * 2.0**-16
+    step, lowest = 2.0 ** (spec.bits - 7), -(2.0 ** (spec.bits - 1))
+    assert quantized.zeros[5, 0] == 124 * step + lowest and (np.delete(quantized.zeros[:, 0], 5) == lowest).all()
+    if encoding == "q4":
+        text = read("docs/format.md")
+        scale, zero, value = re.search(
+            r"give scale ([\d.]+) and zero ([\d.]+),\s+so q = 9 is ([\d.]+\d)", text
+        ).groups()
+        assert (float(scale), float(zero)) == (quantized.scales[5, 0], quantized.zeros[5, 0])
+        assert float(value) == (9 - quantized.zeros[5, 0]) * quantized.scales[5, 0]
+
+
 def mask(low: int, high: int) -> int:
     return sum(1 << bit for bit in range(low, high + 1))
 
@@ -87,20 +111,46 @@ def mask(low: int, high: int) -> int:
 
 
 def test_commands_and_options_in_documents_exist() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = all_commands(typer.main.get_command(app))
     text = "\n".join(read(name) for name in DOCUMENTS)
-    used = re.findall(r"(?:^|[`/])moray ([a-z]+)([^`#\n]*)", text, re.MULTILINE)
-    assert {name for name, _ in used} == set(commands)
+    used = [
+        split_command(line, commands) for line in re.findall(r"(?:^|[`/])moray ([a-z][^`#\n]*)", text, re.MULTILINE)
+    ]
+    assert {name for name, _ in used} >= {name for name, command in commands.items() if not is_group(command)}
     for name, words in used:
         known = {option for parameter in commands[name].params for option in parameter.opts}
-        assert {word for word in words.split() if word.startswith("--")} <= known, name
+        assert {word for word in words if word.startswith("--")} <= known, name
+
+
+def all_commands(group: Any) -> dict[str, Any]:
+    """By name as typed, the groups and what is in them: ``bench``, ``bench kernels``."""
+    found = {}
+    for name, command in group.commands.items():
+        found[name] = command
+        if is_group(command):
+            found |= {f"{name} {inner}": below for inner, below in all_commands(command).items()}
+    return found
+
+
+def is_group(command: Any) -> bool:
+    return hasattr(command, "commands")
+
+
+def split_command(line: str, commands: dict[str, Any]) -> tuple[str, list[str]]:
+    """The command's name, of one word or two, and the words after it."""
+    words = line.split()
+    length = 2 if words[0] in commands and is_group(commands[words[0]]) and len(words) > 1 else 1
+    name = " ".join(words[:length])
+    assert name in commands, f"a document has `moray {name}`"
+    return name, words[length:]
 
 
 def test_bits_and_defaults_of_the_recipes_table() -> None:
-    for short, full, bits in rows("README.md", r"`(hqq\d)` = `(hqq\d:\d+)` \| ([\d.]+)"):
+    for short, full, bits in rows("README.md", rf"`(hqq\d)` = `({SCHEME})` \| ([\d.]+)"):
         assert str(Recipe.parse(short)["experts"]) == full
         assert bits_a_weight(full) == float(bits)
-    for full, bits in re.findall(r"`(hqq\d:\d+)` has ([\d.]+)", read("README.md")):
+    listed = rows("README.md", rf"`({SCHEME})` \| ([\d.]+)")
+    for full, bits in listed + re.findall(rf"`({SCHEME})` has ([\d.]+)", read("README.md")):
         assert bits_a_weight(full) == float(bits)
     for text in re.findall(r"--recipe ([a-z]\S+)", read("README.md")):
         Recipe.parse(text)
@@ -108,7 +158,15 @@ def test_bits_and_defaults_of_the_recipes_table() -> None:
 
 def bits_a_weight(scheme_text: str) -> float:
     scheme = Recipe.parse(scheme_text)["experts"]
-    return 8 * PackedSpec(16, 4096, scheme.encoding, scheme.group).num_bytes / (16 * 4096)
+    spec = PackedSpec(16, 4096, scheme.encoding, scheme.group, scheme.meta)
+    return round(8 * spec.num_bytes / (16 * 4096), 2)
+
+
+def test_presets_of_the_recipes_table() -> None:
+    listed = rows("README.md", rf"`(paper-\w+)` \| `({SCHEME})` \| `({SCHEME})`")
+    assert {name: f"experts={experts},attention={attention}" for name, experts, attention in listed} == PRESETS
+    (option,) = (p for p in typer.main.get_command(app).commands["convert"].params if p.name == "recipe")  # type: ignore[attr-defined]
+    assert all(name in option.help for name in PRESETS)
 
 
 # ------------------------------------------------------------------------------------ configs

@@ -20,7 +20,7 @@ from moray.deploy.doctor.store import check_store, judge_store_memory
 from moray.runtime import cpu, memory
 from moray.runtime.errors import ResourceError
 
-KERNELS = {"equal": True, "instruction_set": "avx2", "layer": "omp", "threads": 4, "seconds": 0.5}
+KERNELS = {"equal": True, "instruction_set": "avx2", "threads": 4, "seconds": 0.5}
 RAY = {"start_s": 3.0, "answer_s": 0.7, "stop_s": 1.4, "num_gpus": 0}
 
 
@@ -51,11 +51,11 @@ def only(checks: Iterable[Check]) -> Check:
 def test_the_machine_that_runs_the_tests_computes_what_the_reference_says(store: Callable[..., Path]) -> None:
     found = list(doctor.run_checks(store("mixtral"), start_ray=False))
     assert [check.name for check in found] == [
-        *("python", "packages", "cpu", "instruction set", "kernels", "threading layer", "memory", "arena"),
+        *("python", "packages", "cpu", "instruction set", "kernels", "memory", "arena"),
         *("gpu", "ray", "ray authentication", "disk", "store"),
     ]
     checks = {check.name: check for check in found}
-    for name in ("python", "packages", "kernels", "threading layer", "arena", "ray"):
+    for name in ("python", "packages", "kernels", "arena", "ray"):
         assert checks[name].status == "ok", checks[name]
     assert checks["store"].status != "problem" and str(store("mixtral")) in checks["store"].found
 
@@ -168,10 +168,9 @@ def test_overrides_slower_and_faster_than_the_cpu(chosen: str, best: str, status
 
 
 def test_kernels_that_differ_from_the_reference_are_a_problem(answer: Callable[..., None]) -> None:
-    answer(KERNELS | {"equal": False, "layer": "workqueue"})
-    result, layer = kernels.check_kernels()
+    answer(KERNELS | {"equal": False})
+    result = only(kernels.check_kernels())
     assert result.status == "problem" and "differ" in result.found and result.remedy
-    assert layer.status == "warning" and "workqueue, 4 threads" in layer.found
 
 
 def test_kernels_that_end_their_process_are_a_problem(answer: Callable[..., None]) -> None:
@@ -315,8 +314,8 @@ def test_an_error_in_a_child_is_told_in_one_line() -> None:
 
 
 def test_noise_before_a_childs_answer_is_ignored(child: Callable[[str], None]) -> None:
-    child("""echo '{"noise"'; echo '{"layer": "omp"}'""")
-    assert ask_child(kernels.try_kernels) == {"layer": "omp"}
+    child("""echo '{"noise"'; echo '{"threads": 4}'""")
+    assert ask_child(kernels.try_kernels) == {"threads": 4}
 
 
 @pytest.mark.parametrize(

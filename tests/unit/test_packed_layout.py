@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from helpers.matrices import second_level_grid, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.runtime.kernels import dequantize, reference
+from moray.runtime.layout import second_level
 from moray.runtime.layout.packed import (
     ENCODINGS,
     ROWS,
@@ -118,6 +122,117 @@ def test_what_does_not_fit_float16_is_refused(value: float) -> None:
     quantized.scales[0, 0] = value
     with pytest.raises(OverflowError):
         pack_quantized(quantized, spec)
+
+
+# -------------------------------------------------------------------------- second-level scales
+
+second_level_specs = specs(("q4", "q3", "q2"), ("u8",))
+
+
+def random_second_level(spec: PackedSpec, seed: int) -> Quantized:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << spec.bits, (spec.rows, spec.columns), dtype=np.uint8)
+    return Quantized(codes, *second_level_grid(spec, rng))
+
+
+@settings(max_examples=80, deadline=None)
+@given(second_level_specs, st.integers(0, 2**31))
+def test_second_level_scales_survive_packing(spec: PackedSpec, seed: int) -> None:
+    quantized = random_second_level(spec, seed)
+    packed = pack_quantized(quantized, spec)
+    groups = spec.num_groups
+    assert spec.meta_bytes == -(-(32 * groups + 32 * -(-groups // 16)) // 64) * 64
+    assert packed.nbytes == spec.num_bytes and spec.block_bytes == spec.code_bytes + spec.meta_bytes
+    unpacked = unpack_quantized(packed, spec)
+    np.testing.assert_array_equal(unpacked.codes, quantized.codes)
+    np.testing.assert_array_equal(unpacked.scales, quantized.scales)
+    np.testing.assert_array_equal(unpacked.zeros, quantized.zeros)
+
+
+@settings(max_examples=40, deadline=None)
+@given(second_level_specs, st.integers(0, 2**31))
+def test_second_level_scales_lie_where_the_format_says(spec: PackedSpec, seed: int) -> None:
+    quantized = random_second_level(spec, seed)
+    blocks = pack_quantized(quantized, spec).reshape(spec.num_blocks, spec.block_bytes)
+    end = spec.code_bytes + 32 * spec.num_groups
+    for row in range(spec.num_blocks * ROWS):
+        block, lane = blocks[row // ROWS], row % ROWS
+        scale_codes = block[spec.code_bytes + lane : end : 32].astype(np.float64)
+        zero_codes = block[spec.code_bytes + 16 + lane : end : 32].astype(np.float64)
+        supers = block[end : end + 32 * second_level.num_supers(spec.num_groups)].view(np.float16)[lane::16]
+        if row >= spec.rows:
+            assert not scale_codes.any() and not zero_codes.any() and not supers.any()
+            continue
+        wide = np.repeat(supers.astype(np.float64), 16)[: spec.num_groups]
+        np.testing.assert_array_equal(scale_codes * wide * 2.0**-16, quantized.scales[row])
+        zeros = zero_codes * 2.0 ** (spec.bits - 7) - 2.0 ** (spec.bits - 1)
+        np.testing.assert_array_equal(zeros, quantized.zeros[row])
+    padding = blocks[:, end + 32 * second_level.num_supers(spec.num_groups) :]
+    assert not padding.any() and padding.shape[1] < VECTOR_BYTES
+
+
+@settings(max_examples=40, deadline=None)
+@given(second_level_specs, st.integers(0, 2**31))
+def test_torch_reads_second_level_scales_as_the_reference_does(spec: PackedSpec, seed: int) -> None:
+    quantized = random_second_level(spec, seed)
+    packed = pack_quantized(quantized, spec)
+    expected = torch.from_numpy(reference.dequantize(packed, spec))
+    tensor = torch.from_numpy(packed)
+    assert torch.equal(dequantize.dequantize(tensor, spec, torch.float32), expected)
+    assert torch.equal(dequantize.dequantize(tensor, spec, torch.bfloat16), expected.bfloat16())
+    rows = torch.from_numpy(np.random.default_rng(seed).integers(0, spec.rows, 7))
+    assert torch.equal(dequantize.dequantize_rows(tensor, spec, rows, torch.float32), expected[rows])
+
+
+@settings(max_examples=40, deadline=None)
+@given(second_level_specs, st.data())
+def test_any_second_level_bytes_are_packed_again(spec: PackedSpec, data: st.DataObject) -> None:
+    """What can be stored can be packed: grids are found again from their values alone."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    packed = rng.integers(0, 256, (spec.num_blocks, spec.block_bytes), dtype=np.uint8)
+    end = spec.code_bytes + 32 * spec.num_groups
+    supers = packed[:, end : end + 32 * second_level.num_supers(spec.num_groups)]
+    supers[:, 1::2] &= 0x7B  # not negative, not infinite, not a NaN
+    quantized = unpack_quantized(packed.reshape(-1), spec)
+    again = unpack_quantized(pack_quantized(quantized, spec), spec)
+    np.testing.assert_array_equal(again.scales, quantized.scales)
+    np.testing.assert_array_equal(again.zeros, quantized.zeros)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_scale_and_zero_of_extreme_codes_are_exact(bits: int) -> None:
+    supers = np.array([[65504], [2.0**-24], [0.333]], np.float16)
+    codes = np.array([[255, 1, 0]] * 3, np.uint8)
+    scales, zeros = second_level.decode(codes, codes, supers, bits)
+    np.testing.assert_array_equal(scales, codes.astype(np.float64) * supers.astype(np.float64) * 2.0**-16)
+    highest, lowest = 1.5 * 2**bits - 2.0 ** (bits - 7), -(2.0 ** (bits - 1))
+    assert zeros[0, 0] == highest == second_level.highest_zero(bits)
+    assert zeros[0, 2] == lowest == second_level.lowest_zero(bits)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("scales", v) for v in (-1.0, 255.0, np.inf, np.nan, 1e-9, 0.1)]
+    + [("zeros", v) for v in (0.01, -8.125, 24.0, np.inf, np.nan)],
+)
+def test_grids_that_second_level_scales_cannot_hold_are_refused(what: str, value: float) -> None:
+    spec = PackedSpec(3, 256, "q4", 64, "u8")
+    quantized = Quantized(
+        np.zeros((3, 256), np.uint8), np.full((3, 4), 2.0**-8, np.float32), np.ones((3, 4), np.float32)
+    )
+    pack_quantized(quantized, spec)
+    getattr(quantized, what)[1, 2] = value
+    with pytest.raises(OverflowError):
+        pack_quantized(quantized, spec)
+
+
+@pytest.mark.parametrize("arguments", [("q8", 64, "u8"), ("f32", 0, "u8"), ("f16", 0, "u8"), ("q4", 64, "u4")])
+def test_metas_that_do_not_exist_are_refused(arguments: tuple) -> None:
+    with pytest.raises(ValueError, match=r"second-level|unknown meta 'u4', expected one of f16, u8"):
+        PackedSpec(16, 64, *arguments)
+
+
+# ---------------------------------------------------------------------------------------- specs
 
 
 @pytest.mark.parametrize(

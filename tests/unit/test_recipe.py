@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from moray.runtime.convert.recipe import NONE, Recipe, Scheme
+from moray.runtime.convert.recipe import NONE, PRESETS, Recipe, Scheme
 from moray.runtime.errors import RecipeError
 from moray.runtime.model.components import COMPONENTS
 
@@ -14,11 +14,24 @@ def test_the_default_quantizes_experts_and_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "scheme"), [("hqq8", Scheme(8, 64)), ("hqq3", Scheme(3, 64)), ("hqq2", Scheme(2, 16))]
+    ("text", "scheme"),
+    [
+        ("hqq8", Scheme(8, 64)),
+        ("hqq3", Scheme(3, 64)),
+        ("hqq2", Scheme(2, 16, "u8")),
+        ("hqq2:16", Scheme(2, 16)),
+        ("hqq4:32:s8", Scheme(4, 32, "u8")),
+    ],
 )
 def test_one_scheme_means_experts_and_attention(text: str, scheme: Scheme) -> None:
     recipe = Recipe.parse(text)
     assert [recipe[c] for c in COMPONENTS] == [scheme, scheme, NONE, NONE, NONE]
+
+
+@pytest.mark.parametrize(("name", "experts"), [("4bit", (4, 64)), ("3bit", (3, 64)), ("2bit", (2, 16))])
+def test_presets_are_the_papers_recipes(name: str, experts: tuple[int, int]) -> None:
+    recipe = Recipe.parse(f"paper-{name}")
+    assert [recipe[c] for c in COMPONENTS] == [Scheme(*experts, "u8"), Scheme(4, 64, "u8"), NONE, NONE, NONE]
 
 
 def test_none_keeps_everything() -> None:
@@ -36,7 +49,9 @@ def test_components_are_independent() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["none", "hqq4:64", "experts=hqq3:32,dense=hqq8:128", "embeddings=hqq8"])
+@pytest.mark.parametrize(
+    "text", ["none", "hqq4:64", "experts=hqq3:32:s8,dense=hqq8:128", "embeddings=hqq8", "hqq2", *PRESETS]
+)
 def test_a_recipe_is_read_back_from_its_text(text: str) -> None:
     recipe = Recipe.parse(text)
     assert Recipe.parse(str(recipe)).to_dict() == recipe.to_dict()
@@ -58,6 +73,14 @@ def test_a_recipe_is_read_back_from_its_text(text: str) -> None:
         ("hqq4:", "group ''"),
         ("hqq4:-64", "group '-64'"),
         ("hqq4:100000", "from 16 to 256"),
+        ("paper-5bit", "or, as the whole recipe, paper-4bit, paper-3bit, paper-2bit"),
+        ("experts=paper-2bit", "unknown scheme 'paper-2bit'"),
+        ("hqq4:s8", "group 's8' in scheme 'hqq4:s8' is not possible with 4 bits; allowed: multiples of 16 from 16 "),
+        ("hqq4:64:s4", "unknown option 's4' in scheme 'hqq4:64:s4'; allowed after the group: s8"),
+        ("hqq4:64:s8:s8", "unknown option 's8:s8'"),
+        ("hqq4:64:", "unknown option ''"),
+        ("hqq8:64:s8", "'hqq8:64:s8': weights of 8 bits cannot have second-level scales; leave out :s8"),
+        ("none:64:s8", "unknown scheme"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_allowed(text: str, expected: str) -> None:

@@ -11,6 +11,7 @@ KEY = ExpertKey(3, 17)
 TENSORS = [
     ("gate_up_proj", PackedSpec(96, 64, "q4", 64)),
     ("gate_up_proj_bias", 96),
+    ("up_proj", PackedSpec(24, 320, "q2", 16, "u8")),
     ("down_proj", PackedSpec(64, 48, "f32")),
 ]
 
@@ -70,6 +71,6 @@ def test_other_bytes_are_not_a_shard(num_bytes: int) -> None:
 def test_tensors_are_found_by_name() -> None:
     layout = plan_layout(TENSORS)
     assert layout["gate_up_proj_bias"].length == 96
-    assert layout.get("down_proj") == layout["down_proj"] and layout.get("up_proj") is None
+    assert layout.get("down_proj") == layout["down_proj"] and layout.get("up_proj_bias") is None
     with pytest.raises(KeyError):
-        layout["up_proj"]
+        layout["up_proj_bias"]

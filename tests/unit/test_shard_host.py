@@ -14,7 +14,7 @@ from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import CorruptShardError, HostLostError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels import ops
-from moray.runtime.kernels.ops import Grouping, MatrixKernel
+from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
 
@@ -213,7 +213,7 @@ def test_a_host_computes_what_the_kernels_compute_here(host: ShardHost, demo: St
     grouping = Grouping(np.array([3, 0]), np.array([0, 2, 7]), rows, rows[:, None])
     kernels = [MatrixKernel.of(tensor.spec, numerics) for tensor in (up, down)]
     ones = np.ones((7, 1), dtype=np.float32)
-    assert_same_bits(y, ops.moe_swiglu(x, ones, grouping, kernels[0], at + up.offset, kernels[1], at + down.offset))
+    assert_same_bits(y, ops.moe_layer(x, ones, grouping, LayerKernel(*kernels), at + up.offset, at + down.offset))
 
 
 def test_a_host_computes_nothing_for_others(host: ShardHost) -> None:

@@ -114,6 +114,22 @@ def test_another_layout_asks_to_convert_again(path: Path) -> None:
         Store.open(path)
 
 
+def test_metas_are_named_only_where_they_are_not_float16(path: Path, store: Callable[..., Path]) -> None:
+    assert b"meta" not in (path / MANIFEST_NAME).read_bytes()  # readable by what knows no other
+    manifest = Store.open(store("mixtral", "paper-3bit")).manifest
+    entries = [t for layout in msgpack.unpackb(manifest.encode())["layouts"] for t in layout["tensors"]]
+    assert [entry["meta"] for entry in entries] == ["u8", "u8"]
+    assert decode_manifest(manifest.encode(), "here") == manifest
+
+
+def test_an_unknown_meta_is_named(path: Path) -> None:
+    layouts = msgpack.unpackb((path / MANIFEST_NAME).read_bytes())["layouts"]
+    layouts[0]["tensors"][0]["meta"] = "u4"
+    edit_manifest(path, layouts=layouts)
+    with pytest.raises(StoreError, match="unknown meta 'u4', expected one of f16, u8"):
+        Store.open(path)
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"\x80", b"hello", msgpack.packb({"format": FORMAT_VERSION}), msgpack.packb([1])]
 )
