@@ -28,9 +28,9 @@ and nothing of earlier requests is used (asserted):
 Numbers: medians over ``--rounds`` pairs after one that is not counted; the two sides of a pair run one right after the
 other, and who is first alternates. *moray / llama.cpp* is the median of the ratios within pairs, higher is better for
 moray, with the lowest and highest. *others* is the share of this machine's CPU time that went to neither side during a
-pair. Pairs where it is above 10 % are *disturbed* and are repeated, up to twice as many pairs in all; if that is
-not enough, all pairs count, and the table says how many are disturbed. Before each pair it waits for quiet, for
-``--patience`` seconds a model in all.
+pair. Pairs where it is above 10 % are *disturbed* and do not count; more are measured instead, up to twice as many in
+all. With fewer than 3 undisturbed pairs all count, and the table says how many are disturbed. Before each pair it waits
+for quiet, for ``--patience`` seconds a model in all.
 *idle CPU* is the CPU time of the side that waits, as a share of one core, while the other one works.
 
 Breakdown of moray's time, in ms a token (decode) or a prompt (prefill), by the engine's own clocks: *kernel* (the
@@ -69,6 +69,7 @@ from moray.runtime.store.store import Store
 
 RECIPE = "experts=hqq4:64,attention=hqq4:64,embeddings=hqq4:64"
 _FIRST_ID = 3
+_ENOUGH = 3  # undisturbed pairs
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -105,8 +106,9 @@ class Pairs:
         self._sides, self._prompts, self._patience_s = sides, prompts, patience_s
 
     def measure(self, phase: Phase, rounds: int) -> list[Pair]:
-        """Undisturbed pairs, or all if there were not enough."""
+        """Undisturbed pairs, or all if there were hardly any."""
         pairs: list[Pair] = []
+        quiet: list[Pair] = []
         measure_pair(phase, *self._sides, self._prompts.make(phase.prompt_tokens))
         for index in range(2 * rounds):
             self._patience_s = Watch(self._sides).wait(DISTURBED, self._patience_s)
@@ -114,8 +116,8 @@ class Pairs:
             pairs.append(measure_pair(phase, *turn, self._prompts.make(phase.prompt_tokens)))
             quiet = [pair for pair in pairs if pair.others <= DISTURBED]
             if len(quiet) == rounds:
-                return quiet
-        return pairs
+                break
+        return quiet if len(quiet) >= min(_ENOUGH, rounds) else pairs
 
 
 def measure(result: Result, ours: Moray, peer: LlamaCpp, rounds: int, patience_s: float) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from moray.deploy.config import EngineConfig
 from moray.deploy.engine import Engine
+from moray.deploy.first_use import compile_for
 from moray.runtime.generation.request import Finished, Message, TokenEvent
 from moray.runtime.memory import format_bytes
 
@@ -85,8 +86,9 @@ def run_doctor(store: Path | None, console: Console, *, as_json: bool) -> bool:
 def running_engine(config: EngineConfig, console: Console, quiet: bool = False) -> Iterator[tuple[Engine, float]]:
     """A running engine and the seconds it took to start."""
     started = perf_counter()
-    text = f"Starting Ray and {config.hosts} expert host(s); the very first start also compiles kernels..."
-    with console.status(text) if not quiet else nullcontext():
+    if not quiet and not config.address and config.device != "cuda":
+        compile_for(config.store_path, "float" if config.numerics == "float" else "int8", console)
+    with console.status(f"Starting Ray and {config.hosts} expert host(s)...") if not quiet else nullcontext():
         engine = Engine(config)
     try:
         yield engine, perf_counter() - started

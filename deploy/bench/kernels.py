@@ -160,7 +160,8 @@ def _batch_1(coding: Coding, spec: PackedSpec, matrices: WorkingSet, options: Ke
 
 def _layer(coding: Coding, layer: Layer, options: KernelsOptions) -> Streamed:
     specs = layer.specs(coding)
-    kernel = LayerKernel(*(MatrixKernel.of(spec, options.numerics) for spec in specs))
+    gate_up, down = (MatrixKernel.of(spec, options.numerics) for spec in specs)
+    kernel = LayerKernel(gate_up, down)
     copies = layer.num_copies(coding, options.working_set_bytes)
     x = np.random.default_rng(4).standard_normal((1, layer.hidden)).astype(np.float32)
     weights = np.full((1, layer.top_k), 1 / layer.top_k, dtype=np.float32)

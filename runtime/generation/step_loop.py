@@ -26,6 +26,7 @@ from moray.runtime.model.families import context_length
 PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds activations, and how long a decode waits
 MAX_RUNNING = 8
 KEPT_CACHES = 4
+_SMALL_ATTENTION = 128 << 10  # pairs of a token and a key, of one head
 
 
 class StepLoop:
@@ -138,8 +139,7 @@ class StepLoop:
         pending = sequence.pending
         chunk = pending[:PREFILL_CHUNK] if sequence.kv.can_chunk else pending
         ids = torch.tensor([chunk], device=self._model.device)
-        # For one token torch's part is tiny: waking its threads takes longer, and they would disturb the kernels'.
-        torch.set_num_threads(1 if len(chunk) == 1 else self._num_threads)
+        self._give_torch_threads(len(chunk), len(sequence.kv.ids) + len(chunk))
         output = self._model(input_ids=ids, past_key_values=sequence.kv.cache, use_cache=True, logits_to_keep=1)
         sequence.kv.ids += chunk
         if len(chunk) < len(pending):
@@ -148,6 +148,10 @@ class StepLoop:
         if event.finished:
             self._retire(sequence)
         return [event]
+
+    def _give_torch_threads(self, tokens: int, length: int) -> None:
+        """All of them for a large attention only: for less, waking them takes longer, and disturbs the kernels'."""
+        torch.set_num_threads(self._num_threads if tokens * length > _SMALL_ATTENTION else 1)
 
     def _retire(self, sequence: Sequence) -> None:
         del self._running[sequence.request.request_id]

@@ -15,6 +15,7 @@ from moray.runtime.kernels.rows import (
     copy_column,
     gated_row,
     quantize_group,
+    rms_row,
     store_zero,
 )
 
@@ -26,6 +27,9 @@ NUM_PARAMS = 18
 
 # Words of the params of ``combine``.
 C_Y, C_POSITIONS, C_WEIGHTS, C_OUT, C_TOP_K, C_COLUMNS, C_SLICES, C_BIASES, C_EXPERT = range(9)
+
+# Words of the params of ``normalize``.
+N_X, N_WEIGHT, N_OUT, N_COLUMNS, N_EPSILON = range(5)
 
 SLICE = 1024  # columns in an item, about
 
@@ -128,3 +132,14 @@ def combine(params, first, last):
                 if word(params, C_BIASES):
                     add_row(row, word(word(params, C_BIASES), word(word(params, C_EXPERT), pair)) + 4 * at, count)
                 add_scaled_row(out, row, word(params, C_WEIGHTS) + 4 * (token * top_k + k), count)
+
+
+@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
+def normalize(params, first, last):
+    """RMSNorm of rows. Items: rows of x float32 [., C]; weight float32 [C]; out as x, written."""
+    columns = word(params, N_COLUMNS)
+    for row in range(first, last):
+        at = 4 * row * columns
+        rms_row(
+            word(params, N_X) + at, word(params, N_WEIGHT), word(params, N_OUT) + at, columns, word(params, N_EPSILON)
+        )

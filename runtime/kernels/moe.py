@@ -16,7 +16,7 @@ from moray.runtime.kernels.pool import PHASE_FIELDS, run, run_alone
 K_ITEMS, K_INTEGER, K_GROUP, K_ROWS, K_COLUMNS, K_BLOCK_BYTES, K_SOURCE_COLUMNS = range(7)
 K_FIELDS = 7
 # Compiled functions of the other phases, by address (ops.py).
-F_PACK, F_ACTIVATE, F_COMBINE = range(3)
+F_PACK, F_ACTIVATE, F_COMBINE, F_NORMALIZE = range(4)
 
 # A program below both is done by the calling thread: another would not come before it is done.
 SERIAL_BYTES = 96 << 10
@@ -230,4 +230,16 @@ def combine_pairs(pool, functions, y, positions, weights, columns, out):
     params[act.C_BIASES] = params[act.C_EXPERT] = 0
     _set_phase(phases, 0, functions[F_COMBINE], params.ctypes.data, items, 1)
     _carry_out(pool, phases, 4 * positions.size * columns, 0)
+    return params[0]
+
+
+@njit(nogil=True, cache=True)
+def rms_norm(pool, functions, x, weight, num_rows, columns, epsilon, out):
+    """out = weight * x / rms(x) for every row of x float32 [num_rows, columns], by addresses."""
+    params, phases = np.empty(act.NUM_PARAMS, np.int64), np.empty((1, PHASE_FIELDS), np.int64)
+    params[act.N_X], params[act.N_WEIGHT], params[act.N_OUT] = x, weight, out
+    params[act.N_COLUMNS], params[act.N_EPSILON] = columns, epsilon
+    chunk = max(1, _CHUNK_BYTES // (4 * columns))
+    _set_phase(phases, 0, functions[F_NORMALIZE], params.ctypes.data, num_rows, chunk)
+    _carry_out(pool, phases, 4 * num_rows * columns, 0)
     return params[0]

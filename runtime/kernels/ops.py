@@ -23,7 +23,9 @@ Ints = npt.NDArray[np.int64]
 PANEL_SLACK = 3 * 64  # three arrays, each aligned to a cache line
 EVERY_ROW: Ints = np.empty(0, dtype=np.int64)
 NO_BIASES: Ints = np.empty(0, dtype=np.int64)
-_FUNCTIONS: Ints = np.array([f.address for f in (activation.pack, activation.activate, activation.combine)], np.int64)
+_FUNCTIONS: Ints = np.array(
+    [f.address for f in (activation.pack, activation.activate, activation.combine, activation.normalize)], np.int64
+)
 _log = logging.getLogger(__name__)
 
 
@@ -247,3 +249,11 @@ def combine(y_PH: Floats, grouping: Grouping, weights_TK: Floats) -> Floats:
             out.ctypes.data,
         )  # fmt: skip
     return out
+
+
+def rms_norm_at(x: int, weight: int, num_rows: int, columns: int, epsilon_bits: int, out: int) -> None:
+    """RMSNorm of float32 [num_rows, columns] with weight [columns], by addresses; ``out`` is written."""
+    pool = current_pool()
+    if num_rows:
+        with pool.lock:
+            moe.rms_norm(pool.address, _FUNCTIONS, x, weight, num_rows, columns, epsilon_bits, out)

@@ -261,6 +261,47 @@ def add_scaled_row(typingctx: Any, out: Any, row: Any, weight: Any, count: Any) 
 
 
 @intrinsic
+def rms_row(typingctx: Any, x: Any, weight: Any, out: Any, count: Any, epsilon: Any) -> Any:
+    """out = weight * (x / sqrt(mean(x * x) + epsilon)) over ``count`` float32; ``epsilon`` has a float32's bits.
+
+    Squares are summed in 16 lanes (or 1), then lane after lane.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        x, weight, out, count, epsilon = args
+        epsilon = builder.bitcast(builder.trunc(epsilon, I32), F32)
+
+        def emit(lanes: int) -> None:
+            kind = ir.VectorType(F32, lanes)
+            sums = cgutils.alloca_once(builder, kind)
+            builder.store(_floats(0.0, lanes), sums)
+
+            def square(at: ir.Value) -> None:
+                value = load(builder, builder.add(x, at), kind)
+                builder.store(builder.fadd(builder.load(sums), builder.fmul(value, value)), sums)
+
+            _steps(builder, count, lanes, square)
+            total: ir.Value = _float(0.0)
+            for lane in range(lanes):
+                total = builder.fadd(total, builder.extract_element(builder.load(sums), I32(lane)))
+            mean = builder.fdiv(total, builder.sitofp(count, F32))
+            root = _call(builder, "llvm.sqrt.f32", F32, builder.fadd(mean, epsilon))
+            scale = splat(builder, builder.fdiv(_float(1.0), root), lanes)
+
+            def normalize(at: ir.Value) -> None:
+                value = builder.fmul(load(builder, builder.add(x, at), kind), scale)
+                value = builder.fmul(load(builder, builder.add(weight, at), kind), value)
+                _store(builder, value, builder.add(out, at))
+
+            _steps(builder, count, lanes, normalize)
+
+        _by_lanes(builder, count, 1, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
 def add_row(typingctx: Any, out: Any, row: Any, count: Any) -> Any:
     """out += row over ``count`` float32 at two addresses."""
 

@@ -49,11 +49,11 @@ def broadcast(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Val
 
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line at ``address``, which need not be mapped, in the second-level cache."""
+    """Ask for the cache line at ``address``, which need not be mapped."""
     pointer = I8.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(2), I32(1)])
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
 
 
 def load_halves(builder: ir.IRBuilder, address: ir.Value, instruction_set: str) -> ir.Value:

@@ -13,6 +13,7 @@ from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.source import ExpertSource
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.families import build_model, expert_modules, load_config
+from moray.runtime.model.norm_modules import fuse_norms
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 from moray.runtime.store.store import Store
 
@@ -29,6 +30,8 @@ def load_model(store: Store, numerics: Numerics, device: torch.device) -> PreTra
     store.verify_trunk()
     model = build_model(load_config(store.path), dtype)
     _load_trunk(model, store, numerics, dtype)
+    if device.type == "cpu":
+        fuse_norms(model)
     nn.Module.to(model, device)
     return model
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
+from moray.runtime.kernels.lookup import lookup
 from moray.runtime.kernels.ops import MatrixKernel
 from moray.runtime.layout.packed import Numerics, PackedSpec
 
@@ -60,5 +61,8 @@ class PackedEmbedding(nn.Module):
         return dequantize(self.packed, self.spec, self._dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = dequantize_rows(self.packed, self.spec, ids.reshape(-1), self._dtype)
+        if ids.device.type == "cpu":
+            rows = torch.from_numpy(lookup(self.packed.numpy(), self.spec, ids.reshape(-1).numpy())).to(self._dtype)
+        else:
+            rows = dequantize_rows(self.packed, self.spec, ids.reshape(-1), self._dtype)
         return rows.view(*ids.shape, self.embedding_dim)

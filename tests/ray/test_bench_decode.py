@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from moray.cluster.ray_session import RaySession
 from moray.deploy.cli import app
+from moray.deploy.config import demo_store
+from moray.runtime.store.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -38,6 +40,7 @@ def test_decode_as_json(session: RaySession) -> None:
     token = document["token"]
     parts = ("kernel_s", "grouping_s", "leases_s", "rest_s")
     assert sum(token[part] for part in parts) == pytest.approx(token["total_s"])
-    # 6 layers, 2 experts a token, of 196608 bytes each
-    assert token["expert_bytes"] == 6 * 2 * 196608
+    with Store.open(demo_store()) as store:
+        layers = store.manifest.layers
+    assert token["expert_bytes"] == sum(2 * layer.layout.num_bytes for layer in layers)  # 2 experts a token
     assert document["idle_cpu"]["num_processes"] >= 4  # compute, two hosts, the orchestrator

@@ -60,10 +60,7 @@ def test_every_item_is_done_once(items: int, chunk: int, threads: int) -> None:
 def test_a_phase_sees_all_of_the_phase_before(pool: Pool) -> None:
     count = 501
     values = [np.arange(count, dtype=np.int64), *(np.zeros(count, np.int64) for _ in range(4))]
-    params = [
-        np.array([a.ctypes.data, b.ctypes.data, count], dtype=np.int64)
-        for a, b in pairwise(values)
-    ]
+    params = [np.array([a.ctypes.data, b.ctypes.data, count], dtype=np.int64) for a, b in pairwise(values)]
     phases = program(*((double_neighbour.address, p, count, 3) for p in params))
     for _ in range(300):
         for part in values[1:]:
