@@ -13,6 +13,7 @@ from moray.cluster.client import HostAddress
 from moray.runtime.errors import MorayError
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
 from moray.runtime.store.store import Store
+from moray.runtime.topology import CoreClaim, on_cores, read_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +33,10 @@ class ComputeActor:
         exit_with(config.owner)
         self._config, self._node_id = config, node_id()
         self._failure: MorayError | None = None
+        self._cores = CoreClaim(read_cores(), config.num_threads)
         try:
-            self._load()
+            with on_cores(self._cores.cpus):  # the threads of the kernels are made here
+                self._load()
         except MorayError as error:
             self._failure = error  # Ray would turn an error of the constructor into text
 
@@ -45,7 +48,8 @@ class ComputeActor:
         if self._failure is not None:
             raise self._failure
         self._source = ArenaSource(self._store, hosts)
-        self._runner = Runner(self._store, self._source, self._model, self._config.numerics)
+        with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
+            self._runner = Runner(self._store, self._source, self._model, self._config.numerics)
         return ComputeReport(
             node_id=self._node_id,
             pid=os.getpid(),

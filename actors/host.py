@@ -13,6 +13,7 @@ from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import HostLostError, MorayError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.store.store import Store
+from moray.runtime.topology import cores_of_host, on_cores, read_cores
 
 
 class ExpertHost:
@@ -25,7 +26,8 @@ class ExpertHost:
         exit_with(config.owner)
         self._outcome: HostReport | MorayError
         try:
-            self._outcome = self._start(config, node_id(), survivor(config.address.host_id))
+            with on_cores(cores_of_host(read_cores(), config.index, config.num_hosts)):
+                self._outcome = self._start(config, node_id(), survivor(config.address.host_id))
         except MorayError as error:
             self._outcome = error  # Ray would turn an error of the constructor into text
 
@@ -38,7 +40,8 @@ class ExpertHost:
     def _start(self, config: HostConfig, node_id: str, survivor: ArenaRef | None) -> HostReport:
         started = perf_counter()
         store = Store.open(config.store_path)
-        self._host = ShardHost(store, config.keys, config.num_threads, _take_back(survivor))
+        num_threads = min(config.num_threads, len(os.sched_getaffinity(0)))
+        self._host = ShardHost(store, config.keys, num_threads, _take_back(survivor))
         self._host.load()
         address = config.address
         self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)

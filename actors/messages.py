@@ -20,6 +20,8 @@ class HostConfig:
     address: HostAddress
     store_path: str
     keys: tuple[ExpertKey, ...]
+    index: int
+    num_hosts: int
     num_threads: int
     owner: Owner | None  # end with this process of the same machine; None: live until told
 

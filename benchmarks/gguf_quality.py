@@ -13,7 +13,9 @@ numbers are computed here. The reference of *KL divergence* and *same top token*
 float, which is within 1e-5 of transformers. *F16* should hardly differ from it: that checks the file written here.
 
 *bits* are with scales, zeros and padding: of the routed experts, and of the whole model. *bytes* are the GGUF file's,
-or those of the store's experts and trunk.
+or those of the store's experts and trunk. *tokens/s* are 1 / the median time of a decode step, in process on both
+sides: a forward pass of one token and its largest logit, 64 of them after the first 32 tokens of each of 5 windows. A
+model as small as this one is read from the cache: the numbers say more about the cost of a step than about weights.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Any, get_args
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -37,16 +43,21 @@ from perplexity import cut_texts, default_texts
 
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.converter import convert
+from moray.runtime.convert.recipe import PRESETS
 from moray.runtime.evaluation import Evaluation, TokenScores
+from moray.runtime.generation.request import GenerationRequest
+from moray.runtime.generation.runner import Runner
 from moray.runtime.generation.scoring import score_logits
 from moray.runtime.generation.text import require_tokenizer
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.store.store import Store
 
+RECIPES = ["hqq8", "hqq4", "hqq3", "hqq2", *PRESETS]
 #: llama_ftype of what is compared.
 FTYPES = {"F16": 1, "Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10}
 
 Window = list[int]
+PROMPT, PROMPTS, STEPS = 32, 5, 64
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ class Row:
     perplexity: float
     mean_kl: float | None
     same_top_share: float | None
+    decode_tokens_per_s: float
     types: dict[str, str]  # class of tensors -> GGUF types
 
 
@@ -122,13 +134,27 @@ def evaluate_store(
 ) -> Row:
     evaluation = Evaluation()
     with in_process(path, numerics) as runner:
+        speed = decode_speed([decode_steps(runner, window[:PROMPT]) for window in windows[:PROMPTS]])
         for window, expected in zip(windows, reference, strict=True):
             evaluation.add(runner.score(window, expected.top_ids), expected)
     with Store.open(path) as store:
         manifest = store.manifest
     size = manifest.expert_bytes + manifest.trunk_bytes
     bits = (manifest.bits_per_expert_weight, manifest.bits_per_weight)
-    return _row(f"moray {name}, {numerics}", size, bits, evaluation, {})
+    return _row(f"moray {name}, {numerics}", size, bits, evaluation, speed, {})
+
+
+def decode_steps(runner: Runner, prompt: Window) -> list[float]:
+    """Seconds of each."""
+    times = []
+    for event in runner.stream(GenerationRequest(uuid4().hex, tuple(prompt), STEPS + 1)):
+        times.append(perf_counter())
+        assert event.finished is None or len(times) > STEPS // 2, f"the text ended after {len(times)} tokens"
+    return [after - before for before, after in pairwise(times)]
+
+
+def decode_speed(steps: Sequence[Sequence[float]]) -> float:
+    return 1 / statistics.median(chain.from_iterable(steps))
 
 
 def evaluate_gguf(
@@ -137,6 +163,8 @@ def evaluate_gguf(
     longest = max(len(window) for window in windows)
     peer.load(path, threads=len(os.sched_getaffinity(0)), context=longest, batch=longest)
     evaluation, file = Evaluation(), path.with_suffix(".npy")
+    prompts = [window[:PROMPT] for window in windows[:PROMPTS]]
+    speed = decode_speed([peer.request("generate", ids=ids, count=STEPS + 1)["seconds"][1:] for ids in prompts])
     for window, expected in zip(windows, reference, strict=True):
         peer.request("logits", ids=window, file=str(file))
         logits = torch.from_numpy(np.load(file)[:-1])
@@ -145,12 +173,14 @@ def evaluate_gguf(
     sizes = gguf_sizes(path)
     types = {kind: sizes[kind].types for kind in CLASSES if sizes[kind].count}
     bits = (sizes["experts"].bits, total_bits(sizes))
-    return _row(f"llama.cpp {name}", path.stat().st_size, bits, evaluation, types)
+    return _row(f"llama.cpp {name}", path.stat().st_size, bits, evaluation, speed, types)
 
 
-def _row(name: str, num_bytes: int, bits: tuple[float, float], evaluation: Evaluation, types: dict[str, str]) -> Row:
+def _row(
+    name: str, num_bytes: int, bits: tuple[float, float], evaluation: Evaluation, speed: float, types: dict[str, str]
+) -> Row:
     agreement = (evaluation.mean_kl, evaluation.same_top_share)
-    return Row(name, num_bytes, *bits, evaluation.perplexity, *agreement, types)
+    return Row(name, num_bytes, *bits, evaluation.perplexity, *agreement, speed, types)
 
 
 def measure(arguments: argparse.Namespace, root: Path) -> Iterator[Row]:
@@ -181,8 +211,9 @@ def print_rows(rows: Sequence[Row]) -> None:
         agreement = ("-", "-") if row.mean_kl is None else (f"{row.mean_kl:.5f}", f"{row.same_top_share:.2%}")
         change = f"{100 * (row.perplexity / rows[0].perplexity - 1):+.2f} %"
         bits = (f"{row.bits_of_experts:.2f}", f"{row.bits:.2f}")
-        cells.append((row.name, *bits, f"{row.num_bytes:,}", f"{row.perplexity:.3f}", change, *agreement))
-    header = ("", "bits, experts", "bits, all", "bytes", "perplexity", "vs first", "KL divergence", "same top token")
+        speed = f"{row.decode_tokens_per_s:.0f}"
+        cells.append((row.name, *bits, f"{row.num_bytes:,}", f"{row.perplexity:.3f}", change, *agreement, speed))
+    header = ("", "bits, experts", "all", "bytes", "perplexity", "vs first", "KL divergence", "same top", "tokens/s")
     print_table(header, cells)
     print("\nGGUF types by class of tensors (without a head, it is the embedding):")
     for row in rows:
@@ -195,7 +226,7 @@ def _parse() -> argparse.Namespace:
     add_peer_python(parser)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--types", nargs="+", choices=FTYPES, default=list(FTYPES), help="GGUF types (all)")
-    parser.add_argument("--recipes", nargs="*", default=["hqq8", "hqq4", "hqq3", "hqq2"], help="beside none")
+    parser.add_argument("--recipes", nargs="*", default=RECIPES, help="beside none")
     parser.add_argument("--numerics", nargs="+", choices=get_args(Numerics), default=["float", "int8"])
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files; without it, as perplexity.py")
     parser.add_argument("--files", type=int, default=20, help="of the default text (20)")

@@ -32,7 +32,7 @@ StoreArgument = Annotated[
     Path | None,
     typer.Argument(help="A store made by `moray convert`; none: the embedded demonstration model."),
 ]
-HostsOption = Annotated[int | None, typer.Option(help="Expert hosts on this machine.")]
+HostsOption = Annotated[int | None, typer.Option(help="Expert hosts here; by default one for each NUMA node.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 NumericsOption = Annotated[str | None, typer.Option(help="auto, int8 or float (docs/format.md).")]
 AddressOption = Annotated[str | None, typer.Option(help="HOST:PORT of a running Ray cluster; none: start Ray here.")]

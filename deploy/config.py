@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moray.runtime.cpu import usable_cores
 from moray.runtime.errors import ConfigError
+from moray.runtime.topology import numa_nodes, read_cores
 
 
 class EngineConfig(BaseModel):
@@ -21,8 +22,8 @@ class EngineConfig(BaseModel):
     store: Path | None = None
     #: Where attention and hot experts are computed. auto: a GPU if Ray has one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    #: Expert hosts on this node; each holds a share of the experts in shared memory.
-    hosts: int = Field(1, ge=1, le=64)
+    #: Expert hosts; each holds a share of the experts in shared memory. None: one for each NUMA node.
+    hosts: int | None = Field(None, ge=1, le=64)
     #: HOST:PORT of a running Ray cluster; none: start Ray on this machine, for this engine alone.
     address: str | None = None
     #: Numerics class on CPUs (docs/format.md). auto: int8.
@@ -33,6 +34,12 @@ class EngineConfig(BaseModel):
     @property
     def store_path(self) -> Path:
         return self.store if self.store is not None else demo_store()
+
+    @property
+    def num_hosts(self) -> int:
+        if self.hosts is None and self.address is None:
+            return len(numa_nodes(read_cores()))
+        return self.hosts or 1  # another machine's NUMA nodes are not known here
 
     @property
     def num_threads(self) -> int:

@@ -54,7 +54,7 @@ def launch(
     store: str | Path | None = None,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    hosts: int = 1,
+    hosts: int | None = None,
     address: str | None = None,
     numerics: Literal["auto", "int8", "float"] = "auto",
     threads: int | None = None,
@@ -185,7 +185,7 @@ class Engine:
         return start_actors(
             path,
             node_id=node.node_id,
-            num_hosts=config.hosts,
+            num_hosts=config.num_hosts,
             numerics="float" if config.numerics == "float" else "int8",
             device=config.device,
             num_gpus=1 if node.num_gpus and config.device != "cpu" else 0,

@@ -88,7 +88,7 @@ def running_engine(config: EngineConfig, console: Console, quiet: bool = False) 
     started = perf_counter()
     if not quiet and not config.address and config.device != "cuda":
         compile_for(config.store_path, "float" if config.numerics == "float" else "int8", console)
-    with console.status(f"Starting Ray and {config.hosts} expert host(s)...") if not quiet else nullcontext():
+    with console.status(f"Starting Ray and {config.num_hosts} expert host(s)...") if not quiet else nullcontext():
         engine = Engine(config)
     try:
         yield engine, perf_counter() - started

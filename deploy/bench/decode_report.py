@@ -56,7 +56,7 @@ def make_document(report: DecodeReport) -> dict[str, Any]:
         "machine": report.machine,
         "settings": {
             "store": str(report.config.store_path),
-            "hosts": report.config.hosts,
+            "hosts": report.config.num_hosts,
             "threads": report.config.num_threads,
             "device": report.device,
             "numerics": report.numerics,
@@ -87,8 +87,8 @@ def _heading(report: DecodeReport) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores, kernels {machine['instruction_set']}; load before: "
         f"{machine['load']}",
         f"{store}: {recipe or 'none'}, {format_bytes(report.weight_bytes)}; class {report.numerics} on "
-        f"{report.device}, {config.num_threads} threads, {config.hosts} host(s); {report.prompt_tokens} prompt tokens, "
-        f"{len(report.rounds)} repeats of {report.new_tokens} new ones",
+        f"{report.device}, {config.num_threads} threads, {config.num_hosts} host(s); {report.prompt_tokens} prompt "
+        f"tokens, {len(report.rounds)} repeats of {report.new_tokens} new ones",
     ]
     cache = machine["last_level_cache_bytes"]
     if cache and report.weight_bytes < 4 * cache:

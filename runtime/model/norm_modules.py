@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import torch
 from torch import nn
@@ -44,14 +46,11 @@ def _fused(module: nn.Module) -> FusedRMSNorm | None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or not isinstance(epsilon, float):
         return None
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return None
     if weight.ndim != 1 or weight.dtype != torch.float32 or weight.device.type != "cpu" or list(module.children()):
         return None
     fused = FusedRMSNorm(weight, epsilon)
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0))
     x *= torch.tensor([[1.0], [1e-3], [100.0]])
-    try:
-        expected = module(x)
-    except Exception:  # a norm that needs more than x
-        return None
-    same = torch.is_tensor(expected) and torch.allclose(fused(x), expected, rtol=_TOLERANCE, atol=_TOLERANCE)
-    return fused if same else None
+    return fused if torch.allclose(fused(x), module(x), rtol=_TOLERANCE, atol=_TOLERANCE) else None
