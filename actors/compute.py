@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from moray.runtime.evaluation import Ids, TokenScores
 
+_EVENT_INTERVAL_S = 0.02  # an event costs both processes half a millisecond; nobody reads more than 50 a second
+
 
 class ComputeActor:
     """Loads the trunk when it is made, while the hosts load their experts; generates after ``attach``.
@@ -86,7 +88,8 @@ class ComputeActor:
     ) -> Iterator[TokenEvent]:
         """Stream a request's events. Raises RequestError."""
         ids = self._runner.encode(prompt)
-        yield from self._runner.stream(GenerationRequest(request_id, ids, max_new_tokens, sampling, stop))
+        request = GenerationRequest(request_id, ids, max_new_tokens, sampling, stop)
+        yield from self._runner.stream(request, _EVENT_INTERVAL_S)
 
     def cancel(self, request_id: str) -> None:
         self._runner.cancel(request_id)

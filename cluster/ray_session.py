@@ -12,6 +12,7 @@ import secrets
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import ray
@@ -64,7 +65,18 @@ def start_local(num_cpus: int) -> RaySession:
         )
     except Exception as error:
         raise ClusterError(f"Ray did not start on this machine ({error}); run `moray doctor`") from error
+    _end_unused()
     return RaySession(True, tuple(_children() - before))
+
+
+def _end_unused() -> None:
+    """End those of Ray's processes that an engine has no use for: each is 60 MB or more, and wakes all the time.
+
+    They follow logs to drivers, scale clusters and serve the dashboard, all of which this session does without.
+    """
+    node: Any = ray._private.worker._global_node
+    for end in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):
+        end(check_alive=False)
 
 
 def join(address: str) -> RaySession:

@@ -129,7 +129,9 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[TokenEvent]:
-        """Yield tokens and text as they come; the last event has ``finished``. Leaving the iterator cancels.
+        """Yield tokens and text as they come, at most 50 times a second; the last event has ``finished``.
+
+        Leaving the iterator cancels.
 
         ``prompt`` is a text, token ids, or a list of ``Message``. Temperature 0 is greedy; ``top_k`` 0 is all.
         Raises RequestError.

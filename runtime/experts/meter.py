@@ -60,9 +60,12 @@ class ExpertsMeter:
         )
 
     def record(self, layer: int, grouping: Grouping, group_s: float, lease_s: float, compute_s: float) -> None:
-        self.tokens[layer][grouping.active] += np.diff(grouping.starts)
-        used = np.bincount(self.owners[layer][grouping.active], minlength=len(self.names))
-        self.bytes_by_owner += used * self.shard_bytes[layer]
+        from moray.runtime.kernels.moe import count_use
+
+        count_use(
+            grouping.active, grouping.starts, self.shard_bytes[layer], self.owners[layer], self.tokens[layer],
+            self.bytes_by_owner,
+        )  # fmt: skip
         self.layer_calls += 1
         self.group_s += group_s
         self.lease_s += lease_s

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from moray.runtime.model.kv_layer import new_cache
+
 
 @dataclass(slots=True)
 class KVCache:
@@ -17,7 +19,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: PretrainedConfig) -> KVCache:
-        return cls(DynamicCache(config=config), [])
+        return cls(new_cache(config), [])
 
     @property
     def can_chunk(self) -> bool:

@@ -102,7 +102,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One step of one request: new tokens, the text they complete, and the end if this is it.
+    """One or more steps of one request: new tokens, the text they complete, and the end if this is it.
 
     ``text`` never holds half a character; text that might begin a stop string is held back until it is decided.
     """
@@ -111,3 +111,9 @@ class TokenEvent:
     token_ids: tuple[int, ...]
     text: str
     finished: Finished | None = None
+
+
+def joined(first: TokenEvent, second: TokenEvent) -> TokenEvent:
+    """Two events of a request, one after the other, as one."""
+    tokens, text = first.token_ids + second.token_ids, first.text + second.text
+    return TokenEvent(second.request_id, tokens, text, second.finished)

@@ -9,7 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from moray.runtime.errors import MorayError, RequestError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.source import ExpertSource
-from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEvent
+from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEvent, joined
 from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
 from moray.runtime.layout.packed import Numerics
@@ -65,9 +66,10 @@ class Runner:
         """Token ids of a prompt. Raises RequestError."""
         return encode_prompt(self.tokenizer, prompt)
 
-    def stream(self, request: GenerationRequest) -> Iterator[TokenEvent]:
+    def stream(self, request: GenerationRequest, interval_s: float = 0.0) -> Iterator[TokenEvent]:
         """Yield the request's events; the last has ``finished``. Closing the iterator cancels the request.
 
+        Events less than ``interval_s`` after the last one yielded are joined to one, the last one excepted.
         Raises RequestError before anything is computed, MorayError after ``close``, or whatever made a step fail.
         """
         self._loop.check(request)
@@ -84,7 +86,7 @@ class Runner:
 
         if not self._post(start):
             raise MorayError(_CLOSED)
-        return self._events(request.request_id, outbox)
+        return self._events(request.request_id, outbox, interval_s)
 
     def cancel(self, request_id: str) -> None:
         """End a request after the step in flight; its stream ends with reason "cancelled".
@@ -159,15 +161,21 @@ class Runner:
                 self._inbox.put(command)
             return not self._is_closed
 
-    def _events(self, request_id: str, outbox: Events) -> Iterator[TokenEvent]:
-        finished = False
+    def _events(self, request_id: str, outbox: Events, interval_s: float) -> Iterator[TokenEvent]:
+        finished, due = False, 0.0
         try:
             while not finished:
                 event = outbox.get()
+                while isinstance(event, TokenEvent) and event.finished is None and (left := due - perf_counter()) > 0:
+                    try:
+                        later = outbox.get(timeout=left)
+                    except Empty:
+                        break
+                    event = joined(event, later) if isinstance(later, TokenEvent) else later
                 if isinstance(event, BaseException):
                     finished = True
                     raise event
-                finished = event.finished is not None
+                finished, due = event.finished is not None, perf_counter() + interval_s
                 yield event
         finally:
             if not finished:

@@ -1,6 +1,6 @@
 """Activations as phases of a program (pool.py): into panels, through the gate, and summed.
 
-Shapes as in moe.py. A pair's row goes into the panel of its tile (matmul.py: ``tile_of``).
+Shapes as in programs.py. A pair's row goes into the panel of its tile (matmul.py: ``tile_of``).
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def needed_kernels(manifest: Manifest) -> list[PackedSpec]:
     """One small matrix of each kind that a store has: each kind is compiled once."""
     specs = {spec for layer in manifest.layers for tensor in layer.layout.tensors if (spec := tensor.spec)}
     specs |= set(manifest.packed_trunk.values())
+    specs.add(PackedSpec(16, 64, "bf16"))  # routers, if they are fused
     kinds = {PackedSpec(16, spec.group or 64, spec.encoding, spec.group, spec.meta) for spec in specs}
     return sorted(kinds, key=str)
 

@@ -54,6 +54,7 @@ def _plain_row(block, lane, columns, is_half, width, out):
 @njit(nogil=True, cache=True)
 def _quantized_row(block, lane, columns, group, planes, code_bytes, has_second_level, step, lowest, out):
     num_groups, bits = columns // group, planes.sum()
+    codes = np.empty(group, np.int64)
     for g in range(num_groups):
         if has_second_level:
             at = code_bytes + 32 * g
@@ -63,14 +64,18 @@ def _quantized_row(block, lane, columns, group, planes, code_bytes, has_second_l
         else:
             at = code_bytes + 64 * g
             scale, zero = _half(block, at + 2 * lane) * _SCALE_FACTOR, _half(block, at + 32 + 2 * lane)
+        codes[:] = 0
+        shift, first = 0, 2 * group * bits * g
+        for b in planes:
+            vectors, mask = group * b // 32, (1 << b) - 1
+            for part in range(8 // b):
+                for i in range(vectors):
+                    for k in range(4):
+                        byte = np.int64(block[first + 64 * i + 4 * lane + k])
+                        codes[4 * (part * vectors + i) + k] |= ((byte >> (b * part)) & mask) << shift
+            first, shift = first + 64 * vectors, shift + b
         for c in range(group):
-            quad, code, shift, first = c // 4, np.int64(0), 0, 2 * group * bits * g
-            for b in planes:
-                vectors = group * b // 32
-                byte = np.int64(block[first + quad % vectors * 64 + 4 * lane + c % 4])
-                code |= ((byte >> (b * (quad // vectors))) & ((1 << b) - 1)) << shift
-                first, shift = first + 64 * vectors, shift + b
-            out[g * group + c] = (np.float32(code) - zero) * scale
+            out[g * group + c] = (np.float32(codes[c]) - zero) * scale
 
 
 @njit(nogil=True, cache=True)

@@ -1,4 +1,4 @@
-"""One launch for a matrix product, and one for a whole MoE layer: programs made of the phases of matmul and activation.
+"""One launch for a whole MoE layer.
 
 Shapes: T tokens, K experts a token, P = pairs actually computed, E active experts, H hidden, I intermediate.
 """
@@ -10,19 +10,24 @@ from numba import njit
 
 from moray.runtime.kernels import activation as act
 from moray.runtime.kernels import matmul as mm
-from moray.runtime.kernels.pool import PHASE_FIELDS, run, run_alone
-
-# Fields of a matrix kernel, int64 (ops.MatrixKernel).
-K_ITEMS, K_INTEGER, K_GROUP, K_ROWS, K_COLUMNS, K_BLOCK_BYTES, K_SOURCE_COLUMNS = range(7)
-K_FIELDS = 7
-# Compiled functions of the other phases, by address (ops.py).
-F_PACK, F_ACTIVATE, F_COMBINE, F_NORMALIZE = range(4)
-
-# A program below both is done by the calling thread: another would not come before it is done.
-SERIAL_BYTES = 96 << 10
-SERIAL_PRODUCTS = 1 << 20
-_CHUNK_BYTES = 64 << 10
-_ALIGN = 64
+from moray.runtime.kernels.pool import PHASE_FIELDS
+from moray.runtime.kernels.programs import (
+    F_ACTIVATE,
+    F_COMBINE,
+    F_PACK,
+    K_BLOCK_BYTES,
+    K_ITEMS,
+    K_ROWS,
+    K_SOURCE_COLUMNS,
+    aligned,
+    carry_out,
+    chunk_of,
+    expert_of_pair,
+    panel_bytes,
+    set_phase,
+    set_product,
+    set_rows,
+)
 
 
 @njit(nogil=True, cache=True)
@@ -61,62 +66,12 @@ def group_by_expert(ids, num_experts):
 
 
 @njit(nogil=True, cache=True)
-def _expert_of_pair(starts):
-    """int64 [P]: the index among the active experts of each pair's."""
-    experts = np.empty(starts[-1], np.int64)
-    for e in range(starts.shape[0] - 1):
-        experts[starts[e] : starts[e + 1]] = e
-    return experts
-
-
-@njit(nogil=True, cache=True)
-def _aligned(num_bytes):
-    return (num_bytes + _ALIGN - 1) // _ALIGN * _ALIGN
-
-
-@njit(nogil=True, cache=True)
-def panel_bytes(kernel, num_pairs):
-    """Scratch for the panels of a product's activations."""
-    columns = kernel[K_COLUMNS]
-    if not kernel[K_INTEGER]:
-        return _aligned(4 * num_pairs * columns)
-    return _aligned(num_pairs * columns) + 2 * _aligned(4 * num_pairs * (columns // kernel[K_GROUP]))
-
-
-@njit(nogil=True, cache=True)
-def _set_phase(phases, p, function, params, items, chunk):
-    phases[p, 0], phases[p, 1], phases[p, 2], phases[p, 3] = function, params, items, chunk
-
-
-@njit(nogil=True, cache=True)
-def _set_rows(params, kernel, source, index, source_columns, source_stride, panels, num_pairs, starts, expert):
-    """Params of a phase that fills panels. Returns its items."""
-    columns, group, integer = kernel[K_COLUMNS], kernel[K_GROUP], kernel[K_INTEGER]
-    slices = act.num_slices(columns, group if integer else 0)
-    params[act.SOURCE], params[act.INDEX] = source, index
-    params[act.SOURCE_COLUMNS], params[act.SOURCE_STRIDE] = source_columns, source_stride
-    params[act.COLUMNS], params[act.GROUP], params[act.INTEGER] = columns, group if integer else 0, integer
-    params[act.X] = panels
-    params[act.XS] = panels + _aligned(num_pairs * columns)
-    params[act.XSUM] = params[act.XS] + (_aligned(4 * num_pairs * (columns // group)) if integer else 0)
-    params[act.STARTS], params[act.EXPERT], params[act.SLICES] = starts, expert, slices
-    return num_pairs * slices
-
-
-@njit(nogil=True, cache=True)
-def _set_product(params, kernel, rows_params, weights, starts, num_experts, y):
-    """Params of a product whose panels ``rows_params`` names. Returns its items."""
-    num_blocks = (kernel[K_ROWS] + 15) // 16
-    params[mm.ROWS], params[mm.COLUMNS], params[mm.GROUP] = kernel[K_ROWS], kernel[K_COLUMNS], kernel[K_GROUP]
-    params[mm.INTEGER], params[mm.BLOCK_BYTES], params[mm.NUM_BLOCKS] = (
-        kernel[K_INTEGER],
-        kernel[K_BLOCK_BYTES],
-        num_blocks,
-    )
-    params[mm.WEIGHTS], params[mm.STARTS] = weights, starts
-    params[mm.X], params[mm.XS], params[mm.XSUM] = rows_params[act.X], rows_params[act.XS], rows_params[act.XSUM]
-    params[mm.Y] = y
-    return num_blocks * num_experts
+def count_use(active, starts, shard_bytes, owners, tokens, bytes_by_owner):
+    """Add a layer's use to ``tokens`` [E] and ``bytes_by_owner``; ``owners`` [E]. All int64."""
+    for i in range(active.shape[0]):
+        expert = active[i]
+        tokens[expert] += starts[i + 1] - starts[i]
+        bytes_by_owner[owners[expert]] += shard_bytes
 
 
 @njit(nogil=True, cache=True)
@@ -127,51 +82,6 @@ def _set_sum(params, y, positions, weights, columns, out):
     params[act.C_OUT], params[act.C_TOP_K] = out, positions.shape[1]
     params[act.C_COLUMNS], params[act.C_SLICES] = columns, slices
     return positions.shape[0] * slices
-
-
-@njit(nogil=True, cache=True)
-def _chunk(block_bytes):
-    return max(1, _CHUNK_BYTES // block_bytes)
-
-
-@njit(nogil=True, cache=True)
-def _carry_out(pool, phases, num_bytes, num_products):
-    if num_bytes < SERIAL_BYTES and num_products < SERIAL_PRODUCTS:
-        run_alone(phases)
-    else:
-        run(pool, phases)
-
-
-@njit(nogil=True, cache=True)
-def project(pool, functions, kernel, weights, starts, index, x, source_columns, num_pairs, y, scratch):
-    """y[p] = x[index[p]] @ W_e^T for the pairs starts[e]..starts[e + 1] of each expert e.
-
-    pool: its address; kernel: int64 [K_FIELDS]; weights: int64 [E] addresses of packed matrices; starts: int64
-    [E + 1]; index: int64 [P], empty where pair p reads row p. x float32 [., source_columns], y float32 [P, R],
-    written, and scratch (``panel_bytes``) by address.
-    """
-    num_experts = weights.shape[0]
-    params = np.empty((2, max(act.NUM_PARAMS, mm.NUM_PARAMS)), np.int64)
-    expert = _expert_of_pair(starts)
-    phases = np.empty((2, PHASE_FIELDS), np.int64)
-    items = _set_rows(
-        params[0], kernel, x, index.ctypes.data if index.shape[0] else 0, source_columns, source_columns, scratch,
-        num_pairs, starts.ctypes.data, expert.ctypes.data,
-    )  # fmt: skip
-    _set_phase(phases, 0, functions[F_PACK], params[0].ctypes.data, items, 1)
-    items = _set_product(params[1], kernel, params[0], weights.ctypes.data, starts.ctypes.data, num_experts, y)
-    _set_phase(phases, 1, kernel[K_ITEMS], params[1].ctypes.data, items, _chunk(kernel[K_BLOCK_BYTES]))
-    _carry_out(pool, phases, items * kernel[K_BLOCK_BYTES], num_pairs * kernel[K_ROWS] * kernel[K_COLUMNS])
-    return params[0, 0] + params[1, 0] + expert.shape[0]  # alive until here: phases know only their addresses
-
-
-@njit(nogil=True, cache=True)
-def linear(pool, functions, kernel, weight, x, num_rows, y, scratch):
-    """y = x @ W^T for one packed matrix, by addresses: x float32 [num_rows, C], y float32 [num_rows, R], written."""
-    weights, starts = np.empty(1, np.int64), np.zeros(2, np.int64)
-    weights[0], starts[1] = weight, num_rows
-    every_row = np.empty(0, np.int64)
-    project(pool, functions, kernel, weights, starts, every_row, x, kernel[K_SOURCE_COLUMNS], num_rows, y, scratch)
 
 
 @njit(nogil=True, cache=True)
@@ -189,36 +99,36 @@ def moe_layer(
     num_pairs, num_experts = token_of_pair.shape[0], starts.shape[0] - 1
     hidden, width = down[K_ROWS], gate_up[K_ROWS] // 2
     y_gate_up = scratch
-    h = y_gate_up + _aligned(8 * num_pairs * width)
-    y = h + _aligned(4 * num_pairs * width)
-    x_panels = y + _aligned(4 * num_pairs * hidden)
+    h = y_gate_up + aligned(8 * num_pairs * width)
+    y = h + aligned(4 * num_pairs * width)
+    x_panels = y + aligned(4 * num_pairs * hidden)
     h_panels = x_panels + panel_bytes(gate_up, num_pairs)
     params = np.empty((5, max(act.NUM_PARAMS, mm.NUM_PARAMS)), np.int64)
     phases = np.empty((5, PHASE_FIELDS), np.int64)
-    experts = _expert_of_pair(starts)
+    experts = expert_of_pair(starts)
     starts_at, expert_at = starts.ctypes.data, experts.ctypes.data
 
-    items = _set_rows(
+    items = set_rows(
         params[0], gate_up, x, token_of_pair.ctypes.data, gate_up[K_SOURCE_COLUMNS], gate_up[K_SOURCE_COLUMNS],
         x_panels, num_pairs, starts_at, expert_at,
     )  # fmt: skip
-    _set_phase(phases, 0, functions[F_PACK], params[0].ctypes.data, items, 1)
-    up_items = _set_product(params[1], gate_up, params[0], gate_up_at.ctypes.data, starts_at, num_experts, y_gate_up)
-    _set_phase(phases, 1, gate_up[K_ITEMS], params[1].ctypes.data, up_items, _chunk(gate_up[K_BLOCK_BYTES]))
-    items = _set_rows(params[2], down, h, 0, width, width, h_panels, num_pairs, starts_at, expert_at)
+    set_phase(phases, 0, functions[F_PACK], params[0].ctypes.data, items, 1)
+    up_items = set_product(params[1], gate_up, params[0], gate_up_at.ctypes.data, starts_at, num_experts, y_gate_up)
+    set_phase(phases, 1, gate_up[K_ITEMS], params[1].ctypes.data, up_items, chunk_of(gate_up[K_BLOCK_BYTES]))
+    items = set_rows(params[2], down, h, 0, width, width, h_panels, num_pairs, starts_at, expert_at)
     params[2, act.GATE_UP] = y_gate_up
     params[2, act.BIASES] = gate_up_biases.ctypes.data if gate_up_biases.shape[0] else 0
     params[2, act.KIND], params[2, act.LIMIT], params[2, act.ALPHA] = gate
-    _set_phase(phases, 2, functions[F_ACTIVATE], params[2].ctypes.data, items, 1)
-    down_items = _set_product(params[3], down, params[2], down_at.ctypes.data, starts_at, num_experts, y)
-    _set_phase(phases, 3, down[K_ITEMS], params[3].ctypes.data, down_items, _chunk(down[K_BLOCK_BYTES]))
+    set_phase(phases, 2, functions[F_ACTIVATE], params[2].ctypes.data, items, 1)
+    down_items = set_product(params[3], down, params[2], down_at.ctypes.data, starts_at, num_experts, y)
+    set_phase(phases, 3, down[K_ITEMS], params[3].ctypes.data, down_items, chunk_of(down[K_BLOCK_BYTES]))
     items = _set_sum(params[4], y, positions, weights, hidden, out)
     params[4, act.C_BIASES] = down_biases.ctypes.data if down_biases.shape[0] else 0
     params[4, act.C_EXPERT] = expert_at
-    _set_phase(phases, 4, functions[F_COMBINE], params[4].ctypes.data, items, 1)
+    set_phase(phases, 4, functions[F_COMBINE], params[4].ctypes.data, items, 1)
 
     num_bytes = up_items * gate_up[K_BLOCK_BYTES] + down_items * down[K_BLOCK_BYTES]
-    _carry_out(pool, phases, num_bytes, num_pairs * 3 * width * hidden)
+    carry_out(pool, phases, num_bytes, num_pairs * 3 * width * hidden)
     return params[0, 0] + experts.shape[0]  # alive until here: phases know only their addresses
 
 
@@ -228,18 +138,6 @@ def combine_pairs(pool, functions, y, positions, weights, columns, out):
     params, phases = np.empty(act.NUM_PARAMS, np.int64), np.empty((1, PHASE_FIELDS), np.int64)
     items = _set_sum(params, y, positions, weights, columns, out)
     params[act.C_BIASES] = params[act.C_EXPERT] = 0
-    _set_phase(phases, 0, functions[F_COMBINE], params.ctypes.data, items, 1)
-    _carry_out(pool, phases, 4 * positions.size * columns, 0)
-    return params[0]
-
-
-@njit(nogil=True, cache=True)
-def rms_norm(pool, functions, x, weight, num_rows, columns, epsilon, out):
-    """out = weight * x / rms(x) for every row of x float32 [num_rows, columns], by addresses."""
-    params, phases = np.empty(act.NUM_PARAMS, np.int64), np.empty((1, PHASE_FIELDS), np.int64)
-    params[act.N_X], params[act.N_WEIGHT], params[act.N_OUT] = x, weight, out
-    params[act.N_COLUMNS], params[act.N_EPSILON] = columns, epsilon
-    chunk = max(1, _CHUNK_BYTES // (4 * columns))
-    _set_phase(phases, 0, functions[F_NORMALIZE], params.ctypes.data, num_rows, chunk)
-    _carry_out(pool, phases, 4 * num_rows * columns, 0)
+    set_phase(phases, 0, functions[F_COMBINE], params.ctypes.data, items, 1)
+    carry_out(pool, phases, 4 * positions.size * columns, 0)
     return params[0]

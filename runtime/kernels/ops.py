@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.kernels import activation, moe, reference
+from moray.runtime.kernels import activation, attention, moe, programs, reference, router
 from moray.runtime.kernels.block import Variant
 from moray.runtime.kernels.gates import SWIGLU, Gate
 from moray.runtime.kernels.isa import INSTRUCTION_SET, PORTABLE
@@ -24,7 +24,18 @@ PANEL_SLACK = 3 * 64  # three arrays, each aligned to a cache line
 EVERY_ROW: Ints = np.empty(0, dtype=np.int64)
 NO_BIASES: Ints = np.empty(0, dtype=np.int64)
 _FUNCTIONS: Ints = np.array(
-    [f.address for f in (activation.pack, activation.activate, activation.combine, activation.normalize)], np.int64
+    [
+        phase.address
+        for phase in (
+            activation.pack,
+            activation.activate,
+            activation.combine,
+            activation.normalize,
+            attention.prepare_heads,
+            attention.attend,
+        )
+    ],
+    dtype=np.int64,
 )
 _log = logging.getLogger(__name__)
 
@@ -53,7 +64,7 @@ class MatrixKernel:
 
     spec: PackedSpec
     integer: bool  # int8 activations; plain encodings use float32 activations in both classes
-    fields: Ints  # [K_FIELDS], see moe.py
+    fields: Ints  # [K_FIELDS], see programs.py
     panel_row_bytes: int  # scratch for the panel of one row, without PANEL_SLACK for all
 
     @classmethod
@@ -84,7 +95,7 @@ def _matmul(
     if num_pairs:
         with pool.lock:
             scratch = _scratch.address(kernel.panel_row_bytes * num_pairs + PANEL_SLACK)
-            moe.project(
+            programs.project(
                 pool.address, _FUNCTIONS, kernel.fields, addresses_E, starts, token_of_pair, x_TC.ctypes.data,
                 x_TC.shape[1], num_pairs, y.ctypes.data, scratch,
             )  # fmt: skip
@@ -182,7 +193,7 @@ def linear_at(kernel: MatrixKernel, packed: int, x: int, num_rows: int, y: int) 
     if num_rows:
         with pool.lock:
             scratch = _scratch.address(kernel.panel_row_bytes * num_rows + PANEL_SLACK)
-            moe.linear(pool.address, _FUNCTIONS, kernel.fields, packed, x, num_rows, y, scratch)
+            programs.linear(pool.address, _FUNCTIONS, kernel.fields, packed, x, num_rows, y, scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,4 +267,61 @@ def rms_norm_at(x: int, weight: int, num_rows: int, columns: int, epsilon_bits: 
     pool = current_pool()
     if num_rows:
         with pool.lock:
-            moe.rms_norm(pool.address, _FUNCTIONS, x, weight, num_rows, columns, epsilon_bits, out)
+            programs.rms_norm(pool.address, _FUNCTIONS, x, weight, num_rows, columns, epsilon_bits, out)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """How the kernels see the attention of one layer, for one token at a time."""
+
+    fields: Ints  # [NUM_FIELDS], see attention.py
+    part: MatrixKernel  # of V * D rows: keys, values, and each of G parts of the queries
+    parts: Ints  # [G + 2] addresses: the queries' parts, keys, values
+    output: MatrixKernel
+    output_at: int
+
+
+def attention_at(
+    kernel: AttentionKernel,
+    x: int,
+    rotary: tuple[int, int, int],
+    cache: tuple[int, int, int],
+    length: int,
+    attended: int,
+    y: int,
+) -> None:
+    """Attention of one token, which becomes the last of ``length`` in the cache; by addresses, as attention.py says.
+
+    rotary: cosines, sines, how many; cache: keys, values, bytes from head to head. attended and y are written.
+    """
+    pool = current_pool()
+    with pool.lock:
+        part, output = kernel.part.fields, kernel.output.fields
+        scratch = _scratch.address(
+            int(attention.step_bytes(kernel.fields, part, output, len(kernel.parts), length)) + PANEL_SLACK
+        )
+        attention.attention_step(
+            pool.address, _FUNCTIONS, kernel.fields, part, kernel.parts, output, kernel.output_at, x, *rotary, *cache,
+            length, attended, y, scratch,
+        )  # fmt: skip
+
+
+def route_at(
+    kernel: MatrixKernel,
+    packed: int,
+    bias: int,
+    kind: int,
+    x: int,
+    num_tokens: int,
+    top_k: int,
+    out: tuple[int, int, int],
+) -> None:
+    """Route float32 [T, C]; ``out``: addresses of logits [T, E], ids [T, K] and weights [T, K], written (router.py)."""
+    pool = current_pool()
+    if num_tokens:
+        with pool.lock:
+            scratch = _scratch.address(kernel.panel_row_bytes * num_tokens + PANEL_SLACK)
+            shape = (kernel.spec.rows, top_k)
+            router.route(
+                pool.address, _FUNCTIONS, kernel.fields, packed, bias, kind, x, num_tokens, shape, *out, scratch
+            )

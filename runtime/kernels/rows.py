@@ -35,7 +35,7 @@ def _rounded(value: float) -> float:
     return float(np.float32(value))
 
 
-def _floats(value: float, lanes: int) -> ir.Constant:
+def const_floats(value: float, lanes: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(F32, lanes), [_rounded(value)] * lanes)
 
 
@@ -48,17 +48,17 @@ def _call(builder: ir.IRBuilder, name: str, kind: ir.Type, *arguments: ir.Value)
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
-def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
 
 
-def _steps(builder: ir.IRBuilder, count: ir.Value, lanes: int, body: Callable[[ir.Value], None]) -> None:
+def steps(builder: ir.IRBuilder, count: ir.Value, lanes: int, body: Callable[[ir.Value], None]) -> None:
     """``body(byte offset)`` for every ``lanes`` float32 of ``count``, a multiple of them."""
     with cgutils.for_range(builder, builder.sdiv(count, I64(lanes))) as loop:
         body(builder.mul(loop.index, I64(4 * lanes)))
 
 
-def _by_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int, emit: Callable[[int], None]) -> None:
+def by_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int, emit: Callable[[int], None]) -> None:
     """``emit(16)`` where 16 divides ``count``, else ``emit(lanes)``."""
     whole = builder.icmp_signed("==", builder.srem(count, I64(LANES)), I64(0))
     with builder.if_else(whole) as (then, otherwise):
@@ -80,7 +80,7 @@ def quantize_group(typingctx: Any, x: Any, group: Any, codes: Any, quad_stride: 
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _by_lanes(builder, args[1], 4, lambda lanes: _emit_quantize(builder, lanes, *args))
+        by_lanes(builder, args[1], 4, lambda lanes: _emit_quantize(builder, lanes, *args))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), codegen
@@ -105,7 +105,7 @@ def _emit_quantize(
         before = builder.load(largest_at)
         builder.store(builder.select(builder.icmp_signed(">", bits, before), bits, before), largest_at)
 
-    _steps(builder, group, lanes, widen)
+    steps(builder, group, lanes, widen)
     suffix = f"v{lanes}i32"
     bits = _call(builder, f"llvm.vector.reduce.smax.{suffix}", I32, builder.load(largest_at))
     largest = builder.bitcast(bits, F32)
@@ -120,21 +120,21 @@ def _emit_quantize(
     def code(at: ir.Value) -> None:
         scaled = builder.fmul(load(builder, builder.add(x, at), floats), inverse)
         nearest = _call(builder, f"llvm.rint.v{lanes}f32", floats, scaled)
-        nearest = builder.select(usable_lanes, nearest, _floats(0.0, lanes))
+        nearest = builder.select(usable_lanes, nearest, const_floats(0.0, lanes))
         values = builder.fptosi(nearest, integers)
         builder.store(builder.add(builder.load(total_at), values), total_at)
         quads = builder.bitcast(builder.trunc(values, ir.VectorType(I8, lanes)), ir.VectorType(I32, lanes // 4))
         first = builder.add(codes, builder.mul(builder.sdiv(at, I64(16)), quad_stride))
         for i in range(lanes // 4):
-            _store(builder, builder.extract_element(quads, I32(i)), first)
+            store(builder, builder.extract_element(quads, I32(i)), first)
             first = builder.add(first, quad_stride)
 
-    _steps(builder, group, lanes, code)
+    steps(builder, group, lanes, code)
     total = _call(builder, f"llvm.vector.reduce.add.{suffix}", I32, builder.load(total_at))
     scale = builder.fdiv(largest, _float(LIMIT))
     unusable = builder.select(finite, _float(0.0), ir.Constant(F32, float("nan")))
-    _store(builder, builder.select(usable, scale, unusable), scale_at)
-    _store(builder, builder.sitofp(total, F32), sum_at)
+    store(builder, builder.select(usable, scale, unusable), scale_at)
+    store(builder, builder.sitofp(total, F32), sum_at)
 
 
 # ------------------------------------------------------------------------------------ activations
@@ -182,22 +182,24 @@ def _emit_gate(
                 most, least = splat(builder, limit, lanes), splat(builder, builder.fneg(limit), lanes)
                 g, u = _at_most(builder, g, most), _at_least(builder, _at_most(builder, u, most), least)
             if kind & SCALED:
-                u = builder.fadd(u, _floats(1.0, lanes))
+                u = builder.fadd(u, const_floats(1.0, lanes))
             minus = builder.fneg(_sigmoid_argument(builder, kind, g, alpha, lanes))
-            h_value = builder.fmul(builder.fdiv(g, _one_plus_exp(builder, minus, lanes)), u)
-            _store(builder, h_value, builder.add(h, at))
+            h_value = builder.fmul(
+                builder.fdiv(g, builder.fadd(const_floats(1.0, lanes), exp(builder, minus, lanes))), u
+            )
+            store(builder, h_value, builder.add(h, at))
 
-        _steps(builder, count, lanes, step)
+        steps(builder, count, lanes, step)
 
-    _by_lanes(builder, count, 1, emit)
+    by_lanes(builder, count, 1, emit)
 
 
 def _sigmoid_argument(builder: ir.IRBuilder, kind: int, g: ir.Value, alpha: ir.Value, lanes: int) -> ir.Value:
     if kind & SCALED:
         return builder.fmul(g, splat(builder, alpha, lanes))
     if kind & GELU:
-        slope = builder.fmul(_floats(GELU_B, lanes), builder.fmul(g, g))
-        return builder.fmul(g, builder.fadd(_floats(GELU_A, lanes), slope))
+        slope = builder.fmul(const_floats(GELU_B, lanes), builder.fmul(g, g))
+        return builder.fmul(g, builder.fadd(const_floats(GELU_A, lanes), slope))
     return g
 
 
@@ -219,21 +221,21 @@ def _at_least(builder: ir.IRBuilder, x: ir.Value, limit: ir.Value) -> ir.Value:
     return builder.select(builder.fcmp_ordered("<", x, limit), limit, x)
 
 
-def _one_plus_exp(builder: ir.IRBuilder, x: ir.Value, lanes: int) -> ir.Value:
-    """1 + exp(x), x clamped to where float32 can hold it. NaN gives a number: the caller's own NaN must remain."""
-    x = builder.select(builder.fcmp_ordered(">", x, _floats(EXP_MIN, lanes)), x, _floats(EXP_MIN, lanes))
-    x = builder.select(builder.fcmp_ordered("<", x, _floats(EXP_MAX, lanes)), x, _floats(EXP_MAX, lanes))
-    n = _call(builder, f"llvm.rint.v{lanes}f32", x.type, builder.fmul(x, _floats(LOG2E, lanes)))
-    r = builder.fsub(x, builder.fmul(n, _floats(LN2_HIGH, lanes)))
-    r = builder.fsub(r, builder.fmul(n, _floats(LN2_LOW, lanes)))
-    y: ir.Value = _floats(EXP_C[0], lanes)
+def exp(builder: ir.IRBuilder, x: ir.Value, lanes: int) -> ir.Value:
+    """exp(x), x clamped to where float32 can hold it. NaN gives a number: the caller's own NaN must remain."""
+    x = builder.select(builder.fcmp_ordered(">", x, const_floats(EXP_MIN, lanes)), x, const_floats(EXP_MIN, lanes))
+    x = builder.select(builder.fcmp_ordered("<", x, const_floats(EXP_MAX, lanes)), x, const_floats(EXP_MAX, lanes))
+    n = _call(builder, f"llvm.rint.v{lanes}f32", x.type, builder.fmul(x, const_floats(LOG2E, lanes)))
+    r = builder.fsub(x, builder.fmul(n, const_floats(LN2_HIGH, lanes)))
+    r = builder.fsub(r, builder.fmul(n, const_floats(LN2_LOW, lanes)))
+    y: ir.Value = const_floats(EXP_C[0], lanes)
     for c in EXP_C[1:]:
-        y = builder.fadd(builder.fmul(y, r), _floats(c, lanes))
-    one = _floats(1.0, lanes)
+        y = builder.fadd(builder.fmul(y, r), const_floats(c, lanes))
+    one = const_floats(1.0, lanes)
     y = builder.fadd(builder.fadd(builder.fmul(y, builder.fmul(r, r)), r), one)
     exponent = builder.add(builder.fptosi(n, ir.VectorType(I32, lanes)), _ints(127, lanes))
     power = builder.bitcast(builder.shl(exponent, _ints(23, lanes)), x.type)
-    return builder.fadd(one, builder.fmul(y, power))
+    return builder.fmul(y, power)
 
 
 @intrinsic
@@ -250,11 +252,11 @@ def add_scaled_row(typingctx: Any, out: Any, row: Any, weight: Any, count: Any) 
             def step(at: ir.Value) -> None:
                 product = builder.fmul(splat(builder, factor, lanes), load(builder, builder.add(row, at), kind))
                 to = builder.add(out, at)
-                _store(builder, builder.fadd(load(builder, to, kind), product), to)
+                store(builder, builder.fadd(load(builder, to, kind), product), to)
 
-            _steps(builder, count, lanes, step)
+            steps(builder, count, lanes, step)
 
-        _by_lanes(builder, count, 1, emit)
+        by_lanes(builder, count, 1, emit)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
@@ -274,13 +276,13 @@ def rms_row(typingctx: Any, x: Any, weight: Any, out: Any, count: Any, epsilon: 
         def emit(lanes: int) -> None:
             kind = ir.VectorType(F32, lanes)
             sums = cgutils.alloca_once(builder, kind)
-            builder.store(_floats(0.0, lanes), sums)
+            builder.store(const_floats(0.0, lanes), sums)
 
             def square(at: ir.Value) -> None:
                 value = load(builder, builder.add(x, at), kind)
                 builder.store(builder.fadd(builder.load(sums), builder.fmul(value, value)), sums)
 
-            _steps(builder, count, lanes, square)
+            steps(builder, count, lanes, square)
             total: ir.Value = _float(0.0)
             for lane in range(lanes):
                 total = builder.fadd(total, builder.extract_element(builder.load(sums), I32(lane)))
@@ -291,11 +293,11 @@ def rms_row(typingctx: Any, x: Any, weight: Any, out: Any, count: Any, epsilon: 
             def normalize(at: ir.Value) -> None:
                 value = builder.fmul(load(builder, builder.add(x, at), kind), scale)
                 value = builder.fmul(load(builder, builder.add(weight, at), kind), value)
-                _store(builder, value, builder.add(out, at))
+                store(builder, value, builder.add(out, at))
 
-            _steps(builder, count, lanes, normalize)
+            steps(builder, count, lanes, normalize)
 
-        _by_lanes(builder, count, 1, emit)
+        by_lanes(builder, count, 1, emit)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
@@ -314,11 +316,11 @@ def add_row(typingctx: Any, out: Any, row: Any, count: Any) -> Any:
             def step(at: ir.Value) -> None:
                 to = builder.add(out, at)
                 total = builder.fadd(load(builder, to, kind), load(builder, builder.add(row, at), kind))
-                _store(builder, total, to)
+                store(builder, total, to)
 
-            _steps(builder, count, lanes, step)
+            steps(builder, count, lanes, step)
 
-        _by_lanes(builder, count, 1, emit)
+        by_lanes(builder, count, 1, emit)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen
@@ -329,7 +331,7 @@ def copy_column(typingctx: Any, source: Any, target: Any) -> Any:
     """One float32 from address to address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _store(builder, load(builder, args[0], F32), args[1])
+        store(builder, load(builder, args[0], F32), args[1])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -340,7 +342,7 @@ def store_zero(typingctx: Any, target: Any) -> Any:
     """0.0 as float32 to an address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _store(builder, _float(0.0), args[0])
+        store(builder, _float(0.0), args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

@@ -12,9 +12,11 @@ from moray.runtime.experts.function import IMPLEMENTATION, ExpertsBinding
 from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.source import ExpertSource
 from moray.runtime.layout.packed import Numerics
+from moray.runtime.model.attention_modules import fuse_attention
 from moray.runtime.model.families import build_model, expert_modules, load_config
 from moray.runtime.model.norm_modules import fuse_norms
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
+from moray.runtime.model.router_modules import fuse_routers
 from moray.runtime.store.store import Store
 
 PACKED_SUFFIX = ".packed"
@@ -30,9 +32,11 @@ def load_model(store: Store, numerics: Numerics, device: torch.device) -> PreTra
     store.verify_trunk()
     model = build_model(load_config(store.path), dtype)
     _load_trunk(model, store, numerics, dtype)
+    nn.Module.to(model, device)
     if device.type == "cpu":
         fuse_norms(model)
-    nn.Module.to(model, device)
+        fuse_routers(model)
+        fuse_attention(model, numerics)
     return model
 
 

@@ -24,9 +24,9 @@ from moray.runtime.kernels.gates import Gate
 from moray.runtime.kernels.isa import INSTRUCTION_SET, INSTRUCTION_SETS, best_instruction_set, detect_instruction_set
 from moray.runtime.kernels.lookup import lookup
 from moray.runtime.kernels.memory import all_equal
-from moray.runtime.kernels.moe import SERIAL_BYTES, SERIAL_PRODUCTS
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.kernels.pool import current_pool, set_num_threads
+from moray.runtime.kernels.programs import SERIAL_BYTES, SERIAL_PRODUCTS
 from moray.runtime.layout.packed import METAS, Bytes, Encoding, PackedSpec, pack_plain
 from moray.runtime.model.expert_gates import apply_gate
 

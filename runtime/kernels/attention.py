@@ -1,0 +1,161 @@
+"""One launch for the attention of one new token: projections, norms, rotary embedding, cache, softmax, output.
+
+Shapes: H query heads, V heads of keys and of values, D their width, a multiple of 16; G = H / V; N tokens in the
+cache, the new one included.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cfunc, njit
+
+from moray.runtime.kernels import activation as act
+from moray.runtime.kernels import matmul as mm
+from moray.runtime.kernels.attention_rows import (
+    PADDING,
+    copy_row,
+    mix_values,
+    rotate_row,
+    score_keys,
+    softmax_row,
+    store_float,
+)
+from moray.runtime.kernels.matmul import ITEMS, word
+from moray.runtime.kernels.pool import PHASE_FIELDS
+from moray.runtime.kernels.programs import (
+    F_ATTEND,
+    F_PACK,
+    F_PREPARE_HEADS,
+    K_BLOCK_BYTES,
+    K_COLUMNS,
+    K_ITEMS,
+    K_ROWS,
+    K_SOURCE_COLUMNS,
+    aligned,
+    carry_out,
+    chunk_of,
+    expert_of_pair,
+    panel_bytes,
+    set_phase,
+    set_product,
+    set_rows,
+)
+from moray.runtime.kernels.rows import add_row, rms_row
+
+# What a layer's attention is, int64: ops.AttentionKernel.
+HEADS, KV_HEADS, DIM, SCALE, EPSILON, Q_NORM, K_NORM, Q_BIAS, K_BIAS, V_BIAS = range(10)
+NUM_FIELDS = 10
+# Words of the params of ``prepare_heads`` and ``attend``: these, then where this token's data are.
+(PROJECTED, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH, SCORES, ATTENDED) = range(10, 20)
+NUM_PARAMS = 20
+
+_PADDING_BITS = int(np.float32(PADDING).view(np.int32))
+
+
+@njit(nogil=True, cache=True)
+def score_bytes(length):
+    """Scratch of a head: scores, padded to 16 of them, and a line for their sum."""
+    return (length + 15) // 16 * 64 + 64
+
+
+@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
+def prepare_heads(params, first, last):
+    """Biases, norms and rotary embedding of the new token's heads; keys and values go into the cache.
+
+    Items: query heads, then heads of keys, then of values, as they lie in PROJECTED float32 [H + 2 V, D].
+    """
+    heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
+    to_new = 4 * dim * (word(params, LENGTH) - 1)
+    for item in range(first, last):
+        row = word(params, PROJECTED) + 4 * item * dim
+        kind = 0 if item < heads else 1 if item < heads + kv_heads else 2
+        head = item - (0, heads, heads + kv_heads)[kind]
+        bias = word(params, Q_BIAS + kind)
+        if bias:
+            add_row(row, bias + 4 * head * dim, dim)
+        if kind < 2:
+            norm = word(params, Q_NORM + kind)
+            if norm:
+                rms_row(row, norm, row, dim, word(params, EPSILON))
+            rotate_row(row, word(params, COSINES), word(params, SINES), word(params, ROTARY) // 2)
+        if kind:
+            copy_row(row, word(params, KEYS + kind - 1) + head * word(params, HEAD_BYTES) + to_new, dim)
+
+
+@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
+def attend(params, first, last):
+    """softmax(scale * q . k) v of each query head, into ATTENDED float32 [H, D]. Items: query heads."""
+    heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
+    length = word(params, LENGTH)
+    padded = (length + 15) // 16 * 16
+    for head in range(first, last):
+        cached = head // (heads // kv_heads) * word(params, HEAD_BYTES)
+        scores = word(params, SCORES) + head * score_bytes(length)
+        total = scores + 4 * padded
+        query = word(params, PROJECTED) + 4 * head * dim
+        score_keys(query, word(params, KEYS) + cached, scores, 0, length, dim, word(params, SCALE))
+        for j in range(length, padded):
+            store_float(_PADDING_BITS, scores + 4 * j)
+        softmax_row(scores, padded, total)
+        mix_values(scores, word(params, VALUES) + cached, word(params, ATTENDED) + 4 * head * dim, length, dim, total)
+
+
+@njit(nogil=True, cache=True)
+def attention_step(
+    pool, functions, fields, qkv, weights, output, output_weight, x, cosines, sines, rotary, keys, values, head_bytes,
+    length, attended, y, scratch,
+):  # fmt: skip
+    """y = output(attention(x)) for one token; its key and value are written to the cache.
+
+    fields: int64 [NUM_FIELDS]; qkv: the kernel of a matrix of V * D rows, of which the projections are made: weights
+    int64 [G + 2], the addresses of the queries' matrix in G parts, the keys' and the values'. x float32 [C], cosines
+    and sines float32 [rotary], keys and values (the cache's buffers, float32 [V, ., D], head_bytes from head to
+    head), attended float32 [H, D] and y float32 [R], both written, and scratch (``step_bytes``) by address.
+    """
+    num_parts, dim = weights.shape[0], fields[DIM]
+    heads, kv_heads = fields[HEADS], fields[KV_HEADS]
+    projected = scratch
+    x_panels = projected + aligned(4 * (heads + 2 * kv_heads) * dim)
+    scores = x_panels + panel_bytes(qkv, num_parts)
+    o_panels = scores + heads * score_bytes(length)
+    params = np.empty((5, max(act.NUM_PARAMS, NUM_PARAMS, mm.NUM_PARAMS)), np.int64)
+    phases = np.empty((6, PHASE_FIELDS), np.int64)
+    # Each part of the projections is an "expert" of one pair, and each pair is the same row of x.
+    starts, same_row, one = np.arange(num_parts + 1), np.zeros(num_parts, np.int64), np.arange(2)
+    part_of_pair, only = expert_of_pair(starts), np.zeros(1, np.int64)
+    output_at = np.empty(1, np.int64)
+    output_at[0] = output_weight
+
+    items = set_rows(
+        params[0], qkv, x, same_row.ctypes.data, qkv[K_SOURCE_COLUMNS], qkv[K_SOURCE_COLUMNS], x_panels, num_parts,
+        starts.ctypes.data, part_of_pair.ctypes.data,
+    )  # fmt: skip
+    set_phase(phases, 0, functions[F_PACK], params[0].ctypes.data, items, 1)
+    items = set_product(params[1], qkv, params[0], weights.ctypes.data, starts.ctypes.data, num_parts, projected)
+    set_phase(phases, 1, qkv[K_ITEMS], params[1].ctypes.data, items, chunk_of(qkv[K_BLOCK_BYTES]))
+    num_bytes = items * qkv[K_BLOCK_BYTES] + 8 * kv_heads * length * dim
+    params[2, :NUM_FIELDS] = fields
+    params[2, PROJECTED], params[2, COSINES], params[2, SINES], params[2, ROTARY] = projected, cosines, sines, rotary
+    params[2, KEYS], params[2, VALUES], params[2, HEAD_BYTES], params[2, LENGTH] = keys, values, head_bytes, length
+    params[2, SCORES], params[2, ATTENDED] = scores, attended
+    set_phase(phases, 2, functions[F_PREPARE_HEADS], params[2].ctypes.data, heads + 2 * kv_heads, 4)
+    set_phase(phases, 3, functions[F_ATTEND], params[2].ctypes.data, heads, 1)
+    items = set_rows(
+        params[3], output, attended, 0, output[K_SOURCE_COLUMNS], output[K_SOURCE_COLUMNS], o_panels, 1,
+        one.ctypes.data, only.ctypes.data,
+    )  # fmt: skip
+    set_phase(phases, 4, functions[F_PACK], params[3].ctypes.data, items, 1)
+    items = set_product(params[4], output, params[3], output_at.ctypes.data, one.ctypes.data, 1, y)
+    set_phase(phases, 5, output[K_ITEMS], params[4].ctypes.data, items, chunk_of(output[K_BLOCK_BYTES]))
+    num_bytes += items * output[K_BLOCK_BYTES]
+    carry_out(pool, phases, num_bytes, num_parts * qkv[K_ROWS] * qkv[K_COLUMNS] + 2 * heads * dim * length)
+    # Alive until here: phases know only their addresses.
+    return params[0, 0] + starts[0] + same_row[0] + part_of_pair[0] + one[0] + only[0] + output_at[0]
+
+
+@njit(nogil=True, cache=True)
+def step_bytes(fields, qkv, output, num_parts, length):
+    """Scratch of ``attention_step``."""
+    heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]
+    projected = aligned(4 * (heads + 2 * kv_heads) * dim)
+    return projected + panel_bytes(qkv, num_parts) + heads * score_bytes(length) + panel_bytes(output, 1)

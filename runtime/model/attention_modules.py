@@ -1,0 +1,163 @@
+"""Attention of one new token in one launch, for the modules that compute what most families do.
+
+Nothing here lists families. A module is taken if its forward uses no names but those of the usual attention (so that
+nothing depends on, say, the position), and if a trial gives what the module itself gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+
+from moray.runtime.kernels import attention as kernels
+from moray.runtime.kernels import ops
+from moray.runtime.kernels.ops import AttentionKernel, MatrixKernel
+from moray.runtime.layout.packed import Numerics, PackedSpec
+from moray.runtime.model.kv_layer import GrowingLayer, new_cache
+from moray.runtime.model.norm_modules import FusedRMSNorm
+from moray.runtime.model.packed_modules import PackedLinear
+
+_USUAL = frozenset(
+    (
+        *("ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "apply_rotary_pos_emb", "attention_dropout", "config"),
+        *("contiguous", "eager_attention_forward", "get_interface", "getattr", "head_dim", "k_norm", "k_proj"),
+        *("layer_idx", "o_proj", "q_norm", "q_proj", "reshape", "scaling", "shape", "sliding_window", "training"),
+        *("transpose", "update", "use_qk_norm", "v_proj", "view"),
+    )
+)
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_TRIAL_TOKENS = 4
+_TOLERANCE = 1e-5
+
+
+class FusedAttention:
+    """In place of a module's forward: one token over a cache that grows in place; else the module's own."""
+
+    def __init__(self, module: Any, numerics: Numerics) -> None:
+        self._plain, self._layer = module.forward, int(module.layer_idx)
+        self._output: PackedLinear = module.o_proj
+        self._columns, self._width = module.q_proj.in_features, module.q_proj.out_features
+        self._kernel = _kernel_of(module, numerics)
+        self._alive = module  # the kernel has addresses of its weights
+        self.attended: torch.Tensor | None = None  # what the last token's heads gave, float32 [H * D]
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layer = None if past_key_values is None else past_key_values.layers[self._layer]
+        if (
+            hidden_states.numel() != self._columns
+            or attention_mask is not None
+            or position_embeddings is None
+            or not isinstance(layer, GrowingLayer)
+            or not layer.is_initialized
+        ):
+            return self._plain(  # type: ignore[no-any-return]
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        cosines, sines = position_embeddings[0].contiguous(), position_embeddings[1].contiguous()
+        x = hidden_states.contiguous()
+        keys, values = layer.extend(1)
+        self.attended, y = torch.empty(self._width), torch.empty_like(x)
+        ops.attention_at(
+            self._kernel,
+            x.data_ptr(),
+            (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
+            (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
+            keys.shape[-2],
+            self.attended.data_ptr(),
+            y.data_ptr(),
+        )
+        return (y if self._output.bias is None else y.add_(self._output.bias)), None
+
+
+def fuse_attention(model: Any, numerics: Numerics) -> None:
+    """Give the attention modules of a loaded float32 model on the CPU the fused forward where it fits."""
+    rotary = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    for module in list(model.modules()):
+        if rotary is not None and _looks_usual(module):
+            fused = FusedAttention(module, numerics)
+            if _agrees(fused, module, rotary, model):
+                module.forward = fused
+
+
+def _looks_usual(module: Any) -> bool:
+    projections = [getattr(module, name, None) for name in _PROJECTIONS]
+    if not all(isinstance(projection, PackedLinear) for projection in projections):
+        return False
+    forward = inspect.unwrap(type(module).forward)
+    if not set(forward.__code__.co_names) <= _USUAL:
+        return False
+    q, k, v, _ = projections
+    dim, parts = module.head_dim, q.out_features // k.out_features  # type: ignore[union-attr]
+    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+    return (
+        dim % 16 == 0
+        and len({_variant(p.spec) for p in (q, k, v)}) == 1  # type: ignore[union-attr]
+        and k.spec.rows == v.spec.rows == q.spec.rows // parts  # type: ignore[union-attr]
+        and q.spec.rows % k.spec.rows == 0  # type: ignore[union-attr]
+        and all(n is None or (isinstance(n, FusedRMSNorm) and n.weight.numel() == dim) for n in norms)
+        and len({n.variance_epsilon for n in norms if n is not None}) <= 1
+    )
+
+
+def _variant(spec: PackedSpec) -> tuple[Any, ...]:
+    return spec.encoding, spec.group, spec.meta, spec.columns
+
+
+def _kernel_of(module: Any, numerics: Numerics) -> AttentionKernel:
+    q, k, v, o = (getattr(module, name) for name in _PROJECTIONS)
+    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+    epsilon = next((n.variance_epsilon for n in norms if n is not None), 0.0)
+    fields = np.zeros(kernels.NUM_FIELDS, dtype=np.int64)
+    fields[kernels.DIM] = dim = module.head_dim
+    fields[kernels.HEADS], fields[kernels.KV_HEADS] = q.out_features // dim, k.out_features // dim
+    fields[kernels.SCALE] = int(np.float32(module.scaling).view(np.int32))
+    fields[kernels.EPSILON] = int(np.float32(epsilon).view(np.int32))
+    fields[kernels.Q_NORM : kernels.K_NORM + 1] = [0 if n is None else n.weight.data_ptr() for n in norms]
+    fields[kernels.Q_BIAS : kernels.V_BIAS + 1] = [0 if p.bias is None else p.bias.data_ptr() for p in (q, k, v)]
+    part_bytes = k.spec.num_bytes
+    queries = q.packed.data_ptr() + part_bytes * np.arange(q.spec.rows // k.spec.rows)
+    parts = np.array([*queries, k.packed.data_ptr(), v.packed.data_ptr()], dtype=np.int64)
+    return AttentionKernel(
+        fields, MatrixKernel.of(k.spec, numerics), parts, MatrixKernel.of(o.spec, numerics), o.packed.data_ptr()
+    )
+
+
+@torch.inference_mode()
+def _agrees(fused: FusedAttention, module: Any, rotary: Any, model: Any) -> bool:
+    """Whether the heads' results and the cache are the module's own after a few tokens and one more."""
+    config = model.config.get_text_config()
+    hidden = torch.randn(1, _TRIAL_TOKENS, module.q_proj.in_features, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    hook = module.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1)))
+    caches = []
+    try:
+        for step in (module.forward, fused):
+            cache = new_cache(config)
+            for first, last in ((0, _TRIAL_TOKENS - 1), (_TRIAL_TOKENS - 1, _TRIAL_TOKENS)):
+                x, positions = hidden[:, first:last], torch.arange(first, last)[None]
+                how = {"position_embeddings": rotary(x, positions), "position_ids": positions}
+                step(hidden_states=x, attention_mask=None, past_key_values=cache, **how)
+            caches.append(cache.layers[module.layer_idx])
+    except Exception:  # a rotary embedding that needs more, or a module that takes something else
+        return False
+    finally:
+        hook.remove()
+    if fused.attended is None or not all(isinstance(layer, GrowingLayer) for layer in caches):
+        return False
+    mine, its = caches[1], caches[0]
+    pairs = [(fused.attended, seen[1]), (mine.keys, its.keys), (mine.values, its.values)]
+    return all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in pairs)

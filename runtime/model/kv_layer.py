@@ -1,0 +1,58 @@
+"""A layer of a KV cache that grows in place: appending a token copies that token, not all before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+_LEAST = 256  # tokens of room for the first ones
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values [1, V, N, D] are views of buffers that have room for a quarter more."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys = self._keys = key_states[..., :0, :]
+        self.values = self._values = value_states[..., :0, :]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        keys, values = self.extend(key_states.shape[-2])
+        keys[..., before:, :] = key_states
+        values[..., before:, :] = value_states
+        return keys, values
+
+    def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make room for ``count`` tokens, whose keys and values the caller writes; returns all of them."""
+        before = self.get_seq_length()
+        length = before + count
+        if length > self._keys.shape[-2]:
+            room = max(_LEAST, length + length // 4)
+            self._keys, self._values = (_grown(old, before, room) for old in (self._keys, self._values))
+        self.keys, self.values = self._keys[..., :length, :], self._values[..., :length, :]
+        return self.keys, self.values
+
+
+def _grown(old: torch.Tensor, length: int, room: int) -> torch.Tensor:
+    new = old.new_empty(*old.shape[:-2], room, old.shape[-1])
+    new[..., :length, :] = old[..., :length, :]
+    return new
+
+
+def new_cache(config: PretrainedConfig) -> DynamicCache:
+    """An empty cache for a model; layers that keep everything grow in place."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        GrowingLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]
+        for layer in cache.layers
+    ]
+    return cache
