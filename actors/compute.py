@@ -12,6 +12,7 @@ from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
 from moray.cluster.client import HostAddress
 from moray.runtime.errors import MorayError
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
+from moray.runtime.memory import reuse_freed_memory
 from moray.runtime.store.store import Store
 from moray.runtime.topology import CoreClaim, on_cores, read_cores
 
@@ -73,6 +74,7 @@ class ComputeActor:
         from moray.runtime.model.loader import load_model
 
         started = perf_counter()
+        reuse_freed_memory()
         set_num_threads(self._config.num_threads)
         self._store = Store.open(self._config.store_path)
         self._model = load_model(self._store, self._config.numerics, torch.device(_resolve(self._config.device)))

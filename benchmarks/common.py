@@ -20,7 +20,7 @@ from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels.isa import INSTRUCTION_SET
 from moray.runtime.kernels.pool import set_num_threads
 from moray.runtime.layout.packed import Numerics
-from moray.runtime.memory import format_bytes
+from moray.runtime.memory import format_bytes, reuse_freed_memory
 from moray.runtime.model.families import expert_modules
 from moray.runtime.model.loader import load_model
 from moray.runtime.store.store import Store
@@ -30,6 +30,7 @@ from moray.runtime.store.store import Store
 def in_process(store: Path, numerics: Numerics = "int8", device: str = "cpu") -> Iterator[Runner]:
     """A store generating in this process, its experts in private memory."""
     set_num_threads(len(os.sched_getaffinity(0)))
+    reuse_freed_memory()
     with Store.open(store) as opened:
         source, model = InProcessSource(opened), load_model(opened, numerics, torch.device(device))
         _adapt_to_older_transformers(model)

@@ -11,7 +11,7 @@ from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.messages import Granted, Need, Welcome
 from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import ClusterError, ProtocolError
-from moray.runtime.experts.source import Ints, Lease, SourceInfo
+from moray.runtime.experts.source import Ints, Lease, LeaseTable, SourceInfo
 from moray.runtime.kernels.memory import all_equal
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.store.store import Store
@@ -31,14 +31,12 @@ class ArenaLease:
         """Nothing to do: the host keeps these shards resident for as long as this process lives."""
 
 
-class _LayerTable:
-    """For each expert of a layer: host, slot address, generation counter's address, leased generation."""
+class _Layer:
+    """For each expert of a layer: its host, and its lease."""
 
     def __init__(self, num_experts: int) -> None:
         self.owners = np.full(num_experts, -1, dtype=np.int64)
-        self.addresses = np.zeros(num_experts, dtype=np.int64)
-        self.counters = np.zeros(num_experts, dtype=np.int64)
-        self.generations = np.zeros(num_experts, dtype=np.int64)
+        self.leases = LeaseTable(*(np.zeros(num_experts, dtype=np.int64) for _ in range(3)))
 
 
 class ArenaSource:
@@ -50,7 +48,7 @@ class ArenaSource:
     def __init__(self, store: Store, hosts: Sequence[HostAddress]) -> None:
         """Connect to all hosts. Raises ClusterError if they do not hold this store's experts between them."""
         self._store = store
-        self._tables = [_LayerTable(layer.num_experts) for layer in store.manifest.layers]
+        self._tables = [_Layer(layer.num_experts) for layer in store.manifest.layers]
         self._clients = [HostClient(host, f"compute-{os.getpid()}") for host in hosts]
         self._arenas: list[Arena] = []
         self._infos: list[SourceInfo] = []
@@ -66,13 +64,16 @@ class ArenaSource:
 
     def lease(self, layer: int, experts: Ints) -> Lease:
         table = self._tables[layer]
-        lease = self._make(table, experts)
+        lease = self._make(table.leases, experts)
         if not lease.is_valid():
             for host in np.unique(table.owners[experts]).tolist():
                 owned = np.flatnonzero(table.owners == host)
                 self._lease_experts(host, layer, owned.tolist())
-            lease = self._make(table, experts)
+            lease = self._make(table.leases, experts)
         return lease
+
+    def table(self, layer: int) -> LeaseTable:
+        return self._tables[layer].leases
 
     def describe(self) -> list[SourceInfo]:
         return list(self._infos)
@@ -100,7 +101,7 @@ class ArenaSource:
         count = sum(len(experts) for experts in welcome.experts)
         self._infos.append(SourceInfo(welcome.host_id, "arena", count, welcome.arena_bytes))
 
-    def _make(self, table: _LayerTable, experts: Ints) -> ArenaLease:
+    def _make(self, table: LeaseTable, experts: Ints) -> ArenaLease:
         return ArenaLease(table.addresses[experts], table.counters[experts], table.generations[experts])
 
     def _lease_experts(self, host: int, layer: int, experts: list[int]) -> None:
@@ -109,8 +110,8 @@ class ArenaSource:
         reply, _ = self._clients[host].request(Need(layer=layer, experts=experts))
         if not isinstance(reply, Granted) or len(reply.slots) != len(experts):
             raise ProtocolError(f"host {self._clients[host].host.host_id} answered Need with {reply!r}")
-        arena, table, slots = self._arenas[host], self._tables[layer], np.array(reply.slots, dtype=np.int64)
-        table.owners[experts] = host
+        arena, table, slots = self._arenas[host], self._tables[layer].leases, np.array(reply.slots, dtype=np.int64)
+        self._tables[layer].owners[experts] = host
         table.addresses[experts] = arena.addresses(slots)
         table.counters[experts] = arena.counter_addresses(slots)
         table.generations[experts] = reply.generations

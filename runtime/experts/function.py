@@ -23,9 +23,11 @@ from moray.runtime.experts.source import ExpertSource, Ints
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
+from moray.runtime.kernels.ops_fused import RoutedKernel, routed_at
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout, ShardTensor
 from moray.runtime.model.expert_gates import fused_gate
+from moray.runtime.model.router_modules import FusedRouter
 
 IMPLEMENTATION = "moray"
 
@@ -71,6 +73,25 @@ class ExpertsBinding:
         if self.meter is not None:
             self.meter.record(self.layer, grouping, grouped - started, leased - grouped, perf_counter() - leased)
         return out
+
+    def routed_kernel(self, router: FusedRouter) -> RoutedKernel | None:
+        """For ``compute_routed``; None if the gate is not fused."""
+        if self._fused is None:
+            return None
+        biases = [-1 if bias is None else bias.offset for bias in (self._up_bias, self._down_bias)]
+        routing = [router.weight_at, router.bias_at, router.kind, router.num_experts, router.top_k]
+        fields = [*routing, self._up.offset, self._down.offset, *biases, self._layout.num_bytes]
+        return RoutedKernel(np.array(fields, dtype=np.int64), router.kernel, self._fused)
+
+    def compute_routed(self, kernel: RoutedKernel, x: torch.Tensor, out: torch.Tensor) -> bool:
+        """out = experts(x, router(x)) for float32 on the CPU, or False if some expert must be leased first."""
+        table = self.source.table(self.layer)
+        if table is None or self.meter is None:
+            return False
+        count = x.numel() // kernel.router.spec.columns
+        leases = (table.addresses, table.counters, table.generations)
+        at = (x.data_ptr(), count, out.data_ptr())
+        return self.meter.time_routed(self.layer, lambda counts, times: routed_at(kernel, leases, counts, *at, times))
 
     def _compute(
         self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, shards_E: Ints

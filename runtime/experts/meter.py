@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +48,7 @@ class ExpertsMeter:
     group_s: float = 0.0
     lease_s: float = 0.0
     compute_s: float = 0.0
+    _times: Ints = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
 
     @classmethod
     def of(cls, manifest: Manifest, source: ExpertSource) -> ExpertsMeter:
@@ -70,6 +72,18 @@ class ExpertsMeter:
         self.group_s += group_s
         self.lease_s += lease_s
         self.compute_s += compute_s
+
+    def time_routed(self, layer: int, compute: Callable[[tuple[Ints, Ints, Ints], Ints], bool]) -> bool:
+        """Count a layer whose kernel counts by itself: its counters, and ns of grouping, leases and computing."""
+        self._times[:] = 0
+        done = compute((self.owners[layer], self.tokens[layer], self.bytes_by_owner), self._times)
+        if done:
+            group_ns, lease_ns, compute_ns = self._times.tolist()
+            self.layer_calls += 1
+            self.group_s += 1e-9 * group_ns
+            self.lease_s += 1e-9 * lease_ns
+            self.compute_s += 1e-9 * compute_ns
+        return done
 
     def reset(self) -> None:
         """Forget what was counted so far."""

@@ -31,6 +31,19 @@ class Lease(Protocol):
     def release(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseTable:
+    """What a source has leased for good, a layer's experts by index: kept up to date in place. All int64 [E].
+
+    A shard lies at its address as long as the counter at ``counters`` has the value in ``generations``; so a counter
+    that never has it says that the shard must be asked for with ``lease``.
+    """
+
+    addresses: Ints
+    counters: Ints
+    generations: Ints
+
+
 class ExpertSource(Protocol):
     """Hands out leases. Called by one thread, the step loop's.
 
@@ -39,6 +52,10 @@ class ExpertSource(Protocol):
     """
 
     def lease(self, layer: int, experts: Ints) -> Lease: ...
+
+    def table(self, layer: int) -> LeaseTable | None:
+        """Leases that need no asking. None: there are none."""
+        ...
 
     def describe(self) -> list[SourceInfo]:
         """One entry for each place that holds shards."""
@@ -83,6 +100,7 @@ class InProcessSource:
         require_memory(manifest.expert_bytes, "loading all experts into this process")
         self._shards: dict[ExpertKey, Bytes] = {}
         self._tables: list[Ints] = []
+        self._zero: Ints = np.zeros(1, dtype=np.int64)  # the generation of all of them
         for index, layer in enumerate(manifest.layers):
             table = np.empty(layer.num_experts, dtype=np.int64)
             for expert in range(layer.num_experts):
@@ -93,6 +111,11 @@ class InProcessSource:
 
     def lease(self, layer: int, experts: Ints) -> Lease:
         return FixedLease(self._tables[layer][experts])
+
+    def table(self, layer: int) -> LeaseTable:
+        addresses = self._tables[layer]
+        never = np.full(len(addresses), self._zero.ctypes.data)
+        return LeaseTable(addresses, never, np.zeros(len(addresses), dtype=np.int64))
 
     def describe(self) -> list[SourceInfo]:
         return [SourceInfo("memory", "process", len(self._shards), self._store.manifest.expert_bytes)]

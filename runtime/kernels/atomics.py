@@ -21,6 +21,7 @@ _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 _SYS_FUTEX = 202 if _IS_X86 else 98  # asm-generic, e.g. aarch64
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 _EVERYONE = 2**31 - 1
+_CLOCK_MONOTONIC = 1
 _i64 = types.int64
 
 Emit = Callable[[ir.IRBuilder, list[ir.Value]], ir.Value]
@@ -94,6 +95,14 @@ def _futex(operation: int) -> Emit:
     return emit
 
 
+def _monotonic_ns(builder: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
+    at = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
+    address = builder.ptrtoint(at, I64)
+    _external(builder, "clock_gettime", I32, I32(_CLOCK_MONOTONIC), address)
+    seconds, rest = (builder.load(_pointer(builder, builder.add(address, I64(place)))) for place in (0, 8))
+    return builder.add(builder.mul(seconds, I64(10**9)), rest)
+
+
 def _call(builder: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     kind = ir.FunctionType(ir.VoidType(), [I64] * 3)
     builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
@@ -115,6 +124,8 @@ pause = _on_int64s(0, _pause)  # between two looks at a value that another threa
 sched_yield = _on_int64s(0, _sched_yield)
 futex_wait = _on_int64s(2, _futex(_FUTEX_WAIT_PRIVATE))  # sleep while the low 32 bits at an address equal a value's
 futex_wake = _on_int64s(1, _futex(_FUTEX_WAKE_PRIVATE))  # wake everyone who sleeps on an address
+
+monotonic_ns = _on_int64s(0, _monotonic_ns)  # the clock of time.perf_counter_ns
 
 # call_items(function, params, first, last): a function by its address; see pool.py.
 call_items = _on_int64s(4, _call)

@@ -42,12 +42,15 @@ from moray.runtime.kernels.programs import (
 )
 from moray.runtime.kernels.rows import add_row, rms_row
 
-# What a layer's attention is, int64: ops.AttentionKernel.
-HEADS, KV_HEADS, DIM, SCALE, EPSILON, Q_NORM, K_NORM, Q_BIAS, K_BIAS, V_BIAS = range(10)
-NUM_FIELDS = 10
+# What a layer's attention is, int64: ops_fused.AttentionKernel.
+HEADS, KV_HEADS, DIM, SCALE, EPSILON, Q_NORM, K_NORM, Q_BIAS, K_BIAS, V_BIAS, O_BIAS = range(11)
+NUM_FIELDS = 11
 # Words of the params of ``prepare_heads`` and ``attend``: these, then where this token's data are.
-(PROJECTED, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH, SCORES, ATTENDED) = range(10, 20)
-NUM_PARAMS = 20
+(PROJECTED, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH, SCORES, ATTENDED) = range(11, 21)
+NUM_PARAMS = 21
+# The norms around it, int64: addresses of their weights, and the bits of their epsilons.
+BEFORE, AFTER, BEFORE_EPSILON, AFTER_EPSILON = range(4)
+NUM_NORMS = 4
 
 _PADDING_BITS = int(np.float32(PADDING).view(np.int32))
 
@@ -102,19 +105,25 @@ def attend(params, first, last):
 
 @njit(nogil=True, cache=True)
 def attention_step(
-    pool, functions, fields, qkv, weights, output, output_weight, x, cosines, sines, rotary, keys, values, head_bytes,
-    length, attended, y, scratch,
+    pool, functions, fields, qkv, weights, output, output_weight, norms, x, cosines, sines, rotary, keys, values,
+    head_bytes, length, attended, y, z, scratch,
 ):  # fmt: skip
     """y = output(attention(x)) for one token; its key and value are written to the cache.
+
+    With norms, where BEFORE is not 0: y = x + output(attention(before(x))), z = after(y): the first half of a layer.
 
     fields: int64 [NUM_FIELDS]; qkv: the kernel of a matrix of V * D rows, of which the projections are made: weights
     int64 [G + 2], the addresses of the queries' matrix in G parts, the keys' and the values'. x float32 [C], cosines
     and sines float32 [rotary], keys and values (the cache's buffers, float32 [V, ., D], head_bytes from head to
-    head), attended float32 [H, D] and y float32 [R], both written, and scratch (``step_bytes``) by address.
+    head), attended float32 [H, D], y and z float32 [R], written, and scratch (``step_bytes``) by address.
     """
     num_parts, dim = weights.shape[0], fields[DIM]
     heads, kv_heads = fields[HEADS], fields[KV_HEADS]
-    projected = scratch
+    columns, source = qkv[K_SOURCE_COLUMNS], x
+    projected = scratch + aligned(4 * columns)
+    if norms[BEFORE]:
+        source = scratch
+        rms_row(x, norms[BEFORE], source, columns, norms[BEFORE_EPSILON])
     x_panels = projected + aligned(4 * (heads + 2 * kv_heads) * dim)
     scores = x_panels + panel_bytes(qkv, num_parts)
     o_panels = scores + heads * score_bytes(length)
@@ -127,8 +136,8 @@ def attention_step(
     output_at[0] = output_weight
 
     items = set_rows(
-        params[0], qkv, x, same_row.ctypes.data, qkv[K_SOURCE_COLUMNS], qkv[K_SOURCE_COLUMNS], x_panels, num_parts,
-        starts.ctypes.data, part_of_pair.ctypes.data,
+        params[0], qkv, source, same_row.ctypes.data, columns, columns, x_panels, num_parts, starts.ctypes.data,
+        part_of_pair.ctypes.data,
     )  # fmt: skip
     set_phase(phases, 0, functions[F_PACK], params[0].ctypes.data, items, 1)
     items = set_product(params[1], qkv, params[0], weights.ctypes.data, starts.ctypes.data, num_parts, projected)
@@ -149,6 +158,11 @@ def attention_step(
     set_phase(phases, 5, output[K_ITEMS], params[4].ctypes.data, items, chunk_of(output[K_BLOCK_BYTES]))
     num_bytes += items * output[K_BLOCK_BYTES]
     carry_out(pool, phases, num_bytes, num_parts * qkv[K_ROWS] * qkv[K_COLUMNS] + 2 * heads * dim * length)
+    if fields[O_BIAS]:
+        add_row(y, fields[O_BIAS], output[K_ROWS])
+    if norms[BEFORE]:
+        add_row(y, x, columns)
+        rms_row(y, norms[AFTER], z, columns, norms[AFTER_EPSILON])
     # Alive until here: phases know only their addresses.
     return params[0, 0] + starts[0] + same_row[0] + part_of_pair[0] + one[0] + only[0] + output_at[0]
 
@@ -157,5 +171,5 @@ def attention_step(
 def step_bytes(fields, qkv, output, num_parts, length):
     """Scratch of ``attention_step``."""
     heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]
-    projected = aligned(4 * (heads + 2 * kv_heads) * dim)
+    projected = aligned(4 * (heads + 2 * kv_heads) * dim) + aligned(4 * qkv[K_SOURCE_COLUMNS])
     return projected + panel_bytes(qkv, num_parts) + heads * score_bytes(length) + panel_bytes(output, 1)

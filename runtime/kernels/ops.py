@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.kernels import activation, attention, moe, programs, reference, router
+from moray.runtime.kernels import activation, attention, moe, programs, reference
 from moray.runtime.kernels.block import Variant
 from moray.runtime.kernels.gates import SWIGLU, Gate
 from moray.runtime.kernels.isa import INSTRUCTION_SET, PORTABLE
@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 PANEL_SLACK = 3 * 64  # three arrays, each aligned to a cache line
 EVERY_ROW: Ints = np.empty(0, dtype=np.int64)
 NO_BIASES: Ints = np.empty(0, dtype=np.int64)
-_FUNCTIONS: Ints = np.array(
+FUNCTIONS: Ints = np.array(
     [
         phase.address
         for phase in (
@@ -55,7 +55,7 @@ class Scratch:
         return self._address
 
 
-_scratch = Scratch()
+SCRATCH = Scratch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,9 @@ def _matmul(
     y = np.empty((num_pairs, kernel.spec.rows), dtype=np.float32)
     if num_pairs:
         with pool.lock:
-            scratch = _scratch.address(kernel.panel_row_bytes * num_pairs + PANEL_SLACK)
+            scratch = SCRATCH.address(kernel.panel_row_bytes * num_pairs + PANEL_SLACK)
             programs.project(
-                pool.address, _FUNCTIONS, kernel.fields, addresses_E, starts, token_of_pair, x_TC.ctypes.data,
+                pool.address, FUNCTIONS, kernel.fields, addresses_E, starts, token_of_pair, x_TC.ctypes.data,
                 x_TC.shape[1], num_pairs, y.ctypes.data, scratch,
             )  # fmt: skip
     return y
@@ -192,8 +192,8 @@ def linear_at(kernel: MatrixKernel, packed: int, x: int, num_rows: int, y: int) 
     pool = current_pool()
     if num_rows:
         with pool.lock:
-            scratch = _scratch.address(kernel.panel_row_bytes * num_rows + PANEL_SLACK)
-            programs.linear(pool.address, _FUNCTIONS, kernel.fields, packed, x, num_rows, y, scratch)
+            scratch = SCRATCH.address(kernel.panel_row_bytes * num_rows + PANEL_SLACK)
+            programs.linear(pool.address, FUNCTIONS, kernel.fields, packed, x, num_rows, y, scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +203,11 @@ class LayerKernel:
     gate_up: MatrixKernel
     down: MatrixKernel
     gate: Gate = SWIGLU
+
+    def scratch_bytes(self, num_pairs: int) -> int:
+        gate_up, down = self.gate_up, self.down
+        per_pair = gate_up.panel_row_bytes + down.panel_row_bytes + 6 * gate_up.spec.rows + 4 * down.spec.rows
+        return per_pair * num_pairs + 3 * PANEL_SLACK
 
 
 def moe_layer(
@@ -239,12 +244,11 @@ def moe_layer_at(
     down_biases: Ints = NO_BIASES,
 ) -> None:
     """``moe_layer`` with x [T, H], weights [T, K] and out [T, H], written, by their addresses."""
-    pool, num_pairs, gate_up, down = current_pool(), len(grouping.token_of_pair), layer.gate_up, layer.down
-    per_pair = gate_up.panel_row_bytes + down.panel_row_bytes + 6 * gate_up.spec.rows + 4 * down.spec.rows
+    pool, gate_up, down = current_pool(), layer.gate_up, layer.down
     with pool.lock:
-        scratch = _scratch.address(per_pair * num_pairs + 3 * PANEL_SLACK)
+        scratch = SCRATCH.address(layer.scratch_bytes(len(grouping.token_of_pair)))
         moe.moe_layer(
-            pool.address, _FUNCTIONS, layer.gate.fields, gate_up.fields, gate_up_addresses, gate_up_biases,
+            pool.address, FUNCTIONS, layer.gate.fields, gate_up.fields, gate_up_addresses, gate_up_biases,
             down.fields, down_addresses, down_biases, grouping.starts, grouping.token_of_pair, grouping.positions,
             x, weights, out, scratch,
         )  # fmt: skip
@@ -256,7 +260,7 @@ def combine(y_PH: Floats, grouping: Grouping, weights_TK: Floats) -> Floats:
     pool = current_pool()
     with pool.lock:
         moe.combine_pairs(
-            pool.address, _FUNCTIONS, y_PH.ctypes.data, grouping.positions, weights_TK.ctypes.data, y_PH.shape[1],
+            pool.address, FUNCTIONS, y_PH.ctypes.data, grouping.positions, weights_TK.ctypes.data, y_PH.shape[1],
             out.ctypes.data,
         )  # fmt: skip
     return out
@@ -267,61 +271,4 @@ def rms_norm_at(x: int, weight: int, num_rows: int, columns: int, epsilon_bits: 
     pool = current_pool()
     if num_rows:
         with pool.lock:
-            programs.rms_norm(pool.address, _FUNCTIONS, x, weight, num_rows, columns, epsilon_bits, out)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionKernel:
-    """How the kernels see the attention of one layer, for one token at a time."""
-
-    fields: Ints  # [NUM_FIELDS], see attention.py
-    part: MatrixKernel  # of V * D rows: keys, values, and each of G parts of the queries
-    parts: Ints  # [G + 2] addresses: the queries' parts, keys, values
-    output: MatrixKernel
-    output_at: int
-
-
-def attention_at(
-    kernel: AttentionKernel,
-    x: int,
-    rotary: tuple[int, int, int],
-    cache: tuple[int, int, int],
-    length: int,
-    attended: int,
-    y: int,
-) -> None:
-    """Attention of one token, which becomes the last of ``length`` in the cache; by addresses, as attention.py says.
-
-    rotary: cosines, sines, how many; cache: keys, values, bytes from head to head. attended and y are written.
-    """
-    pool = current_pool()
-    with pool.lock:
-        part, output = kernel.part.fields, kernel.output.fields
-        scratch = _scratch.address(
-            int(attention.step_bytes(kernel.fields, part, output, len(kernel.parts), length)) + PANEL_SLACK
-        )
-        attention.attention_step(
-            pool.address, _FUNCTIONS, kernel.fields, part, kernel.parts, output, kernel.output_at, x, *rotary, *cache,
-            length, attended, y, scratch,
-        )  # fmt: skip
-
-
-def route_at(
-    kernel: MatrixKernel,
-    packed: int,
-    bias: int,
-    kind: int,
-    x: int,
-    num_tokens: int,
-    top_k: int,
-    out: tuple[int, int, int],
-) -> None:
-    """Route float32 [T, C]; ``out``: addresses of logits [T, E], ids [T, K] and weights [T, K], written (router.py)."""
-    pool = current_pool()
-    if num_tokens:
-        with pool.lock:
-            scratch = _scratch.address(kernel.panel_row_bytes * num_tokens + PANEL_SLACK)
-            shape = (kernel.spec.rows, top_k)
-            router.route(
-                pool.address, _FUNCTIONS, kernel.fields, packed, bias, kind, x, num_tokens, shape, *out, scratch
-            )
+            programs.rms_norm(pool.address, FUNCTIONS, x, weight, num_rows, columns, epsilon_bits, out)

@@ -7,14 +7,17 @@ nothing depends on, say, the position), and if a trial gives what the module its
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
+from moray.runtime.experts.source import Ints
 from moray.runtime.kernels import attention as kernels
-from moray.runtime.kernels import ops
-from moray.runtime.kernels.ops import AttentionKernel, MatrixKernel
+from moray.runtime.kernels.ops import MatrixKernel
+from moray.runtime.kernels.ops_fused import NO_NORMS, AttentionKernel, attention_at
 from moray.runtime.layout.packed import Numerics, PackedSpec
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 from moray.runtime.model.norm_modules import FusedRMSNorm
@@ -28,6 +31,8 @@ _USUAL = frozenset(
         *("transpose", "update", "use_qk_norm", "v_proj", "view"),
     )
 )
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines, sines
+
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _TRIAL_TOKENS = 4
 _TOLERANCE = 1e-5
@@ -36,51 +41,65 @@ _TOLERANCE = 1e-5
 class FusedAttention:
     """In place of a module's forward: one token over a cache that grows in place; else the module's own."""
 
-    def __init__(self, module: Any, numerics: Numerics) -> None:
-        self._plain, self._layer = module.forward, int(module.layer_idx)
-        self._output: PackedLinear = module.o_proj
+    def __init__(self, module: Any, rotary: Any, numerics: Numerics) -> None:
+        self._plain = type(module).forward.__get__(module)
+        self.layer, self.rotary = int(module.layer_idx), rotary
         self._columns, self._width = module.q_proj.in_features, module.q_proj.out_features
         self._kernel = _kernel_of(module, numerics)
         self._alive = module  # the kernel has addresses of its weights
-        self.attended: torch.Tensor | None = None  # what the last token's heads gave, float32 [H * D]
 
     def __call__(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: Rotation | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        layer = None if past_key_values is None else past_key_values.layers[self._layer]
-        if (
-            hidden_states.numel() != self._columns
-            or attention_mask is not None
-            or position_embeddings is None
-            or not isinstance(layer, GrowingLayer)
-            or not layer.is_initialized
-        ):
-            return self._plain(  # type: ignore[no-any-return]
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        cosines, sines = position_embeddings[0].contiguous(), position_embeddings[1].contiguous()
-        x = hidden_states.contiguous()
+        layer = self.growing_layer(hidden_states, position_embeddings, attention_mask, past_key_values)
+        if layer is not None and position_embeddings is not None:
+            return self.step(hidden_states, position_embeddings, layer)[0], None
+        out: tuple[torch.Tensor, torch.Tensor | None] = self._plain(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return out
+
+    def growing_layer(
+        self, x: torch.Tensor, rotation: Rotation | None, mask: torch.Tensor | None, cache: Any
+    ) -> GrowingLayer | None:
+        """The cache of this layer if ``step`` can be used: for one token that sees all tokens before it."""
+        layer = None if cache is None else cache.layers[self.layer]
+        if x.numel() != self._columns or mask is not None or rotation is None:
+            return None
+        return layer if isinstance(layer, GrowingLayer) and layer.is_initialized else None
+
+    def step(
+        self, x: torch.Tensor, rotation: Rotation, layer: GrowingLayer, norms: Ints = NO_NORMS
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """y, z and attended of ``kernels.attention_step``."""
+        cosines, sines, x = rotation[0].contiguous(), rotation[1].contiguous(), x.contiguous()
         keys, values = layer.extend(1)
-        self.attended, y = torch.empty(self._width), torch.empty_like(x)
-        ops.attention_at(
+        attended, y, z = torch.empty(self._width), torch.empty_like(x), torch.empty_like(x)
+        attention_at(
             self._kernel,
             x.data_ptr(),
             (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
             (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
             keys.shape[-2],
-            self.attended.data_ptr(),
-            y.data_ptr(),
+            (attended.data_ptr(), y.data_ptr(), z.data_ptr()),
+            norms,
         )
-        return (y if self._output.bias is None else y.add_(self._output.bias)), None
+        return y, z, attended
+
+
+def fused_attention(module: Any) -> FusedAttention | None:
+    """What ``fuse_attention`` gave an attention module, if it did."""
+    forward = getattr(module, "forward", None)
+    return forward if isinstance(forward, FusedAttention) else None
 
 
 def fuse_attention(model: Any, numerics: Numerics) -> None:
@@ -88,9 +107,25 @@ def fuse_attention(model: Any, numerics: Numerics) -> None:
     rotary = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
     for module in list(model.modules()):
         if rotary is not None and _looks_usual(module):
-            fused = FusedAttention(module, numerics)
-            if _agrees(fused, module, rotary, model):
+            fused = FusedAttention(module, rotary, numerics)
+            if _agrees(fused, module, model):
                 module.forward = fused
+
+
+def try_steps(
+    step: Callable[..., Any], rotary: Any, columns: int, model: Any, last_step: Callable[..., Any] | None = None
+) -> tuple[Any, DynamicCache]:
+    """What ``step`` gives for one token after a few, in random values, and the cache it leaves.
+
+    ``last_step``: another function for that one token.
+    """
+    hidden = torch.randn(1, _TRIAL_TOKENS, columns, generator=torch.Generator().manual_seed(0))
+    cache, result = new_cache(model.config.get_text_config()), None
+    for function, first, last in ((step, 0, _TRIAL_TOKENS - 1), (last_step or step, _TRIAL_TOKENS - 1, _TRIAL_TOKENS)):
+        x, positions = hidden[:, first:last], torch.arange(first, last)[None]
+        how = {"position_embeddings": rotary(x, positions), "position_ids": positions}
+        result = function(hidden_states=x, attention_mask=None, past_key_values=cache, **how)
+    return result, cache
 
 
 def _looks_usual(module: Any) -> bool:
@@ -128,6 +163,7 @@ def _kernel_of(module: Any, numerics: Numerics) -> AttentionKernel:
     fields[kernels.EPSILON] = int(np.float32(epsilon).view(np.int32))
     fields[kernels.Q_NORM : kernels.K_NORM + 1] = [0 if n is None else n.weight.data_ptr() for n in norms]
     fields[kernels.Q_BIAS : kernels.V_BIAS + 1] = [0 if p.bias is None else p.bias.data_ptr() for p in (q, k, v)]
+    fields[kernels.O_BIAS] = 0 if o.bias is None else o.bias.data_ptr()
     part_bytes = k.spec.num_bytes
     queries = q.packed.data_ptr() + part_bytes * np.arange(q.spec.rows // k.spec.rows)
     parts = np.array([*queries, k.packed.data_ptr(), v.packed.data_ptr()], dtype=np.int64)
@@ -137,27 +173,26 @@ def _kernel_of(module: Any, numerics: Numerics) -> AttentionKernel:
 
 
 @torch.inference_mode()
-def _agrees(fused: FusedAttention, module: Any, rotary: Any, model: Any) -> bool:
+def _agrees(fused: FusedAttention, module: Any, model: Any) -> bool:
     """Whether the heads' results and the cache are the module's own after a few tokens and one more."""
-    config = model.config.get_text_config()
-    hidden = torch.randn(1, _TRIAL_TOKENS, module.q_proj.in_features, generator=torch.Generator().manual_seed(0))
-    seen: list[torch.Tensor] = []
+    columns, seen = module.q_proj.in_features, []
     hook = module.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1)))
-    caches = []
+    plain = type(module).forward.__get__(module)
     try:
-        for step in (module.forward, fused):
-            cache = new_cache(config)
-            for first, last in ((0, _TRIAL_TOKENS - 1), (_TRIAL_TOKENS - 1, _TRIAL_TOKENS)):
-                x, positions = hidden[:, first:last], torch.arange(first, last)[None]
-                how = {"position_embeddings": rotary(x, positions), "position_ids": positions}
-                step(hidden_states=x, attention_mask=None, past_key_values=cache, **how)
-            caches.append(cache.layers[module.layer_idx])
+        _, its_cache = try_steps(plain, fused.rotary, columns, model)
+
+        def last_step(hidden_states: Any, position_embeddings: Any, past_key_values: Any, **kwargs: Any) -> Any:
+            layer = past_key_values.layers[fused.layer]
+            return fused.step(hidden_states, position_embeddings, layer) if isinstance(layer, GrowingLayer) else None
+
+        mine, my_cache = try_steps(plain, fused.rotary, columns, model, last_step)
     except Exception:  # a rotary embedding that needs more, or a module that takes something else
         return False
     finally:
         hook.remove()
-    if fused.attended is None or not all(isinstance(layer, GrowingLayer) for layer in caches):
+    if mine is None:
         return False
-    mine, its = caches[1], caches[0]
-    pairs = [(fused.attended, seen[1]), (mine.keys, its.keys), (mine.values, its.values)]
+    ours: Any = my_cache.layers[fused.layer]
+    its: Any = its_cache.layers[fused.layer]
+    pairs = [(mine[2], seen[1]), (ours.keys, its.keys), (ours.values, its.values)]
     return all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in pairs)

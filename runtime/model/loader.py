@@ -14,6 +14,7 @@ from moray.runtime.experts.source import ExpertSource
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.attention_modules import fuse_attention
 from moray.runtime.model.families import build_model, expert_modules, load_config
+from moray.runtime.model.layer_modules import fuse_layers
 from moray.runtime.model.norm_modules import fuse_norms
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 from moray.runtime.model.router_modules import fuse_routers
@@ -62,6 +63,9 @@ def bind_experts(model: PreTrainedModel, store: Store, source: ExpertSource, num
         binding.meter = meter
         module.moray = binding  # type: ignore[assignment]
     model.set_experts_implementation(IMPLEMENTATION)
+    if model.device.type == "cpu":
+        fuse_layers(model)
+        meter.reset()
     return meter
 
 

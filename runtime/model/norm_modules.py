@@ -20,13 +20,13 @@ class FusedRMSNorm(nn.Module):
         super().__init__()
         self.weight = weight
         self.variance_epsilon = epsilon
-        self._epsilon_bits = int(np.float32(epsilon).view(np.int32))
+        self.epsilon_bits = int(np.float32(epsilon).view(np.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         out, columns = torch.empty_like(x), x.shape[-1]
         at = (x.data_ptr(), self.weight.data_ptr(), x.numel() // columns, columns)
-        ops.rms_norm_at(*at, self._epsilon_bits, out.data_ptr())
+        ops.rms_norm_at(*at, self.epsilon_bits, out.data_ptr())
         return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moray.runtime.kernels import ops, router
+from moray.runtime.kernels import ops_fused, router
 from moray.runtime.kernels.ops import MatrixKernel
 from moray.runtime.layout.packed import PackedSpec, pack_plain
 
@@ -26,25 +26,33 @@ class FusedRouter:
 
     def __init__(self, module: Any, kind: int) -> None:
         weight: torch.Tensor = module.weight.detach()
-        self._num_experts, self._columns = weight.shape
-        self._top_k, self._kind = int(module.top_k), kind
+        self.num_experts, self.columns = weight.shape
+        self.top_k, self.kind = int(module.top_k), kind
         self._bias = getattr(module, "bias", None)
         self._packed, spec = _pack(weight)
-        self._kernel = MatrixKernel.of(spec, "float")
+        self.kernel = MatrixKernel.of(spec, "float")
+
+    @property
+    def weight_at(self) -> int:
+        return self._packed.data_ptr()
+
+    @property
+    def bias_at(self) -> int:
+        return 0 if self._bias is None else int(self._bias.data_ptr())
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = hidden_states.reshape(-1, self._columns).contiguous()
+        x = hidden_states.reshape(-1, self.columns).contiguous()
         count = len(x)
-        logits, weights = torch.empty(count, self._num_experts), torch.empty(count, self._top_k)
-        ids = torch.empty(count, self._top_k, dtype=torch.int64)
-        ops.route_at(
-            self._kernel,
-            self._packed.data_ptr(),
-            0 if self._bias is None else self._bias.data_ptr(),
-            self._kind,
+        logits, weights = torch.empty(count, self.num_experts), torch.empty(count, self.top_k)
+        ids = torch.empty(count, self.top_k, dtype=torch.int64)
+        ops_fused.route_at(
+            self.kernel,
+            self.weight_at,
+            self.bias_at,
+            self.kind,
             x.data_ptr(),
             count,
-            self._top_k,
+            self.top_k,
             (logits.data_ptr(), ids.data_ptr(), weights.data_ptr()),
         )
         return logits, weights, ids
@@ -57,6 +65,12 @@ def fuse_routers(model: nn.Module) -> None:
             fused = _fused(module)
             if fused is not None:
                 module.forward = fused
+
+
+def fused_router(module: Any) -> FusedRouter | None:
+    """What ``fuse_routers`` gave a router, if it did."""
+    forward = getattr(module, "forward", None)
+    return forward if isinstance(forward, FusedRouter) else None
 
 
 def _looks_usual(module: Any) -> bool:

@@ -32,6 +32,28 @@ def test_logits_and_tokens_equal_transformers(
         assert made.stats().num_used > 0
 
 
+#: Which parts of a layer run fused: attention, router, block of router and experts, and the layer around them.
+FUSED = {
+    "mixtral": "attention router block layer",
+    "qwen2_moe": "attention router layer",  # its block adds a shared expert
+    "qwen3_moe": "attention router block layer",
+    "olmoe": "router block",  # norms over all heads at once
+    "gpt_oss": "router",  # attention sinks; its block returns two things
+    "phimoe": "attention",  # LayerNorm, routing of its own
+    "granitemoe": "attention",  # multipliers
+    "glm4_moe": "attention layer",
+    "deepseek_v3": "",  # latent attention, grouped routing
+}
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_the_parts_that_are_usual_are_fused(family: str, store: Callable[..., Path]) -> None:
+    with runner(store(family, "none"), "float") as made:
+        forwards = [vars(module).get("forward") for module in made.model.modules()]
+    names = {type(forward).__name__ for forward in forwards if forward is not None}
+    assert names == {"Fused" + part.capitalize() for part in FUSED[family].split()}
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_experts_decide_the_result(
     family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -41,6 +63,10 @@ def test_experts_decide_the_result(
     monkeypatch.setattr(
         "moray.runtime.experts.function.ExpertsBinding._compute",
         lambda self, module, x, weights, grouping, shards: torch.zeros_like(x),
+    )
+    monkeypatch.setattr(
+        "moray.runtime.experts.function.ExpertsBinding.compute_routed",
+        lambda self, kernel, x, out: bool(out.zero_().numel()),
     )
     with runner(store(family, "none"), "float") as made:
         assert (made.logits(PROMPT) - expected).abs().max() > 0.05
@@ -59,6 +85,7 @@ def test_the_path_of_devices_without_kernels_computes_the_same(
         return self._on_device(*args)
 
     monkeypatch.setattr(ExpertsBinding, "_compute", on_device)
+    monkeypatch.setattr(ExpertsBinding, "compute_routed", lambda *args: False)
     with runner(store(family, "none"), "float") as made:
         assert (made.logits(PROMPT) - expected).abs().max() < 1e-5
     assert calls

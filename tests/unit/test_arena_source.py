@@ -193,6 +193,9 @@ class MeddlingSource:
         host = self._hosts[self._names[int(self._source.owner_of(layer)[expert])]]
         return _SpoiledLease(self, lease, host, ExpertKey(layer, expert))
 
+    def table(self, layer: int) -> None:
+        """Every lease is asked for."""
+
     def describe(self) -> list[SourceInfo]:
         return self._source.describe()
 
