@@ -33,6 +33,7 @@ FUNCTIONS: Ints = np.array(
             activation.normalize,
             attention.prepare_heads,
             attention.attend,
+            attention.prepare_rows,
         )
     ],
     dtype=np.int64,

@@ -47,6 +47,23 @@ def attention_at(
         )  # fmt: skip
 
 
+def prepare_prompt_at(
+    kernel: AttentionKernel,
+    heads: tuple[int, int, int],
+    num_tokens: int,
+    rotary: tuple[int, int, int],
+    cache: tuple[int, int, int],
+    length: int,
+    turned: int,
+) -> None:
+    """The heads of a prompt's queries, keys and values, turned and put where attention wants them (attention.py)."""
+    pool = current_pool()
+    with pool.lock:
+        attention.prepare_prompt(
+            pool.address, FUNCTIONS, kernel.fields, *heads, num_tokens, *rotary, *cache, length, turned
+        )
+
+
 def route_at(
     kernel: MatrixKernel,
     packed: int,

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from moray.runtime.experts.source import Ints
 from moray.runtime.kernels import attention as kernels
 from moray.runtime.kernels.ops import MatrixKernel
-from moray.runtime.kernels.ops_fused import NO_NORMS, AttentionKernel, attention_at
+from moray.runtime.kernels.ops_fused import NO_NORMS, AttentionKernel, attention_at, prepare_prompt_at
 from moray.runtime.layout.packed import Numerics, PackedSpec
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 from moray.runtime.model.norm_modules import FusedRMSNorm
@@ -39,14 +40,16 @@ _TOLERANCE = 1e-5
 
 
 class FusedAttention:
-    """In place of a module's forward: one token over a cache that grows in place; else the module's own."""
+    """In place of a module's forward, over a cache that grows in place: one token in one launch, several with torch's
+    softmax. Else the module's own.
+    """
 
     def __init__(self, module: Any, rotary: Any, numerics: Numerics) -> None:
         self._plain = type(module).forward.__get__(module)
         self.layer, self.rotary = int(module.layer_idx), rotary
         self._columns, self._width = module.q_proj.in_features, module.q_proj.out_features
         self._kernel = _kernel_of(module, numerics)
-        self._alive = module  # the kernel has addresses of its weights
+        self._module = module  # its weights' addresses are in the kernel, too
 
     def __call__(
         self,
@@ -59,6 +62,9 @@ class FusedAttention:
         layer = self.growing_layer(hidden_states, position_embeddings, attention_mask, past_key_values)
         if layer is not None and position_embeddings is not None:
             return self.step(hidden_states, position_embeddings, layer)[0], None
+        layer = self._prompt_layer(hidden_states, attention_mask, past_key_values)
+        if layer is not None and position_embeddings is not None:
+            return self._prompt(hidden_states, position_embeddings, attention_mask, layer), None
         out: tuple[torch.Tensor, torch.Tensor | None] = self._plain(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
@@ -76,6 +82,40 @@ class FusedAttention:
         if x.numel() != self._columns or mask is not None or rotation is None:
             return None
         return layer if isinstance(layer, GrowingLayer) and layer.is_initialized else None
+
+    def _prompt_layer(self, x: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> GrowingLayer | None:
+        """The cache of this layer if ``_prompt`` can be used: for one sequence, masked where it is not the first part."""
+        layer = None if cache is None else cache.layers[self.layer]
+        if not isinstance(layer, GrowingLayer) or x.shape[:-2].numel() != 1 or x.shape[-2] == 1:
+            return None
+        return layer if mask is not None or layer.get_seq_length() == 0 else None
+
+    def _prompt(
+        self, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, layer: GrowingLayer
+    ) -> torch.Tensor:
+        """Several tokens of one sequence: the softmax is torch's."""
+        module, tokens = self._module, x.shape[-2]
+        cosines, sines = rotation[0].contiguous(), rotation[1].contiguous()
+        heads = [projection(x) for projection in (module.q_proj, module.k_proj, module.v_proj)]
+        dim = module.head_dim
+        if not layer.is_initialized:
+            empty = x.new_empty(1, heads[1].shape[-1] // dim, 0, dim)
+            layer.lazy_initialization(empty, empty)
+        keys, values = layer.extend(tokens)
+        turned = x.new_empty(1, heads[0].shape[-1] // dim, tokens, dim)
+        prepare_prompt_at(
+            self._kernel,
+            (heads[0].data_ptr(), heads[1].data_ptr(), heads[2].data_ptr()),
+            tokens,
+            (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
+            (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
+            keys.shape[-2],
+            turned.data_ptr(),
+        )
+        attended = nn.functional.scaled_dot_product_attention(
+            turned, keys, values, attn_mask=mask, is_causal=mask is None, scale=module.scaling, enable_gqa=True
+        )
+        return module.o_proj(attended.transpose(1, 2).reshape(*x.shape[:-1], -1))  # type: ignore[no-any-return]
 
     def step(
         self, x: torch.Tensor, rotation: Rotation, layer: GrowingLayer, norms: Ints = NO_NORMS
@@ -185,7 +225,7 @@ def _agrees(fused: FusedAttention, module: Any, model: Any) -> bool:
             layer = past_key_values.layers[fused.layer]
             return fused.step(hidden_states, position_embeddings, layer) if isinstance(layer, GrowingLayer) else None
 
-        mine, my_cache = try_steps(plain, fused.rotary, columns, model, last_step)
+        mine, my_cache = try_steps(fused, fused.rotary, columns, model, last_step)
     except Exception:  # a rotary embedding that needs more, or a module that takes something else
         return False
     finally:
@@ -194,5 +234,6 @@ def _agrees(fused: FusedAttention, module: Any, model: Any) -> bool:
         return False
     ours: Any = my_cache.layers[fused.layer]
     its: Any = its_cache.layers[fused.layer]
-    pairs = [(mine[2], seen[1]), (ours.keys, its.keys), (ours.values, its.values)]
+    # seen: its prompt, its last token, our prompt
+    pairs = [(seen[2], seen[0]), (mine[2], seen[1]), (ours.keys, its.keys), (ours.values, its.values)]
     return all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in pairs)
