@@ -84,7 +84,7 @@ class FusedAttention:
         return layer if isinstance(layer, GrowingLayer) and layer.is_initialized else None
 
     def _prompt_layer(self, x: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> GrowingLayer | None:
-        """The cache of this layer if ``_prompt`` can be used: for one sequence, masked where it is not the first part."""
+        """The cache of this layer if ``_prompt`` can be used: for one sequence, with a mask where it goes on."""
         layer = None if cache is None else cache.layers[self.layer]
         if not isinstance(layer, GrowingLayer) or x.shape[:-2].numel() != 1 or x.shape[-2] == 1:
             return None
