@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from moray.runtime.evaluation import Ids, TokenScores
 
-_EVENT_INTERVAL_S = 0.02  # an event costs both processes half a millisecond; nobody reads more than 50 a second
+_EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nobody reads more than 25 a second
 
 
 class ComputeActor:

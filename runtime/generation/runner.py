@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from time import perf_counter
 from typing import TypeVar
 
@@ -31,9 +31,37 @@ from moray.runtime.store.store import Store
 T = TypeVar("T")
 
 _MAX_EARLY_CANCELS = 256
-Events = SimpleQueue[TokenEvent | BaseException]
-
 _CLOSED = "the engine was closed"
+
+
+class _Outbox:
+    """A request's events on their way from the loop's thread to the one that reads them."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[TokenEvent | BaseException] = SimpleQueue()
+        self._has_ended = threading.Event()
+
+    def put(self, event: TokenEvent | BaseException) -> None:
+        self._queue.put(event)
+        if _is_last(event):
+            self._has_ended.set()
+
+    def take(self, due: float) -> TokenEvent | BaseException:
+        """What came until ``due`` (perf_counter), joined: at least one event, which is waited for; or an error.
+
+        Sleeps until then, unless the request ends: to be woken by every token would cost the loop's thread its time.
+        """
+        event = self._queue.get()
+        if not _is_last(event) and (left := due - perf_counter()) > 0:
+            self._has_ended.wait(left)
+            while isinstance(event, TokenEvent) and not self._queue.empty():
+                later = self._queue.get()
+                event = joined(event, later) if isinstance(later, TokenEvent) else later
+        return event
+
+
+def _is_last(event: TokenEvent | BaseException) -> bool:
+    return isinstance(event, BaseException) or event.finished is not None
 
 
 class Runner:
@@ -51,7 +79,7 @@ class Runner:
         self._meter.reset()
         self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config))
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._outboxes: dict[str, Events] = {}
+        self._outboxes: dict[str, _Outbox] = {}
         self._early_cancels: deque[str] = deque(maxlen=_MAX_EARLY_CANCELS)
         self._closing = threading.RLock()  # held to queue a command; reentrant: collected streams cancel themselves
         self._is_closed = False
@@ -73,7 +101,7 @@ class Runner:
         Raises RequestError before anything is computed, MorayError after ``close``, or whatever made a step fail.
         """
         self._loop.check(request)
-        outbox: Events = SimpleQueue()
+        outbox = _Outbox()
 
         def start() -> None:
             if request.request_id in self._outboxes:
@@ -161,21 +189,14 @@ class Runner:
                 self._inbox.put(command)
             return not self._is_closed
 
-    def _events(self, request_id: str, outbox: Events, interval_s: float) -> Iterator[TokenEvent]:
+    def _events(self, request_id: str, outbox: _Outbox, interval_s: float) -> Iterator[TokenEvent]:
         finished, due = False, 0.0
         try:
             while not finished:
-                event = outbox.get()
-                while isinstance(event, TokenEvent) and event.finished is None and (left := due - perf_counter()) > 0:
-                    try:
-                        later = outbox.get(timeout=left)
-                    except Empty:
-                        break
-                    event = joined(event, later) if isinstance(later, TokenEvent) else later
+                event = outbox.take(due)
+                finished, due = _is_last(event), perf_counter() + interval_s
                 if isinstance(event, BaseException):
-                    finished = True
                     raise event
-                finished, due = event.finished is not None, perf_counter() + interval_s
                 yield event
         finally:
             if not finished:

@@ -15,6 +15,7 @@ from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.attention_modules import fuse_attention
 from moray.runtime.model.families import build_model, expert_modules, load_config
 from moray.runtime.model.layer_modules import fuse_layers
+from moray.runtime.model.model_modules import fuse_model
 from moray.runtime.model.norm_modules import fuse_norms
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 from moray.runtime.model.router_modules import fuse_routers
@@ -38,6 +39,7 @@ def load_model(store: Store, numerics: Numerics, device: torch.device) -> PreTra
         fuse_norms(model)
         fuse_routers(model)
         fuse_attention(model, numerics)
+        fuse_model(model)
     return model
 
 

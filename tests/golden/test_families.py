@@ -32,17 +32,17 @@ def test_logits_and_tokens_equal_transformers(
         assert made.stats().num_used > 0
 
 
-#: Which parts of a layer run fused: attention, router, block of router and experts, and the layer around them.
+#: Which parts run fused: attention, router, block of router and experts, the layer around them, and the whole model.
 FUSED = {
-    "mixtral": "attention router block layer",
-    "qwen2_moe": "attention router layer",  # its block adds a shared expert
-    "qwen3_moe": "attention router block layer",
-    "olmoe": "router block",  # norms over all heads at once
+    "mixtral": "attention router block layer model",
+    "qwen2_moe": "attention router layer model",  # its block adds a shared expert
+    "qwen3_moe": "attention router block layer model",
+    "olmoe": "router block model",  # norms over all heads at once
     "gpt_oss": "router",  # attention sinks; its block returns two things
-    "phimoe": "attention",  # LayerNorm, routing of its own
+    "phimoe": "attention model",  # LayerNorm, routing of its own
     "granitemoe": "attention",  # multipliers
-    "glm4_moe": "attention layer",
-    "deepseek_v3": "",  # latent attention, grouped routing
+    "glm4_moe": "attention layer model",
+    "deepseek_v3": "model",  # latent attention, grouped routing
 }
 
 

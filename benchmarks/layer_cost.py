@@ -1,0 +1,89 @@
+"""What a layer costs beside reading its weights: of models so small that hardly anything is left to compute.
+
+    python benchmarks/layer_cost.py                     # 128 experts, top-8, as Qwen3-30B-A3B; half a minute
+
+Two stores of random hqq4 weights with Qwen3-30B-A3B's attention layout and routing, but hidden 128 and experts of 64
+columns, one with 4 layers and one with 36, each in this process. *a step*: seconds of one decoded token, the median of
+``--tokens`` tokens after a prompt of 32; pairs of both models are interleaved. *a layer*: (step of 36 layers - step of
+4 layers) / 32. Embedding, head, sampling and the step loop are the same in both, so they are not in it.
+*expert kernels*: the experts function's own clock a layer: routing, gate, up, SwiGLU, down and sum of these small
+matrices, with the waking of the threads. *Python and attention*: the rest of a layer: Python of the decoder layer and
+of the experts function, the launch of the attention kernel and its computing. That bounds a layer's Python from above.
+Goal: at most 60 us.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+from common import describe_machine, in_process, print_table, working_directory
+from geometry import PRESETS
+from make_store import write_store
+
+from moray.runtime.convert.recipe import DEFAULT_RECIPE, Recipe
+from moray.runtime.generation.request import GenerationRequest
+from moray.runtime.generation.runner import Runner
+
+LAYERS = (4, 36)
+GOAL_US = 60.0
+_SMALL = replace(PRESETS["qwen3-30b-a3b"], hidden=128, intermediate=64, head_dim=32, vocab=512)
+_PROMPT = tuple(range(3, 35))
+
+
+def write_model(root: Path, layers: int) -> Path:
+    return write_store(root / str(layers), replace(_SMALL, layers=layers), Recipe.parse(DEFAULT_RECIPE))
+
+
+def step_times(runner: Runner, tokens: int) -> tuple[float, float]:
+    """Median microseconds of a decoded token, and mean microseconds of the experts function's kernels in one."""
+    request = GenerationRequest(secrets.token_hex(8), _PROMPT, tokens + 1)
+    times, before = [], 0.0
+    for _ in runner.stream(request):
+        times.append(perf_counter())
+        before = before or runner.stats().compute_s
+    kernels = (runner.stats().compute_s - before) / (len(times) - 1)
+    return 1e6 * median(b - a for a, b in pairwise(times)), 1e6 * kernels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=128, help="of a pair, each model (128)")
+    arguments = parser.parse_args()
+    print(describe_machine())
+    rows = []
+    with working_directory(1 << 30) as root:
+        few, many = (write_model(root, layers) for layers in LAYERS)
+        with in_process(few) as small, in_process(many) as large:
+            for _ in range(arguments.pairs + 1):
+                rows.append((step_times(small, arguments.tokens), step_times(large, arguments.tokens)))
+    report(rows[1:])
+
+
+def report(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> None:
+    layers = LAYERS[1] - LAYERS[0]
+    whole = [(large[0] - small[0]) / layers for small, large in pairs]
+    kernels = [(large[1] - small[1]) / layers for small, large in pairs]
+    rest = [a - b for a, b in zip(whole, kernels, strict=True)]
+    print(f"{_SMALL.experts} experts, top-{_SMALL.active}, {len(pairs)} pairs of {LAYERS[0]} and {LAYERS[1]} layers\n")
+    print_table(
+        ("us, medians", "a layer", "expert kernels", "Python and attention", "lowest-highest", "goal"),
+        [
+            (
+                "decode, a token",
+                *(f"{median(values):.1f}" for values in (whole, kernels, rest)),
+                f"{min(rest):.1f}-{max(rest):.1f}",
+                f"{GOAL_US:.0f} {'met' if median(rest) <= GOAL_US else 'missed'}",
+            )
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The step of one new token through a whole model, without what transformers prepares for batches and masks.
+
+Nothing here lists families: a model is taken if its forward uses no names but the usual ones (so that nothing comes
+between embedding, layers and norm), and if a trial over simple layers gives what its own forward gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.utils.generic import ModelOutput
+
+from moray.runtime.model.attention_modules import Rotation
+from moray.runtime.model.kv_layer import GrowingLayer, new_cache
+
+_USUAL = frozenset(
+    (
+        *("DynamicCache", "MoeModelOutputWithPast", "ValueError", "arange", "config", "create_causal_mask"),
+        *("create_sliding_window_causal_mask", "device", "dict", "embed_tokens", "enumerate", "get_seq_length"),
+        *("isinstance", "layer_types", "layers", "norm", "num_hidden_layers", "rotary_emb", "set", "shape"),
+        *("sliding_window", "torch", "unsqueeze"),
+    )
+)
+_BLOCK = 256  # positions whose rotations are made at once
+_TRIAL_TOKENS = 3
+
+
+class FusedModel:
+    """In place of a base model's forward: one token after others, over caches that grow in place; else its own."""
+
+    def __init__(self, model: Any, output: type[ModelOutput]) -> None:
+        self._plain = type(model).forward.__get__(model)
+        self._model, self._output = model, output
+        self._rotations = _Rotations(model.rotary_emb)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        is_usual = (
+            attention_mask is None and position_ids is None and inputs_embeds is None and not any(kwargs.values())
+        )
+        if is_usual and input_ids is not None and input_ids.shape == (1, 1) and _goes_on(past_key_values):
+            return self._step(input_ids, past_key_values)
+        return self._plain(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _step(self, input_ids: torch.Tensor, cache: Any) -> ModelOutput:
+        model, position = self._model, cache.layers[0].get_seq_length()
+        x, positions = model.embed_tokens(input_ids), torch.tensor([[position]])
+        how = {"attention_mask": None, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        rotation = self._rotations.at(position, x)
+        for layer in model.layers:
+            x = layer(x, position_embeddings=rotation, **how)
+        return self._output(last_hidden_state=model.norm(x), past_key_values=cache)
+
+
+class _Rotations:
+    """Cosines and sines of one position, [1, 1, D] each: rows of a block of positions that is kept."""
+
+    def __init__(self, rotary: Any) -> None:
+        self._rotary, self._first = rotary, -1
+        self._block: Rotation | None = None
+
+    def at(self, position: int, x: torch.Tensor) -> Rotation:
+        first, row = position // _BLOCK * _BLOCK, position % _BLOCK
+        if self._block is None or first != self._first:
+            self._block, self._first = self._rotary(x, torch.arange(first, first + _BLOCK)[None]), first
+        cosines, sines = self._block
+        return cosines[:, row : row + 1], sines[:, row : row + 1]
+
+
+def fuse_model(model: Any) -> None:
+    """Give the base model of a loaded causal language model on the CPU the short step where it fits."""
+    base = model.base_model
+    if base is model or not _looks_usual(base):
+        return
+    fused = _agreeing(base)
+    if fused is not None:
+        base.forward = fused
+
+
+def _goes_on(cache: Any) -> bool:
+    return cache is not None and all(type(layer) is GrowingLayer and layer.is_initialized for layer in cache.layers)
+
+
+def _looks_usual(base: Any) -> bool:
+    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
+    if any(not isinstance(getattr(base, name, None), torch.nn.Module) for name in parts):
+        return False
+    kind = getattr(base.rotary_emb, "rope_type", None)
+    if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
+        return False  # its frequencies change with the length
+    names = inspect.unwrap(type(base).forward).__code__.co_names
+    return set(names) <= _USUAL and len(base.layers) == base.config.num_hidden_layers
+
+
+@torch.inference_mode()
+def _agreeing(base: Any) -> FusedModel | None:
+    """The short step, if it gives what the model's own forward gives, over simple layers."""
+    ids = torch.arange(1, _TRIAL_TOKENS + 2)[None]
+    try:
+        with _simple_layers(base):
+            plain, its = type(base).forward.__get__(base), new_cache(base.config)
+            plain(input_ids=ids[:, :-1], past_key_values=its, use_cache=True)
+            wanted = plain(input_ids=ids[:, -1:], past_key_values=its, use_cache=True)
+            fused, mine = FusedModel(base, type(wanted)), new_cache(base.config)
+            fused(input_ids=ids[:, :-1], past_key_values=mine, use_cache=True)
+            if not _goes_on(mine):
+                return None
+            got = fused(input_ids=ids[:, -1:], past_key_values=mine, use_cache=True)
+    except Exception:  # layers that are called in another way
+        return None
+    same = got.keys() == wanted.keys() and torch.equal(got.last_hidden_state, wanted.last_hidden_state)
+    return fused if same and mine.get_seq_length() == its.get_seq_length() else None
+
+
+@contextmanager
+def _simple_layers(base: Any) -> Iterator[None]:
+    """Layers that only sum what they are given, so that a trial costs nothing, and shows what reaches them."""
+    before = [layer.__dict__.get("forward") for layer in base.layers]
+    for index, layer in enumerate(base.layers):
+        layer.forward = _simple_layer(index)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(base.layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _simple_layer(index: int) -> Any:
+    def forward(x: torch.Tensor, *, position_embeddings: Rotation, past_key_values: Any, **given: Any) -> torch.Tensor:
+        cache, tokens = past_key_values.layers[index], x.shape[1]
+        keys = x.new_zeros(1, 1, tokens, 16)
+        cache.update(keys, keys)
+        cosines, sines = (rotation.sum(dim=-1, keepdim=True) for rotation in position_embeddings)
+        mask = 0 if tokens > 1 or given["attention_mask"] is None else 1
+        out: torch.Tensor = x * (1 + cosines) + sines * (index + 1) + given["position_ids"][..., None] + mask
+        return out
+
+    return forward
