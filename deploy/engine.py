@@ -129,7 +129,7 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[TokenEvent]:
-        """Yield tokens and text as they come, at most 50 times a second; the last event has ``finished``.
+        """Yield tokens and text as they come, at most 25 times a second; the last event has ``finished``.
 
         Leaving the iterator cancels.
 

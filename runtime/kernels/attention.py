@@ -92,7 +92,8 @@ def prepare_heads(params, first, last):
 def prepare_rows(params, first, last):
     """``prepare_heads`` for the T tokens of a prompt, biases added before. Items: (head of any kind, token).
 
-    Heads lie at QUERIES float32 [T, H, D] and at KEYS_IN and VALUES_IN [T, V, D]; queries go to TURNED [H, T, D].
+    Heads lie at QUERIES float32 [T, H, D] and at KEYS_IN and VALUES_IN [T, V, D]; queries go to TURNED, of the
+    same shape.
     """
     heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
     num_tokens, rotary = word(params, NUM_TOKENS), word(params, ROTARY)
@@ -101,7 +102,7 @@ def prepare_rows(params, first, last):
         kind = 0 if head < heads else 1 if head < heads + kv_heads else 2
         head -= (0, heads, heads + kv_heads)[kind]
         row = word(params, QUERIES + kind) + 4 * dim * (token * (kv_heads if kind else heads) + head)
-        to = word(params, TURNED) + 4 * dim * (head * num_tokens + token)
+        to = word(params, TURNED) + 4 * dim * (token * heads + head)
         if kind:
             place = word(params, LENGTH) - num_tokens + token
             to = word(params, KEYS + kind - 1) + head * word(params, HEAD_BYTES) + 4 * dim * place
@@ -207,7 +208,7 @@ def prepare_prompt(
     """Norms and rotary embedding of a prompt's heads; keys and values go to the end of the cache.
 
     By address: queries float32 [T, H, D], keys_in and values_in [T, V, D], cosines and sines [T, rotary], the cache
-    as in ``attention_step`` with ``length`` tokens, these included, and turned [H, T, D], written.
+    as in ``attention_step`` with ``length`` tokens, these included, and turned [T, H, D], written.
     """
     params, phases = np.empty(NUM_PARAMS, np.int64), np.empty((1, PHASE_FIELDS), np.int64)
     params[:NUM_FIELDS] = fields

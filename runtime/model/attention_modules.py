@@ -102,7 +102,7 @@ class FusedAttention:
             empty = x.new_empty(1, heads[1].shape[-1] // dim, 0, dim)
             layer.lazy_initialization(empty, empty)
         keys, values = layer.extend(tokens)
-        turned = x.new_empty(1, heads[0].shape[-1] // dim, tokens, dim)
+        turned = x.new_empty(1, tokens, heads[0].shape[-1] // dim, dim).transpose(1, 2)  # attention keeps the order
         prepare_prompt_at(
             self._kernel,
             (heads[0].data_ptr(), heads[1].data_ptr(), heads[2].data_ptr()),
