@@ -27,7 +27,7 @@ from moray.runtime.kernels.memory import all_equal
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.kernels.pool import current_pool, set_num_threads
 from moray.runtime.kernels.programs import SERIAL_BYTES, SERIAL_PRODUCTS
-from moray.runtime.layout.packed import METAS, Bytes, Encoding, PackedSpec, pack_plain
+from moray.runtime.layout.packed import ENCODINGS, METAS, Bytes, Encoding, PackedSpec, pack_plain
 from moray.runtime.model.expert_gates import apply_gate
 
 Ints = npt.NDArray[np.int64]
@@ -41,6 +41,7 @@ SPECS = [
     PackedSpec(37, 192, "q4", 32, "u8"),
     PackedSpec(37, 640, "q3", 32, "u8"),
     PackedSpec(37, 272, "q2", 16, "u8"),  # 17 groups: two super-scales a row
+    PackedSpec(37, 160, "fp4", 32, "e8m0"),
     PackedSpec(37, 41, "bf16"),
     PackedSpec(37, 41, "f16"),
     PackedSpec(37, 41, "f32"),
@@ -55,7 +56,7 @@ def name_of(spec: PackedSpec) -> str:
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=name_of)
 every_quantized = pytest.mark.parametrize("spec", QUANTIZED, ids=name_of)
 seeds = st.integers(0, 2**31)
-compiled_specs = partial(specs, groups_of=COMPILED_GROUPS.__getitem__)
+compiled_specs = partial(specs, ENCODINGS, groups_of=COMPILED_GROUPS.__getitem__)
 
 
 @pytest.fixture(autouse=True)
@@ -457,7 +458,7 @@ def test_the_weighted_sum_is_taken_in_the_routers_order() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(specs(metas=METAS), seeds)
+@given(specs(ENCODINGS, METAS), seeds)
 def test_torch_dequantizes_as_the_reference_does(spec: PackedSpec, seed: int) -> None:
     rng = np.random.default_rng(seed)
     packed = random_matrix(spec, rng)

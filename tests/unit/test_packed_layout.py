@@ -245,4 +245,4 @@ def test_impossible_specs_are_refused(arguments: tuple) -> None:
 
 
 def test_encodings_have_one_name_each() -> None:
-    assert len(set(ENCODINGS)) == 7
+    assert len(set(ENCODINGS)) == 8
