@@ -1,9 +1,9 @@
 """Sixteen-lane vectors in LLVM's intermediate form: the few operations that the packed-layout kernels need.
 
 A vector is one LLVM value and lives in registers. LLVM lowers it for any CPU: one AVX-512 register, two AVX2
-registers, four SSE or NEON ones. Only ``dot4``, ``fp4_levels`` and the reading of float16 differ by instruction set, and all
-are exact, so every instruction set gives the same bits. No operation here carries fast-math flags, so LLVM may neither
-reorder nor contract them. Addresses are plain int64; the caller keeps the memory alive.
+registers, four SSE or NEON ones. Only ``dot4``, ``fp4_levels`` and the reading of float16 differ by instruction
+set, and all are exact, so every instruction set gives the same bits. No operation here carries fast-math flags, so
+LLVM may neither reorder nor contract them. Addresses are plain int64; the caller keeps the memory alive.
 """
 
 from __future__ import annotations

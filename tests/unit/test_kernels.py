@@ -236,7 +236,7 @@ def test_zero_activations_give_zero_even_where_the_zero_point_is_large() -> None
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_codes_and_activations_do_not_saturate(spec: PackedSpec, sign: int) -> None:
     packed = np.full(spec.num_bytes, 0xFF, dtype=np.uint8).reshape(spec.num_blocks, -1)
-    if spec.meta == "u8":
+    if spec.meta != "f16":
         pytest.skip("written for float16 scales")
     packed[:, spec.code_bytes :] = np.full(spec.num_groups * 32, 1, np.float16).view(np.uint8)
     packed = packed.reshape(-1)
