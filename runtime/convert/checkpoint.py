@@ -4,22 +4,23 @@ Headers are checked when a checkpoint is opened, so that a download that was cut
 hours of work. Tensors are read with plain reads, never mapped: memory stays bounded and a file that
 shrinks is an error instead of a signal.
 
-The weights of a pre-quantized checkpoint have the names and shapes that they would have in 16 bits (published.py).
+The weights of a pre-quantized checkpoint have the names and shapes that they would have in 16 bits (published/).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
-from moray.runtime.convert.published import Finder, Published, Settings
+from moray.runtime.convert.published.formats import Found, find_published
+from moray.runtime.convert.published.settings import Settings
 from moray.runtime.convert.tensors import DTYPES, STORED_DTYPES, TensorEntry
-from moray.runtime.convert.unpack import Grid
 from moray.runtime.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,14 +32,13 @@ _SAMPLE_BYTES = 64 << 10
 class Checkpoint:
     """A local checkpoint in safetensors. Picklable; opens files when it reads."""
 
-    def __init__(
-        self, path: Path, tensors: dict[str, TensorEntry], published: dict[str, Published], used: set[str], digest: str
-    ) -> None:
+    def __init__(self, path: Path, tensors: dict[str, TensorEntry], found: Found, digest: str) -> None:
         self.path = path
         self.tensors = tensors
-        self.published = published  # weights that several tensors stand for; empty if it is not quantized
+        self.published = found.weights  # weights that several tensors stand for; empty if it is not quantized
+        self.notes = found.notes  # what of it is left out
         self.fingerprint = digest  # of its files' names, sizes, headers and samples of their content
-        self._used = used
+        self._used = found.used
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -60,9 +60,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{root / INDEX_NAME} says that tensor {key} is in {file}, but it is not; download both again"
                 )
-        finder = Finder(root, settings, tensors) if settings else None
-        published = finder.run() if finder else {}
-        return cls(root, tensors, published, finder.used if finder else set(), digest.hexdigest())
+        return cls(root, tensors, find_published(root, settings, tensors), digest.hexdigest())
 
     @property
     def keys(self) -> list[str]:
@@ -84,12 +82,13 @@ class Checkpoint:
     def read(self, key: str, expert: int | None = None) -> torch.Tensor:
         """A private copy of a tensor; with ``expert`` only ``tensor[expert : expert + 1]``."""
         if key in self.published:
-            return self.published[key].dequantize(lambda part: self._read(part, expert))
+            return self.published[key].dequantize(self.part_reader(key, expert))
         return self._read(key, expert)
 
-    def read_grid(self, key: str, expert: int | None = None) -> Grid:
-        """Codes, scales and zeros of a published weight."""
-        return self.published[key].read_grid(lambda part: self._read(part, expert))
+    def part_reader(self, key: str, expert: int | None = None) -> Callable[[str], torch.Tensor]:
+        """Reads the tensors of a published weight; with ``expert`` only its part of those that have one for each."""
+        num_experts = self.published[key].shape[:1]
+        return lambda part: self._read(part, expert if self.tensors[part].shape[:1] == num_experts else None)
 
     def _read(self, key: str, expert: int | None) -> torch.Tensor:
         entry = self.tensors[key]

@@ -63,7 +63,7 @@ def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) 
     index = index_sources(model, checkpoint.keys, describe)
     layers: list[ExpertsLayer] = []
     shards: dict[ExpertKey, Piece] = {}
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = dict.fromkeys(checkpoint.notes)
     for layer, (path, module) in enumerate(expert_modules(model)):
         layout, tensors = _plan_layer(path, module, index, recipe, checkpoint, index.experts[layer], notes)
         activation = "swiglu" if is_swiglu(module) else "module"
