@@ -119,6 +119,24 @@ class Checkpoint:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
+def refuse_gguf(path: Path) -> None:
+    """Raises CheckpointError for a GGUF file, or a directory with nothing better.
+
+    transformers' reading of them is not sound enough: it builds a dense model of Mixtral's, with random weights in
+    place of the experts, does not read Qwen3-MoE's expert size, and holds all weights in float32 at once.
+    """
+    if path.is_dir():
+        found = next(iter(sorted(path.glob("*.gguf"))), None)
+        is_gguf = found is not None and not any(path.glob("*.safetensors*"))
+    else:
+        found, is_gguf = path, path.suffix == ".gguf"
+    if is_gguf:
+        raise CheckpointError(
+            f"{found} is a GGUF file, expected a directory with safetensors: GGUF is not read; convert the checkpoint "
+            "that it was made from, e.g. with recipe experts=hqq4:32,attention=hqq4:32 for about the size of Q4_0"
+        )
+
+
 def _read_index(root: Path) -> dict[str, str]:
     """Tensor -> file; empty for a checkpoint in a single file."""
     file = root / INDEX_NAME
@@ -144,12 +162,7 @@ def _and_more(count: int) -> str:
 
 
 def _explain_no_weights(root: Path) -> str:
-    others = [file.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for file in sorted(root.glob(pattern))]
-    if others and others[0].endswith(".gguf"):
-        return (
-            f"{root} has its weights in {others[0]}; expected {SINGLE_NAME} or {INDEX_NAME}: GGUF files are not read, "
-            "download the safetensors checkpoint that they were made from"
-        )
+    others = [file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in sorted(root.glob(pattern))]
     if others:
         return (
             f"{root} has its weights in {others[0]}; expected {SINGLE_NAME} or {INDEX_NAME}: "

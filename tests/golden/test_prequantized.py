@@ -8,12 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.prequantized import Pair, awq, fp8, gptq, int8, packed, write_mxfp4_pair, write_pair
-from helpers.reference import runner, stock_logits, stock_model
+from helpers.prequantized import (
+    Pair,
+    awq,
+    fp8,
+    gptq,
+    int8,
+    int8_with_zeros,
+    mxfp4,
+    mxfp4_in_int8,
+    packed,
+    write_mxfp4_pair,
+    write_pair,
+)
+from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
 from helpers.stores import state_of_store
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moray.runtime.convert.converter import convert
+from moray.runtime.errors import CheckpointError
+from moray.runtime.model.layer_modules import FusedBlock, FusedLayer
+from moray.runtime.model.packed_modules import PackedLinear
 from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
 
@@ -39,6 +54,11 @@ KEPT: dict[str, tuple[str, Callable[[Path], Pair]]] = {
         "q4",
         lambda path: write_pair(path, "mixtral", gptq(zero_offset=0), _GPTQ | {"checkpoint_format": "gptq_v2"}),
     ),
+    "gptq-static-groups": (
+        "q4",
+        lambda path: write_pair(path, "mixtral", gptq(), _GPTQ | {"desc_act": True, "static_groups": True}),
+    ),
+    "gptq-one-group": ("q4", lambda path: write_pair(path, "mixtral", gptq(group=-1), _GPTQ | {"group_size": -1})),
     "gptq-8-bits": ("q8", lambda path: write_pair(path, "qwen3_moe", gptq(bits=8), _GPTQ | {"bits": 8}, **_QWEN)),
     "gptq-2-bits": ("q2", lambda path: write_pair(path, "mixtral", gptq(bits=2), _GPTQ | {"bits": 2})),
     "awq": ("q4", lambda path: write_pair(path, "qwen3_moe", awq, _AWQ, **_QWEN)),
@@ -56,6 +76,22 @@ KEPT: dict[str, tuple[str, Callable[[Path], Pair]]] = {
         ),
     ),
     "int8": ("q8", lambda path: write_pair(path, "mixtral", int8, compressed("int-quantized", num_bits=8))),
+    "int8-with-zeros": (
+        "q8",
+        lambda path: write_pair(
+            path, "qwen3_moe", int8_with_zeros, compressed("naive-quantized", num_bits=8, symmetric=False), **_QWEN
+        ),
+    ),
+    "mxfp4-everywhere": (
+        "fp4",
+        lambda path: write_pair(
+            path, "mixtral", mxfp4, compressed("mxfp4-pack-quantized", num_bits=4, type="float"), dtype=torch.bfloat16
+        ),
+    ),
+    "mxfp4-in-int8": (
+        "fp4",
+        lambda path: write_pair(path, "qwen3_moe", mxfp4_in_int8, _FP8, dtype=torch.bfloat16, **_QWEN),
+    ),
 }
 
 
@@ -86,15 +122,45 @@ def test_kept_weights_equal_the_reference_bit_for_bit(kept: tuple[str, Pair, Pat
     manifest = assert_equal_bits(store, stock_model(pair.plain))
     encodings = {t.spec.encoding for layer in manifest.layers for t in layer.layout.tensors if t.spec}
     assert encodings == {encoding}
-    assert set(manifest.recipe.values()) == {"keep"} and not manifest.notes
+    assert set(manifest.recipe.values()) == {"keep"}
+    assert all("activations" in note for note in manifest.notes)
 
 
-def test_logits_of_kept_codes_equal_the_dequantized_model(kept: tuple[str, Pair, Path]) -> None:
+def test_kept_codes_compute_what_the_dequantized_model_does(kept: tuple[str, Pair, Path]) -> None:
+    """Logits of a prompt, and tokens one by one: the fused layers and blocks where the family has them."""
     _, pair, store = kept
-    expected = stock_logits(stock_model(pair.plain), PROMPT)
+    model = stock_model(pair.plain)
+    expected = stock_logits(model, PROMPT)
     assert expected.std() > 0.1
     with runner(store, "float") as made:
         assert (made.logits(PROMPT) - expected).abs().max() / max(1.0, expected.abs().max().item()) < 1e-5
+        tokens = greedy(made, PROMPT, 12)
+    assert tokens == stock_greedy(model, PROMPT, 12)
+
+
+def test_fp4_in_the_trunk_and_in_blocks_of_one_call_has_the_bits_of_its_parts(tmp_path: Path) -> None:
+    _, write = KEPT["mxfp4-everywhere"]
+    convert(write(tmp_path).quantized, tmp_path / "store", "keep")
+    with runner(tmp_path / "store", "int8") as made, torch.inference_mode():
+        linears = [module for module in made.model.modules() if isinstance(module, PackedLinear)]
+        assert {module.spec.encoding for module in linears if module is not made.model.lm_head} == {"fp4"}
+        fused = [vars(module).get("forward") for module in made.model.modules()]
+        assert sum(isinstance(forward, FusedLayer) for forward in fused) == 3
+        blocks = [module for module in made.model.modules() if isinstance(vars(module).get("forward"), FusedBlock)]
+        assert len(blocks) == 3
+        for tokens in (1, 3, 40):
+            for block in blocks:
+                x = torch.randn(1, tokens, block.experts.hidden_dim)
+                assert torch.equal(block(x), type(block).forward(block, x))
+
+
+def test_act_order_is_dequantized_but_not_kept(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, "mixtral", gptq(reorder=True), _GPTQ | {"desc_act": True})
+    convert(pair.quantized, tmp_path / "store", "none")
+    assert_equal_bits(tmp_path / "store", stock_model(pair.plain).half())
+    with pytest.raises(CheckpointError, match=r"act-order.*convert with another recipe: `none`"):
+        convert(pair.quantized, tmp_path / "kept", "keep")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_mxfp4_equals_transformers_own_loading(tmp_path: Path) -> None:
@@ -103,33 +169,57 @@ def test_mxfp4_equals_transformers_own_loading(tmp_path: Path) -> None:
     assert_equal_bits(tmp_path / "store", stock_model(pair.quantized))
 
 
-@pytest.mark.parametrize(
-    ("quantize", "config"),
-    [
-        (fp8((16, 32)), _FP8 | {"weight_block_size": [16, 32]}),
-        (fp8(None, dims=0), _FP8 | {"weight_block_size": None}),
-    ],
-    ids=["blocks", "per-tensor"],
-)
-@pytest.mark.parametrize("recipe", ["none", "keep"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_fp8_equals_transformers_dequantization(
-    quantize: Any, config: dict[str, Any], recipe: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    sizes = {"moe_intermediate_size": 64}
-    pair = write_pair(tmp_path, "deepseek_v3", quantize, config, dtype=dtype, **sizes)
+FP8 = {
+    "blocks": (fp8((16, 32)), _FP8 | {"weight_block_size": [16, 32]}),
+    "per-tensor": (fp8(None, dims=0), _FP8 | {"weight_block_size": None}),
+    "e5m2": (fp8((16, 32), dtype=torch.float8_e5m2), _FP8 | {"weight_block_size": [16, 32], "fmt": "e5m2"}),
+    "powers": (
+        fp8((16, 32), scale_dtype=torch.float8_e8m0fnu),
+        _FP8 | {"weight_block_size": [16, 32], "scale_fmt": "ue8m0"},
+    ),
+    "powers-in-bytes": (
+        fp8((1, 32), scale_dtype=torch.uint8),
+        _FP8 | {"weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+    ),
+    "static-activations": (
+        fp8(None, dims=0, activations="activation_scale"),
+        _FP8 | {"weight_block_size": None, "activation_scheme": "static"},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FP8)
+@pytest.mark.parametrize(("recipe", "dtype"), [("keep", torch.bfloat16), ("none", torch.float32)])
+def test_fp8_equals_transformers_dequantization(form: str, recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    quantize, config = FP8[form]
+    pair = write_pair(tmp_path, "deepseek_v3", quantize, config, dtype=dtype, moe_intermediate_size=64)
     manifest = convert(pair.quantized, tmp_path / "store", recipe)
     model = AutoModelForCausalLM.from_pretrained(pair.quantized, dtype=dtype)
     assert_equal_bits(tmp_path / "store", model)
-    assert any("FP8" in note for note in manifest.notes) == (recipe == "keep")
+    assert any("FP8 has no packed form" in note for note in manifest.notes) == (recipe == "keep")
+    assert any("activations" in note and "not used" in note for note in manifest.notes)
+    assert not any("not used by the model" in note for note in manifest.notes)
 
 
-@pytest.mark.parametrize("block", [(32, 48), None], ids=["ragged-blocks", "per-tensor"])
-def test_fp8_equals_its_definition_where_transformers_refuses(block: tuple[int, int] | None, tmp_path: Path) -> None:
+_FLOAT8 = {"num_bits": 8, "type": "float"}
+
+
+@pytest.mark.parametrize(
+    ("quantize", "config"),
+    [
+        (fp8((32, 48)), _FP8 | {"weight_block_size": [32, 48]}),
+        (fp8(None, "weight_scale"), _FP8),
+        (fp8((1, 0), "weight_scale", scale_dtype=torch.bfloat16), compressed("float-quantized", **_FLOAT8)),
+        (fp8(None, "weight_scale", dims=1), compressed("naive-quantized", **_FLOAT8)),
+        (fp8((16, 48), "weight_scale"), compressed("float-quantized", block_structure=[16, 48], **_FLOAT8)),
+    ],
+    ids=["ragged-blocks", "per-tensor", "compressed-rows", "compressed-tensors", "compressed-blocks"],
+)
+def test_fp8_equals_its_definition_where_transformers_does_not_read_it(
+    quantize: Any, config: dict[str, Any], tmp_path: Path
+) -> None:
     """Blocks that do not divide a weight (the published DeepSeek-V3 has some), and scales named weight_scale."""
-    config = _FP8 | {"weight_block_size": list(block) if block else None}
-    suffix = "weight_scale_inv" if block else "weight_scale"
-    pair = write_pair(tmp_path, "mixtral", fp8(block, suffix), config, dtype=torch.float32)
+    pair = write_pair(tmp_path, "mixtral", quantize, config, dtype=torch.float32)
     convert(pair.quantized, tmp_path / "store", "none")
     assert_equal_bits(tmp_path / "store", stock_model(pair.plain))
 

@@ -96,24 +96,28 @@ def _write(directory: Path, base: Path, quantized: Tensors, plain: Tensors, conf
 
 
 def gptq(*, bits: int = 4, zero_offset: int = 1, group: int = GROUP, reorder: bool = False) -> Quantize:
-    """w[r, c] = scales[g, r] * (code[c, r] - (zero[g, r] + 1)), g = g_idx[c]; fields of int32, lowest first."""
+    """w[r, c] = scales[g, r] * (code[c, r] - zero[g, r]), g = g_idx[c]; fields of int32, lowest first.
+
+    What is stored is zero - ``zero_offset``, modulo 2**bits. ``reorder``: act-order.
+    """
 
     def quantize(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, torch.Tensor]:
         rows, columns = shape
-        groups = columns // group
+        width = columns if group == -1 else group
+        groups = columns // width
         codes = rng.integers(0, 1 << bits, (columns, rows))
-        zeros = rng.choice([0, 2 ** (bits - 1) - 1, 2 ** (bits - 1), (1 << bits) - 2], (groups, rows))
+        zeros = rng.choice([0, 1, 2 ** (bits - 1), (1 << bits) - 1], (groups, rows))
         scales = _scales(rng, (groups, rows), bits)
-        g_idx = np.arange(columns) // group
+        g_idx = np.arange(columns) // width
         if reorder:
             g_idx = rng.permutation(g_idx)
         values = np.empty((rows, columns), dtype=np.float32)
         for c in range(columns):
-            steps = codes[c].astype(np.float32) - (zeros[g_idx[c]] + zero_offset).astype(np.float32)
+            steps = codes[c].astype(np.float32) - zeros[g_idx[c]].astype(np.float32)
             values[:, c] = scales[g_idx[c]].astype(np.float32) * steps
         parts = {
             f"{name}qweight": _words(codes, bits, 0),
-            f"{name}qzeros": _words(zeros, bits, 1),
+            f"{name}qzeros": _words((zeros - zero_offset) % (1 << bits), bits, 1),
             f"{name}scales": torch.from_numpy(scales),
             f"{name}g_idx": torch.from_numpy(g_idx.astype(np.int32)),
         }
@@ -170,18 +174,75 @@ def int8(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[T
     return {f"{name}weight": q, f"{name}weight_scale": scales}, q.float() * scales.float()
 
 
-def fp8(block: tuple[int, int] | None, suffix: str = "weight_scale_inv", dims: int = 2) -> Quantize:
-    """w[r, c] = float8 * scale of the block; ``block`` None: one scale for the tensor."""
+def int8_with_zeros(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors, naive-quantized, asymmetric, in groups: w[r, c] = scales[r, g] * (q - zero[r, g])."""
+    groups = shape[1] // GROUP
+    q = rng.integers(-128, 128, shape, dtype=np.int8)
+    zeros = rng.choice(np.array([-128, -3, 0, 127], dtype=np.int8), (shape[0], groups))
+    scales = torch.from_numpy(_scales(rng, (shape[0], groups), 8))
+    steps = q.astype(np.float32).reshape(*zeros.shape, GROUP) - zeros.astype(np.float32)[:, :, None]
+    parts = {
+        f"{name}weight": torch.from_numpy(q),
+        f"{name}weight_scale": scales,
+        f"{name}weight_zero_point": torch.from_numpy(zeros),
+    }
+    return parts, (torch.from_numpy(steps) * scales.float()[:, :, None]).reshape(shape)
+
+
+def mxfp4(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors, mxfp4-pack-quantized: w[r, c] = E2M1 * 2**(e[r, c // 32] - 127), even columns in low bits."""
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+    codes = rng.integers(0, 16, shape, dtype=np.uint8)
+    exponents = rng.integers(118, 124, (shape[0], shape[1] // 32), dtype=np.uint8)
+    signs = np.where(codes & 8, np.float32(-1), np.float32(1))
+    powers = np.exp2(exponents.astype(np.float32) - 127)
+    values = signs * magnitudes[codes & 7] * np.repeat(powers, 32, axis=1)
+    parts = {
+        f"{name}weight_packed": torch.from_numpy(codes[:, 0::2] | codes[:, 1::2] << 4),
+        f"{name}weight_scale": torch.from_numpy(exponents),
+    }
+    return parts, torch.from_numpy(values)
+
+
+def mxfp4_in_int8(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, torch.Tensor]:
+    """The same as DeepSeek-V4 has its experts: int8, and scales of type float8_e8m0."""
+    parts, values = mxfp4(name, shape, rng)
+    codes, exponents = parts.values()
+    return {f"{name}weight": codes.view(torch.int8), f"{name}scale": exponents.view(torch.float8_e8m0fnu)}, values
+
+
+def fp8(
+    block: tuple[int, int] | None,
+    suffix: str = "weight_scale_inv",
+    dims: int = 2,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_dtype: torch.dtype = torch.float32,
+    activations: str | None = None,
+) -> Quantize:
+    """w[r, c] = float8 * scale of the block; ``block`` None: one scale for the tensor, (1, 0): one for each row.
+
+    ``scale_dtype`` uint8 and float8_e8m0: powers of two. ``activations``: the name of a scale for them.
+    """
 
     def quantize(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, torch.Tensor]:
-        high, wide = block or shape
-        weight = torch.from_numpy(rng.standard_normal(shape).astype(np.float32) * 100).to(torch.float8_e4m3fn)
-        scales = torch.from_numpy(rng.uniform(0.0006, 0.002, (-(-shape[0] // high), -(-shape[1] // wide)))).float()
+        high, wide = (block[0], block[1] or shape[1]) if block else shape
+        grid = -(-shape[0] // high), -(-shape[1] // wide)
+        weight = torch.from_numpy(rng.standard_normal(shape).astype(np.float32) * 100).to(dtype)
+        if scale_dtype in (torch.uint8, torch.float8_e8m0fnu):
+            scales = torch.from_numpy(rng.integers(116, 119, grid, dtype=np.uint8)).view(scale_dtype)
+            factors = np.exp2(scales.view(torch.uint8).numpy().astype(np.float32) - 127)
+        else:
+            scales = torch.from_numpy(rng.uniform(0.0006, 0.002, grid)).to(scale_dtype)
+            factors = scales.float().numpy()
         values = torch.empty(shape)
         for r in range(shape[0]):
             for c in range(0, shape[1], wide):
-                values[r, c : c + wide] = weight[r, c : c + wide].float() * scales[r // high, c // wide]
-        return {f"{name}weight": weight, f"{name}{suffix}": scales.reshape(scales.shape[:dims])}, values
+                values[r, c : c + wide] = weight[r, c : c + wide].float() * float(factors[r // high, c // wide])
+        parts = {f"{name}weight": weight, f"{name}{suffix}": scales.reshape(scales.shape[:dims])}
+        if activations:
+            parts[f"{name}{activations}"] = torch.tensor(0.01)
+        return parts, values
 
     return quantize
 

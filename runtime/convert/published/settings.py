@@ -40,7 +40,7 @@ class Settings:
         if not isinstance(found, dict):
             raise CheckpointError(f"{file} has a quantization_config that is not a map: {found!r}; download it again")
         name = next((d[k] for d in (document, text) for k in ("dtype", "torch_dtype") if d.get(k)), "bfloat16")
-        method = str(found.get("quant_method", "unknown")).replace("QuantizationMethod.", "").lower()
+        method = str(found.get("quant_method") or "unknown").replace("QuantizationMethod.", "").lower()
         return cls(method, found, _TYPES.get(str(name), torch.bfloat16))
 
     def get(self, *names: str) -> Any:
