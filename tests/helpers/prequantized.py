@@ -98,7 +98,7 @@ def _write(directory: Path, base: Path, quantized: Tensors, plain: Tensors, conf
 def gptq(*, bits: int = 4, zero_offset: int = 1, group: int = GROUP, reorder: bool = False) -> Quantize:
     """w[r, c] = scales[g, r] * (code[c, r] - zero[g, r]), g = g_idx[c]; fields of int32, lowest first.
 
-    What is stored is zero - ``zero_offset``, modulo 2**bits. ``reorder``: act-order.
+    The older format counts the zeros' words down by ``zero_offset`` in each field. ``reorder``: act-order.
     """
 
     def quantize(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, torch.Tensor]:
@@ -117,7 +117,7 @@ def gptq(*, bits: int = 4, zero_offset: int = 1, group: int = GROUP, reorder: bo
             values[:, c] = scales[g_idx[c]].astype(np.float32) * steps
         parts = {
             f"{name}qweight": _words(codes, bits, 0),
-            f"{name}qzeros": _words((zeros - zero_offset) % (1 << bits), bits, 1),
+            f"{name}qzeros": _words(zeros, bits, 1) - sum(zero_offset << shift for shift in range(0, 32, bits)),
             f"{name}scales": torch.from_numpy(scales),
             f"{name}g_idx": torch.from_numpy(g_idx.astype(np.int32)),
         }

@@ -13,11 +13,14 @@ from moray.runtime.convert.published.weight import Grid, OnGrid, Published, Read
 class GptqWeight(OnGrid):
     """codes int32 [C * bits / 32, R]; zeros int32 [G, R * bits / 32]; scales [G, R]; order [C]: each column's group."""
 
-    zero_offset: int = 1  # the older format stores zero - 1, and 2**bits - 1 for 0
+    is_older: bool = True  # checkpoint_format gptq: stores zero - 1
 
     def unpack(self, read: Read) -> Grid:
         codes_CR = fields(read("codes"), self.bits, dim=0)
-        zeros_GR = (fields(read("zeros"), self.bits, dim=1) + self.zero_offset) & ((1 << self.bits) - 1)
+        words = read("zeros")
+        if self.is_older:  # whole words are counted down, with a borrow where a zero is 0: as GPTQModel has it
+            words = words + sum(1 << shift for shift in range(0, 32, self.bits))
+        zeros_GR = fields(words, self.bits, dim=1)
         order = read("order") if "order" in self.parts else None
         where = self.parts.get("order", self.parts["codes"])
         group_C = groups_of_columns(len(codes_CR), self.group, len(zeros_GR), order, where)
@@ -46,5 +49,4 @@ def find(headers: Headers) -> Iterator[tuple[str, Published]]:
             headers.expect(parts["order"], ("I32",), columns)
         dtype = headers.scale_dtype(parts["scales"])
         reordered = is_reordered and "order" in parts and groups > 1
-        offset = 0 if form == "gptq_v2" else 1
-        yield f"{base}.weight", GptqWeight(parts, (rows, columns), dtype, bits, group, reordered, offset)
+        yield f"{base}.weight", GptqWeight(parts, (rows, columns), dtype, bits, group, reordered, form == "gptq")
