@@ -27,7 +27,7 @@ from moray.runtime.kernels.memory import all_equal
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.kernels.pool import current_pool, set_num_threads
 from moray.runtime.kernels.programs import SERIAL_BYTES, SERIAL_PRODUCTS
-from moray.runtime.layout.packed import ENCODINGS, METAS, Bytes, Encoding, PackedSpec, pack_plain
+from moray.runtime.layout.packed import ENCODINGS, METAS, Bytes, Encoding, PackedSpec, pack_fp4, pack_plain
 from moray.runtime.model.expert_gates import apply_gate
 
 Ints = npt.NDArray[np.int64]
@@ -469,6 +469,26 @@ def test_torch_dequantizes_as_the_reference_does(spec: PackedSpec, seed: int) ->
     assert torch.equal(dequantize_rows(torch.from_numpy(packed), spec, rows, torch.float32), expected[rows])
     assert torch.equal(dequantize(torch.from_numpy(packed), spec, torch.bfloat16), expected.bfloat16())
     assert_same_bits(lookup(packed, spec, rows.numpy()), expected[rows].numpy())
+
+
+def test_every_code_of_fp4_is_read_exactly_under_every_scale() -> None:
+    """A row for each scale byte under which 6 is finite, with all sixteen codes twice."""
+    spec = PackedSpec(253, 32, "fp4", 32, "e8m0")
+    codes = np.tile(np.arange(16, dtype=np.uint8), (253, 2))
+    exponents = np.arange(253, dtype=np.uint8)[:, None]
+    codes[0] &= 8  # scale byte 0 stands for zeros
+    packed = pack_fp4(codes, exponents, spec)
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    expected = (values[codes & 7] * np.exp2(exponents - 127.0) * np.where(codes & 8, -1, 1)).astype(np.float32)
+    assert_same_bits(reference.dequantize(packed, spec), expected)
+    assert torch.equal(dequantize(torch.from_numpy(packed), spec, torch.float32), torch.from_numpy(expected))
+    assert_same_bits(lookup(packed, spec, np.arange(253)), expected)
+    one_of_each = np.eye(32, dtype=np.float32)
+    y = ops.linear(one_of_each, packed, MatrixKernel.of(spec, "float"))
+    np.testing.assert_array_equal(y.T, expected)  # 0 + -0 is 0: not bit for bit
+    with np.errstate(all="ignore"):
+        wanted = reference.matmul(one_of_each, packed, spec)
+    assert_same_bits(ops.linear(one_of_each, packed, MatrixKernel.of(spec, "int8")), wanted)
 
 
 def test_every_16_bit_number_is_read_exactly() -> None:
