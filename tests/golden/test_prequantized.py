@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import tiny_checkpoint
 from helpers.prequantized import (
     Pair,
     awq,
@@ -23,6 +25,7 @@ from helpers.prequantized import (
 )
 from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
 from helpers.stores import state_of_store
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moray.runtime.convert.converter import convert
@@ -222,6 +225,39 @@ def test_fp8_equals_its_definition_where_transformers_does_not_read_it(
     pair = write_pair(tmp_path, "mixtral", quantize, config, dtype=torch.float32)
     convert(pair.quantized, tmp_path / "store", "none")
     assert_equal_bits(tmp_path / "store", stock_model(pair.plain))
+
+
+@pytest.mark.parametrize("grid", [(8, 4, 2), (8, 1, 1), (8,), (1,), ()], ids=str)
+def test_fp8_experts_of_one_tensor_have_scales_of_their_own_or_one_for_all(
+    grid: tuple[int, ...], tmp_path: Path
+) -> None:
+    base = tiny_checkpoint("qwen3_moe", tmp_path / "base", torch.float32, fused=True, moe_intermediate_size=32)
+    pair = Pair(tmp_path / "quantized", tmp_path / "plain")
+    quantized, plain, rng = {}, {}, torch.Generator().manual_seed(0)
+    for key, tensor in load_file(base / "model.safetensors").items():
+        quantized[key] = plain[key] = tensor
+        if ".experts." in key:
+            scales = torch.rand(grid, generator=rng) / 1000 + 0.0005
+            quantized[key], quantized[f"{key}_scale_inv"] = (tensor * 1000).to(torch.float8_e4m3fn), scales
+            wide = scales.reshape(grid if len(grid) == 3 else (*grid, 1, 1) if grid else (1, 1, 1))
+            for dim in (1, 2):
+                wide = wide.repeat_interleave(tensor.shape[dim] // wide.shape[dim], dim=dim)
+            plain[key] = quantized[key].float() * wide
+    for path, tensors in ((pair.quantized, quantized), (pair.plain, plain)):
+        path.mkdir()
+        document = json.loads((base / "config.json").read_text())
+        document |= {"quantization_config": _FP8} if path is pair.quantized else {}
+        (path / "config.json").write_text(json.dumps(document))
+        save_file(tensors, path / "model.safetensors")
+    convert(pair.quantized, tmp_path / "store", "none")
+    assert_equal_bits(tmp_path / "store", stock_model(pair.plain))
+
+
+def test_workers_make_the_same_bytes(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, "qwen3_moe", awq, _AWQ, num_hidden_layers=1, **_QWEN)
+    manifests = [convert(pair.quantized, tmp_path / f"store{n}", "keep", workers=n) for n in (1, 2)]
+    assert manifests[0].shards == manifests[1].shards
+    assert manifests[0].trunk_checksum == manifests[1].trunk_checksum
 
 
 def test_other_recipes_quantize_the_dequantized_weights(tmp_path: Path) -> None:
