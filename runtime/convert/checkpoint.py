@@ -27,12 +27,13 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 _SAMPLE_BYTES = 64 << 10
+_NOTHING = Found()  # of quantized weights
 
 
 class Checkpoint:
     """A local checkpoint in safetensors. Picklable; opens files when it reads."""
 
-    def __init__(self, path: Path, tensors: dict[str, TensorEntry], found: Found, digest: str) -> None:
+    def __init__(self, path: Path, tensors: dict[str, TensorEntry], digest: str, found: Found = _NOTHING) -> None:
         self.path = path
         self.tensors = tensors
         self.published = found.weights  # weights that several tensors stand for; empty if it is not quantized
@@ -60,7 +61,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{root / INDEX_NAME} says that tensor {key} is in {file}, but it is not; download both again"
                 )
-        return cls(root, tensors, find_published(root, settings, tensors), digest.hexdigest())
+        return cls(root, tensors, digest.hexdigest(), find_published(root, settings, tensors))
 
     @property
     def keys(self) -> list[str]:

@@ -70,11 +70,8 @@ def find_published(root: Path, settings: Settings | None, tensors: Mapping[str, 
 def _notes(settings: Settings, of_activations: list[str]) -> Iterator[str]:
     groups = settings.get("config_groups")
     schemes = [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    scheme = settings.get("activation_scheme") or (
-        "given" if any(s.get("input_activations") for s in schemes) else None
-    )
-    if scheme or of_activations:
+    if settings.get("activation_scheme") or of_activations or any(s.get("input_activations") for s in schemes):
         yield (
-            f"quantization of activations ({settings.method}, {scheme or 'static'}, {len(of_activations)} tensors): "
-            "not used, activations are computed as the numerics class says"
+            f"{settings.method}'s quantized activations ({'static' if of_activations else 'dynamic'}) are not used: "
+            "activations are computed as the numerics class says"
         )
