@@ -20,10 +20,11 @@ import xxhash
 from geometry import WEIGHT_STD, Geometry, add_geometry, config_of, geometry_of, std_of, tensors_of
 from make_checkpoint import Noise
 
-from moray.runtime.convert.checkpoint import Checkpoint, TensorEntry
+from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece
 from moray.runtime.convert.plan import Plan, make_plan
 from moray.runtime.convert.recipe import DEFAULT_RECIPE, Recipe
+from moray.runtime.convert.tensors import TensorEntry
 from moray.runtime.layout.packed import ROWS, SCALE_FACTOR, Bytes, PackedSpec, Quantized, pack_quantized
 from moray.runtime.layout.shard import ExpertKey, build_shard
 from moray.runtime.model.families import load_config

@@ -87,7 +87,8 @@ def convert(
         typer.Option(
             help="One scheme for experts and attention, or COMPONENT=SCHEME,... Components: experts, attention, "
             "shared, dense, embeddings. Schemes: none, hqq8, hqq4, hqq3, hqq2, each with :GROUP, all but hqq8 also "
-            "with :GROUP:s8 (second-level scales). Or a whole recipe: paper-4bit, paper-3bit, paper-2bit."
+            "with :GROUP:s8 (second-level scales); keep: codes of a pre-quantized checkpoint as published. "
+            "Or a whole recipe: paper-4bit, paper-3bit, paper-2bit."
         ),
     ] = "hqq4",
     workers: Annotated[int | None, typer.Option(help="Processes that quantize; none: one for each core.")] = None,

@@ -10,7 +10,8 @@ from moray.runtime.errors import ConfigError
 from moray.runtime.layout.packed import ENCODINGS, METAS, Encoding, Meta, Numerics, PackedSpec
 
 DEFAULT_ENCODINGS = "q8,q4,q3,q2,q4:64:u8,q3:64:u8,q2:16:u8,bf16"
-_DEFAULT_GROUPS: dict[Encoding, int] = {"q8": 64, "q4": 64, "q3": 64, "q2": 16}
+_DEFAULT_GROUPS: dict[Encoding, int] = {"q8": 64, "q4": 64, "q3": 64, "q2": 16, "fp4": 32}
+_DEFAULT_METAS: dict[Encoding, Meta] = {"fp4": "e8m0"}
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 # What kernels should reach: of the memory's bandwidth at batch 1, and times dequantizing and torch's product.
@@ -161,9 +162,9 @@ def _parse_coding(text: str) -> Coding:
     encoding = next((encoding for encoding in ENCODINGS if encoding == name), None)
     if encoding is None:
         raise ConfigError(f"unknown encoding {name!r} in --encodings, expected some of {', '.join(ENCODINGS)}")
-    meta = next((meta for meta in METAS if meta == (meta_text or "f16")), None)
+    meta = next((meta for meta in METAS if meta == (meta_text or _DEFAULT_METAS.get(encoding, "f16"))), None)
     if meta is None or (group_text and not group_text.isdecimal()):
-        raise ConfigError(f"encoding {text!r} is not ENCODING:GROUP:META, e.g. q4:64 or q4:64:{METAS[-1]}")
+        raise ConfigError(f"encoding {text!r} is not ENCODING:GROUP:META, e.g. q4:64 or q4:64:u8")
     return Coding(encoding, int(group_text) if group_text else _DEFAULT_GROUPS.get(encoding, 0), meta)
 
 

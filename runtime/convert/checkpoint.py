@@ -3,64 +3,51 @@
 Headers are checked when a checkpoint is opened, so that a download that was cut short is found before
 hours of work. Tensors are read with plain reads, never mapped: memory stays bounded and a file that
 shrinks is an error instead of a signal.
+
+The weights of a pre-quantized checkpoint have the names and shapes that they would have in 16 bits (published/).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
+from moray.runtime.convert.published.formats import Found, find_published
+from moray.runtime.convert.published.settings import Settings
+from moray.runtime.convert.tensors import DTYPES, STORED_DTYPES, TensorEntry
 from moray.runtime.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 _SAMPLE_BYTES = 64 << 10
-_DTYPES: dict[str, torch.dtype] = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies: ``offset`` counts bytes from the start of its file."""
-
-    file: str
-    dtype: str  # safetensors' name
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
+_NOTHING = Found()  # of quantized weights
 
 
 class Checkpoint:
     """A local checkpoint in safetensors. Picklable; opens files when it reads."""
 
-    def __init__(self, path: Path, tensors: dict[str, TensorEntry], fingerprint: str) -> None:
+    def __init__(self, path: Path, tensors: dict[str, TensorEntry], digest: str, found: Found = _NOTHING) -> None:
         self.path = path
         self.tensors = tensors
-        self.fingerprint = fingerprint  # of its files' names, sizes, headers and samples of their content
+        self.published = found.weights  # weights that several tensors stand for; empty if it is not quantized
+        self.notes = found.notes  # what of it is left out
+        self.fingerprint = digest  # of its files' names, sizes, headers and samples of their content
+        self._used = found.used
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Read all headers. Raises CheckpointError: nothing there, cut short, damaged, or pre-quantized."""
+        """Read all headers. Raises CheckpointError: nothing there, cut short, damaged, or quantized in unknown ways."""
         root = Path(path)
         if not root.is_dir():
             raise CheckpointError(f"{root} is not a directory; expected a downloaded Hugging Face checkpoint")
-        _refuse_quantized(root / "config.json")
+        settings = Settings.read(root / "config.json")
         index = _read_index(root)
         files = sorted(set(index.values())) if index else [SINGLE_NAME]
         tensors: dict[str, TensorEntry] = {}
@@ -74,22 +61,39 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{root / INDEX_NAME} says that tensor {key} is in {file}, but it is not; download both again"
                 )
-        return cls(root, tensors, digest.hexdigest())
+        return cls(root, tensors, digest.hexdigest(), find_published(root, settings, tensors))
+
+    @property
+    def keys(self) -> list[str]:
+        """What a model is made from: plain tensors, and published weights under the names they would have."""
+        return [*(key for key in self.tensors if key not in self._used), *self.published]
 
     def describe(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor. Raises CheckpointError if its dtype is not supported."""
+        if key in self.published:
+            return self.published[key].shape, self.published[key].dtype
         entry = self.tensors[key]
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.path / entry.file}: tensor {key} has dtype {entry.dtype}, expected F32, BF16 or F16; "
-                "moray does not read pre-quantized checkpoints yet, use the original one"
+                "if it is a pre-quantized checkpoint, its config.json lacks quantization_config: download both again"
             )
-        return entry.shape, _DTYPES[entry.dtype]
+        return entry.shape, DTYPES[entry.dtype]
 
     def read(self, key: str, expert: int | None = None) -> torch.Tensor:
         """A private copy of a tensor; with ``expert`` only ``tensor[expert : expert + 1]``."""
+        if key in self.published:
+            return self.published[key].dequantize(self.part_reader(key, expert))
+        return self._read(key, expert)
+
+    def part_reader(self, key: str, expert: int | None = None) -> Callable[[str], torch.Tensor]:
+        """Reads the tensors of a published weight; with ``expert`` only its part of those that have one for each."""
+        num_experts = self.published[key].shape[:1]
+        return lambda part: self._read(part, expert if self.tensors[part].shape[:1] == num_experts else None)
+
+    def _read(self, key: str, expert: int | None) -> torch.Tensor:
         entry = self.tensors[key]
-        shape, dtype = self.describe(key)
+        shape, dtype = entry.shape, STORED_DTYPES[entry.dtype]
         offset, num_bytes = entry.offset, entry.num_bytes
         if expert is not None:
             num_bytes //= shape[0]
@@ -116,17 +120,21 @@ class Checkpoint:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _refuse_quantized(file: Path) -> None:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # load_config reports it
-    quantization = document.get("quantization_config") if isinstance(document, dict) else None
-    if quantization:
-        method = quantization.get("quant_method", "an unknown method") if isinstance(quantization, dict) else "?"
+def refuse_gguf(path: Path) -> None:
+    """Raises CheckpointError for a GGUF file, or a directory with nothing better.
+
+    transformers' reading of them is not sound enough: it builds a dense model of Mixtral's, with random weights in
+    place of the experts, does not read Qwen3-MoE's expert size, and holds all weights in float32 at once.
+    """
+    if path.is_dir():
+        found = next(iter(sorted(path.glob("*.gguf"))), None)
+        is_gguf = found is not None and not any(path.glob("*.safetensors*"))
+    else:
+        found, is_gguf = path, path.suffix == ".gguf"
+    if is_gguf:
         raise CheckpointError(
-            f"{file.parent} is quantized already ({method}); moray does not read pre-quantized checkpoints yet, "
-            "use the original 16-bit one"
+            f"{found} is a GGUF file, expected a directory with safetensors: GGUF is not read; convert the checkpoint "
+            "that it was made from, e.g. with recipe experts=hqq4:32,attention=hqq4:32 for about the size of Q4_0"
         )
 
 
@@ -155,7 +163,7 @@ def _and_more(count: int) -> str:
 
 
 def _explain_no_weights(root: Path) -> str:
-    others = [file.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for file in sorted(root.glob(pattern))]
+    others = [file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in sorted(root.glob(pattern))]
     if others:
         return (
             f"{root} has its weights in {others[0]}; expected {SINGLE_NAME} or {INDEX_NAME}: "
@@ -205,7 +213,7 @@ def _parse_entry(file: str, entry: dict[str, Any], data_start: int) -> TensorEnt
     num_elements = 1
     for size in shape:
         num_elements *= size
-    itemsize = _DTYPES[dtype].itemsize if dtype in _DTYPES else None
+    itemsize = STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else None
     if begin < 0 or end < begin or (itemsize and end - begin != num_elements * itemsize):
         raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
     return TensorEntry(file, dtype, shape, data_start + begin, end - begin)

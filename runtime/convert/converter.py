@@ -19,7 +19,7 @@ import transformers
 import xxhash
 
 import moray
-from moray.runtime.convert.checkpoint import Checkpoint
+from moray.runtime.convert.checkpoint import Checkpoint, refuse_gguf
 from moray.runtime.convert.encode import Piece
 from moray.runtime.convert.journal import JOURNAL_NAME, Journal
 from moray.runtime.convert.plan import Plan, make_plan
@@ -76,6 +76,7 @@ def convert(
     source, store = Path(checkpoint_dir), Path(store_dir)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.parse() if recipe is None else Recipe.parse(recipe)
+    refuse_gguf(source)
     config = load_config(source)
     checkpoint = Checkpoint.open(source)
     check_places(source, store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from moray.runtime.convert.checkpoint import Checkpoint
+from moray.runtime.convert.keep import keep, plan_kept
 from moray.runtime.convert.quantize import quantize_rows
 from moray.runtime.convert.recipe import Scheme
 from moray.runtime.convert.sources import ModelShapes, Source, realize
@@ -36,6 +38,7 @@ class TensorPlan:
     spec: PackedSpec | None
     dtype: torch.dtype
     transpose: bool = False
+    kept: bool = False  # the checkpoint's codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +58,44 @@ class Piece:
 
 
 def choose_spec(
-    scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, source: Source
-) -> tuple[PackedSpec, str | None]:
-    """How a matrix is packed under a scheme, and a note if that is not what the scheme says."""
+    scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, sources: Sequence[Source], checkpoint: Checkpoint
+) -> tuple[PackedSpec, bool, str | None]:
+    """How a matrix is packed under a scheme, whether the codes are the checkpoint's, and a note if that is not what
+    the scheme says. ``sources``: of all matrices that must be packed alike."""
     rows, columns = shape
+    source = sources[0]
     if dtype not in _PLAIN:
         raise CheckpointError(
             f"{source.target}, made from {source.keys[0]}, has dtype {dtype}, expected float32, bfloat16 or float16"
         )
-    if scheme.bits is None:
-        return PackedSpec(rows, columns, _PLAIN[dtype]), None
-    group = choose_group(scheme.group, columns, scheme.bits)
     where = f"{re.sub(r'[0-9]+', '*', source.target)} ({rows} x {columns})"
+    if scheme.bits is None:
+        keys = [key for other in sources for key in other.keys] if scheme.keep else []
+        spec, why = plan_kept(keys, shape, checkpoint)
+        if spec:
+            return spec, True, None
+        return (
+            PackedSpec(rows, columns, _PLAIN[dtype]),
+            False,
+            f"{where}: {why}, kept as {_PLAIN[dtype]}" if why else None,
+        )
+    group = choose_group(scheme.group, columns, scheme.bits)
     if group == 0:
         encoding: Encoding = "f16" if dtype == torch.float16 else "bf16"
-        return PackedSpec(rows, columns, encoding), f"{where}: no group divides its rows, kept as {encoding}"
+        return PackedSpec(rows, columns, encoding), False, f"{where}: no group divides its rows, kept as {encoding}"
     note = None if group == scheme.group else f"{where}: group {group} instead of {scheme.group}"
-    return PackedSpec(rows, columns, scheme.encoding, group, scheme.meta), note
+    return PackedSpec(rows, columns, scheme.encoding, group, scheme.meta), False, note
 
 
 def encode_piece(piece: Piece, checkpoint: Checkpoint, shapes: ModelShapes) -> Bytes:
     """Read, convert and pack one piece. Raises CheckpointError (NaN, Inf or out of float16's range)."""
     data: dict[str, Bytes] = {}
     for plan in piece.tensors:
-        tensor = realize(plan.source, checkpoint.read, shapes)
-        data[plan.name] = _encode(tensor, plan)
+        if plan.kept:
+            assert plan.spec is not None
+            data[plan.name] = keep(plan.source, plan.spec, plan.transpose, checkpoint, shapes)
+        else:
+            data[plan.name] = _encode(realize(plan.source, checkpoint.read, shapes), plan)
     if piece.shard is not None:
         return build_shard(*piece.shard, data)
     (only,) = data.values()

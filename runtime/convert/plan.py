@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -60,12 +60,12 @@ def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) 
         shape, dtype = checkpoint.describe(key)
         return torch.empty(shape if expert is None else (1, *shape[1:]), dtype=dtype, device="meta")
 
-    index = index_sources(model, checkpoint.tensors, describe)
+    index = index_sources(model, checkpoint.keys, describe)
     layers: list[ExpertsLayer] = []
     shards: dict[ExpertKey, Piece] = {}
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = dict.fromkeys(checkpoint.notes)
     for layer, (path, module) in enumerate(expert_modules(model)):
-        layout, tensors = _plan_layer(path, module, index, recipe, index.experts[layer][0], notes)
+        layout, tensors = _plan_layer(path, module, index, recipe, checkpoint, index.experts[layer], notes)
         activation = "swiglu" if is_swiglu(module) else "module"
         layers.append(ExpertsLayer(path, len(index.experts[layer]), layout, activation))
         for expert, sources in enumerate(index.experts[layer]):
@@ -89,12 +89,14 @@ def _plan_layer(
     module: nn.Module,
     index: SourceIndex,
     recipe: Recipe,
-    sources: dict[str, Source],
+    checkpoint: Checkpoint,
+    experts: list[dict[str, Source]],
     notes: dict[str, None],
 ) -> tuple[ShardLayout, list[TensorPlan]]:
     """Layout of a layer's shards, and the plan of each tensor of its first expert."""
     tensors: list[TensorPlan] = []
     placed: list[tuple[str, PackedSpec | int]] = []
+    sources = experts[0]
     for name in sorted(sources, key=_SHARD_ORDER.index):
         shape = index.shapes.shapes[f"{path}.{name}"][1:]
         transpose = bool(module.is_transposed) and len(shape) == 2
@@ -106,15 +108,16 @@ def _plan_layer(
             raise UnsupportedModelError(f"{path}.{name} has shape {list(shape)} for one expert, expected 2 dimensions")
         rows, columns = shape[::-1] if transpose else shape
         dtype = index.dtypes[f"{path}.{name}"]
-        spec, note = choose_spec(recipe["experts"], (rows, columns), dtype, sources[name])
+        same = [expert[name] for expert in experts]
+        spec, kept, note = choose_spec(recipe["experts"], (rows, columns), dtype, same, checkpoint)
         notes |= {note: None} if note else {}
-        tensors.append(TensorPlan(name, sources[name], spec, dtype, transpose))
+        tensors.append(TensorPlan(name, sources[name], spec, dtype, transpose, kept))
         placed.append((name, spec))
     return plan_layout(placed), tensors
 
 
 def _plan_shard(key: ExpertKey, layout: ShardLayout, tensors: list[TensorPlan], sources: dict[str, Source]) -> Piece:
-    own = tuple(TensorPlan(plan.name, sources[plan.name], plan.spec, plan.dtype, plan.transpose) for plan in tensors)
+    own = tuple(replace(plan, source=sources[plan.name]) for plan in tensors)
     label = f"expert {key.expert} of MoE layer {key.layer}"
     offset = key.expert * layout.num_bytes
     return Piece(experts_file(key.layer), offset, layout.num_bytes, label, own, (key, layout))

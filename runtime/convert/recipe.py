@@ -1,6 +1,7 @@
 """The recipe: how many bits each component of a model gets.
 
-A scheme is ``none`` or ``hqqBITS[:GROUP[:s8]]``; ``s8`` means second-level scales of 8 bits (layout/second_level.py).
+A scheme is ``none``, ``keep`` or ``hqqBITS[:GROUP[:s8]]``; ``s8`` means second-level scales of 8 bits
+(layout/second_level.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _ENCODINGS: dict[int, Encoding] = {8: "q8", 4: "q4", 3: "q3", 2: "q2"}
 _MAX_GROUP = 256
 _DEFAULT_COMPONENTS: tuple[Component, ...] = ("experts", "attention")
 _SECOND_LEVEL = "s8"
+_KEEP = "keep"
 
 DEFAULT_RECIPE = "experts=hqq4:64,attention=hqq4:64"
 
@@ -26,7 +28,7 @@ PRESETS = {
     "paper-2bit": "experts=hqq2:16:s8,attention=hqq4:64:s8",
 }
 _ALLOWED = (
-    "none, hqq8, hqq4, hqq3, hqq2, each hqq optionally with :GROUP, all but hqq8 with :GROUP:s8; "
+    "none, keep, hqq8, hqq4, hqq3, hqq2, each hqq optionally with :GROUP, all but hqq8 with :GROUP:s8; "
     f"or, as the whole recipe, {', '.join(PRESETS)}"
 )
 
@@ -35,16 +37,18 @@ _ALLOWED = (
 class Scheme:
     """HQQ with ``bits`` bits a weight and one scale and zero per ``group`` columns; bits None: as stored.
 
-    ``meta`` says how scales and zeros are stored (layout/packed.py).
+    ``meta`` says how scales and zeros are stored (layout/packed.py). ``keep``: codes of a pre-quantized checkpoint
+    stay what they are; without it, its weights are dequantized first.
     """
 
     bits: int | None = None
     group: int = 0
     meta: Meta = "f16"
+    keep: bool = False
 
     def __str__(self) -> str:
         if self.bits is None:
-            return "none"
+            return _KEEP if self.keep else "none"
         return f"hqq{self.bits}:{self.group}" + (f":{_SECOND_LEVEL}" if self.meta == "u8" else "")
 
     @property
@@ -54,6 +58,7 @@ class Scheme:
 
 
 NONE = Scheme()
+KEEP = Scheme(keep=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +80,14 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str = DEFAULT_RECIPE) -> Recipe:
-        """Read ``SCHEME`` (for experts and attention), ``COMPONENT=SCHEME,...``, or a preset's name.
+        """Read ``SCHEME`` (for experts and attention; ``keep``: for all), ``COMPONENT=SCHEME,...``, or a preset's name.
 
         Raises RecipeError naming what is unknown and what is allowed.
         """
         text = PRESETS.get(text.strip(), text)
         if "=" not in text:
             scheme = _parse_scheme(text)
-            return cls({component: scheme for component in _DEFAULT_COMPONENTS})
+            return cls({component: scheme for component in (COMPONENTS if scheme == KEEP else _DEFAULT_COMPONENTS)})
         schemes: dict[Component, Scheme] = {}
         for part in text.split(","):
             name, equals, scheme_text = part.partition("=")
@@ -106,6 +111,8 @@ def _parse_scheme(text: str) -> Scheme:
     name, *options = text.strip().split(":")
     if name == "none" and not options:
         return NONE
+    if name == _KEEP and not options:
+        return KEEP
     bits = {f"hqq{bits}": bits for bits in _DEFAULTS}.get(name)
     if bits is None:
         raise RecipeError(f"unknown scheme {text.strip()!r}; allowed: {_ALLOWED}")

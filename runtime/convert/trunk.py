@@ -71,9 +71,9 @@ def plan_trunk(model: PreTrainedModel, index: SourceIndex, recipe: Recipe, check
         source = sources.pop(f"{path}.weight")
         rows, columns = index.shapes.shapes[source.target]
         dtype = index.dtypes[source.target]
-        packed[path], note = choose_spec(recipe[component], (rows, columns), dtype, source)
+        packed[path], kept, note = choose_spec(recipe[component], (rows, columns), dtype, [source], checkpoint)
         notes |= {note: None} if note else {}
-        plan = TensorPlan(path + PACKED_SUFFIX, source, packed[path], torch.uint8)
+        plan = TensorPlan(path + PACKED_SUFFIX, source, packed[path], torch.uint8, kept=kept)
         tensors.append(_Tensor(plan, torch.uint8, (packed[path].num_bytes,)))
     raw = [_raw_tensor(name, source, index) for name, source in sources.items()]
     tensors += sorted(raw, key=lambda tensor: -tensor.dtype.itemsize)

@@ -21,7 +21,7 @@ from numba.core import cgutils
 from moray.runtime.kernels import vectors as v
 from moray.runtime.kernels.isa import INSTRUCTION_SETS
 from moray.runtime.kernels.vectors import F32, I32, I64, VF32, VI32
-from moray.runtime.layout import second_level
+from moray.runtime.layout import fp4, second_level
 from moray.runtime.layout.packed import ENCODINGS, METAS, PLANES, SCALE_FACTOR, VECTOR_BYTES, Encoding, Meta
 
 _MAX_UNROLLED = 16  # vectors of codes in a group; larger groups are loops
@@ -118,13 +118,17 @@ def _emit_quantized(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums
 def _emit_meta(
     builder: ir.IRBuilder, variant: Variant, ops: Operands, meta: ir.Value, num_groups: ir.Value, group: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """Scales and zeros of 16 rows, as layout/packed.py and layout/second_level.py define them."""
+    """Scales and zeros of 16 rows, as layout/packed.py, second_level.py and fp4.py define them."""
     isa = variant.instruction_set
     if variant.meta == "f16":
         at = builder.add(meta, builder.mul(group, I64(VECTOR_BYTES)))
         v.prefetch(builder, builder.add(at, ops.block_bytes))  # the next block's: the one after is elsewhere
         scale = builder.fmul(v.load_halves(builder, at, isa), v.const_f32(SCALE_FACTOR))
         return scale, v.load_halves(builder, v.offset(builder, at, 32), isa)
+    if variant.meta == "e8m0":
+        at = builder.add(meta, builder.mul(group, I64(16)))
+        v.prefetch(builder, builder.add(at, ops.block_bytes))
+        return builder.fmul(v.load_powers(builder, at), v.const_f32(0.5)), v.const_f32(fp4.ZERO)
     at = builder.add(meta, builder.mul(group, I64(32)))
     v.prefetch(builder, builder.add(at, ops.block_bytes))
     supers = builder.add(meta, builder.mul(num_groups, I64(32)))
@@ -153,7 +157,10 @@ def _for_each_quad(builder: ir.IRBuilder, variant: Variant, codes: ir.Value, bod
             if variant.encoding == "q3":
                 body(_three_bits(builder, plane_vector, field, num_vectors), quad)
             else:
-                body(_field(builder, plane_vector(0), width * field, width), quad)
+                quad_codes = _field(builder, plane_vector(0), width * field, width)
+                if variant.encoding == "fp4":
+                    quad_codes = v.fp4_levels(builder, quad_codes, variant.instruction_set)
+                body(quad_codes, quad)
 
     if num_vectors <= _MAX_UNROLLED:
         for j in range(num_vectors):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from moray.runtime.layout import second_level
+from moray.runtime.layout import fp4, second_level
 from moray.runtime.layout.packed import PLANES, ROWS, SCALE_FACTOR, VECTOR_BYTES, PackedSpec
 
 _PLAIN_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -36,7 +36,11 @@ def _values(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, spec
     if not spec.is_quantized:
         return codes.transpose(1, 2).reshape(count, lanes, -1).view(_PLAIN_TYPES[spec.encoding])[..., : spec.columns]
     quads = _codes(codes.unflatten(1, (spec.num_groups, -1)), spec)
-    columns = quads.permute(0, 3, 1, 2, 4).reshape(count, lanes, spec.num_groups, spec.group).float()
+    columns = quads.permute(0, 3, 1, 2, 4).reshape(count, lanes, spec.num_groups, spec.group)
+    if spec.encoding == "fp4":
+        doubles = torch.tensor(fp4.DOUBLES, device=columns.device)
+        return (doubles[columns.long()] * scales[..., None]).flatten(2)
+    columns = columns.float()
     return ((columns - zeros[..., None]) * scales[..., None]).flatten(2)
 
 
@@ -50,6 +54,10 @@ def _meta(data: torch.Tensor, spec: PackedSpec) -> tuple[torch.Tensor, torch.Ten
         halves = data.reshape(count, groups, VECTOR_BYTES).view(torch.float16).view(count, groups, 2, ROWS)
         scales, zeros = halves.permute(2, 0, 3, 1).float()
         return scales * SCALE_FACTOR, zeros
+    if spec.meta == "e8m0":
+        exponents = data[:, : ROWS * groups].reshape(count, groups, ROWS).transpose(1, 2)
+        powers = (exponents.int() << 23).view(torch.float32) * 0.5  # as fp4.decode
+        return powers, torch.full_like(powers, fp4.ZERO)
     supers = second_level.num_supers(groups)
     end = 2 * ROWS * groups
     codes = data[:, :end].reshape(count, groups, 2, ROWS).permute(2, 0, 3, 1).float()

@@ -12,10 +12,12 @@ from numba.extending import intrinsic
 
 from moray.runtime.kernels import setup as _setup  # noqa: F401  (before any njit)
 from moray.runtime.kernels.vectors import F32, I32
-from moray.runtime.layout import second_level
-from moray.runtime.layout.packed import PLANES, SCALE_FACTOR, Bytes, PackedSpec
+from moray.runtime.layout import fp4, second_level
+from moray.runtime.layout.packed import METAS, PLANES, SCALE_FACTOR, Bytes, PackedSpec
 
 _HALF_TO_FLOAT = np.float32(2.0**112)  # moves float16's exponent field to float32's place
+_SECOND_LEVEL, _POWERS = METAS.index("u8"), METAS.index("e8m0")
+_DOUBLES = np.array(fp4.DOUBLES, dtype=np.float32)
 _SCALE_FACTOR, _SUPER_FACTOR = np.float32(SCALE_FACTOR), np.float32(second_level.SUPER_FACTOR)
 
 
@@ -52,15 +54,18 @@ def _plain_row(block, lane, columns, is_half, width, out):
 
 
 @njit(nogil=True, cache=True)
-def _quantized_row(block, lane, columns, group, planes, code_bytes, has_second_level, step, lowest, out):
+def _quantized_row(block, lane, columns, group, planes, code_bytes, meta, step, lowest, out):
     num_groups, bits = columns // group, planes.sum()
     codes = np.empty(group, np.int64)
     for g in range(num_groups):
-        if has_second_level:
+        if meta == _SECOND_LEVEL:
             at = code_bytes + 32 * g
             unit = _half(block, code_bytes + 32 * num_groups + 32 * (g // 16) + 2 * lane) * _SUPER_FACTOR
             scale = np.float32(block[at + lane]) * unit
             zero = np.float32(block[at + 16 + lane]) * step + lowest
+        elif meta == _POWERS:
+            scale = _float_of(np.int64(block[code_bytes + 16 * g + lane]) << 23) * np.float32(0.5)
+            zero = np.float32(0)
         else:
             at = code_bytes + 64 * g
             scale, zero = _half(block, at + 2 * lane) * _SCALE_FACTOR, _half(block, at + 32 + 2 * lane)
@@ -75,17 +80,16 @@ def _quantized_row(block, lane, columns, group, planes, code_bytes, has_second_l
                         codes[4 * (part * vectors + i) + k] |= ((byte >> (b * part)) & mask) << shift
             first, shift = first + 64 * vectors, shift + b
         for c in range(group):
-            out[g * group + c] = (np.float32(codes[c]) - zero) * scale
+            value = _DOUBLES[codes[c]] if meta == _POWERS else np.float32(codes[c]) - zero
+            out[g * group + c] = value * scale
 
 
 @njit(nogil=True, cache=True)
-def _lookup(packed, rows, columns, is_half, width, group, planes, code_bytes, has_second_level, step, lowest, out):
+def _lookup(packed, rows, columns, is_half, width, group, planes, code_bytes, meta, step, lowest, out):
     for i in range(rows.shape[0]):
         block, lane = packed[rows[i] // 16], rows[i] % 16
         if group:
-            _quantized_row(
-                block, lane, columns, group, planes, code_bytes, has_second_level, step, lowest, out[i]
-            )  # fmt: skip
+            _quantized_row(block, lane, columns, group, planes, code_bytes, meta, step, lowest, out[i])
         else:
             _plain_row(block, lane, columns, is_half, width, out[i])
 
@@ -98,6 +102,6 @@ def lookup(packed: Bytes, spec: PackedSpec, rows: npt.NDArray[np.int64]) -> npt.
     step, lowest = (np.float32(f(spec.bits)) for f in (second_level.zero_step, second_level.lowest_zero))
     _lookup(
         packed.reshape(spec.num_blocks, spec.block_bytes), rows, spec.columns, is_half, width, spec.group, planes,
-        spec.code_bytes, spec.meta == "u8", step, lowest, out,
+        spec.code_bytes, METAS.index(spec.meta), step, lowest, out,
     )  # fmt: skip
     return out

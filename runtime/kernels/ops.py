@@ -148,6 +148,8 @@ def _random_packed(spec: PackedSpec, rng: np.random.Generator) -> Bytes:
     if spec.meta == "f16":
         halves = rng.uniform(0.5, 4, (spec.num_blocks, (spec.block_bytes - spec.code_bytes) // 2))
         packed[:, spec.code_bytes :] = halves.astype(np.float16).view(np.uint8)
+    elif spec.meta == "e8m0":
+        packed[:, spec.code_bytes :] = 126 + packed[:, spec.code_bytes :] % 4
     else:
         supers = spec.code_bytes + 32 * spec.num_groups
         halves = rng.uniform(0.5, 4, (spec.num_blocks, (spec.block_bytes - supers) // 2))

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.runtime.kernels import rows
-from moray.runtime.layout.packed import Bytes, PackedSpec, unpack_plain, unpack_quantized
+from moray.runtime.layout import fp4
+from moray.runtime.layout.packed import Bytes, PackedSpec, unpack_fp4, unpack_plain, unpack_quantized
 
 Floats = npt.NDArray[np.float32]
 
@@ -21,8 +22,12 @@ def dequantize(packed: Bytes, spec: PackedSpec) -> Floats:
         if spec.encoding == "bf16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32)
-    q = unpack_quantized(packed, spec)
     shape = (spec.rows, spec.num_groups, spec.group)
+    if spec.encoding == "fp4":
+        codes, exponents = unpack_fp4(packed, spec)
+        doubles = np.array(fp4.DOUBLES, dtype=np.float32)[codes].reshape(shape)
+        return np.asarray(doubles * fp4.decode(exponents)[:, :, None]).reshape(spec.rows, spec.columns)
+    q = unpack_quantized(packed, spec)
     weights: Floats = (q.codes.reshape(shape) - q.zeros[:, :, None]) * q.scales[:, :, None]
     return weights.reshape(spec.rows, spec.columns)
 

@@ -1,9 +1,9 @@
 """Sixteen-lane vectors in LLVM's intermediate form: the few operations that the packed-layout kernels need.
 
 A vector is one LLVM value and lives in registers. LLVM lowers it for any CPU: one AVX-512 register, two AVX2
-registers, four SSE or NEON ones. Only ``dot4`` and the reading of float16 differ by instruction set, and both are
-exact, so every instruction set gives the same bits. No operation here carries fast-math flags, so LLVM may neither
-reorder nor contract them. Addresses are plain int64; the caller keeps the memory alive.
+registers, four SSE or NEON ones. Only ``dot4``, ``fp4_levels`` and the reading of float16 differ by instruction
+set, and all are exact, so every instruction set gives the same bits. No operation here carries fast-math flags, so
+LLVM may neither reorder nor contract them. Addresses are plain int64; the caller keeps the memory alive.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from moray.runtime.kernels.isa import PORTABLE
+from moray.runtime.layout import fp4
 
 LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -78,6 +79,37 @@ def load_bytes_as_floats(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Sixteen uint8 -> float32."""
     codes = load(builder, address, ir.VectorType(I8, LANES), align=1)
     return builder.sitofp(builder.zext(codes, VI32), VF32)
+
+
+def load_powers(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Sixteen bytes e -> 2**(e - 127), and 0 for e = 0."""
+    codes = load(builder, address, ir.VectorType(I8, LANES), align=1)
+    return builder.bitcast(builder.shl(builder.zext(codes, VI32), const_i32(23)), VF32)
+
+
+def fp4_levels(builder: ir.IRBuilder, codes: ir.Value, instruction_set: str) -> ir.Value:
+    """The level of each byte of [16 x i32], a code from 0 to 15 (layout/fp4.py)."""
+    if instruction_set in ("avx512vnni", "avx512"):
+        return _pshufb(builder, codes, 64)
+    if instruction_set != PORTABLE:
+        return _halved(builder, partial(_pshufb, builder, lanes=32), codes)
+    # In each byte: twice the value is m for m < 4, then 4, 6, 8, 12; the level is 12 plus or minus it.
+    ones = const_i32(0x01010101)
+    b0, b1, b2, sign = (builder.and_(builder.lshr(codes, const_i32(k)), ones) for k in range(4))
+    both = builder.add(b1, builder.and_(b0, b1))
+    more = builder.and_(builder.add(b0, builder.add(both, both)), builder.mul(b2, const_i32(0xFF)))
+    double = builder.add(builder.and_(codes, const_i32(0x07070707)), more)
+    zero, negative = const_i32(fp4.ZERO * 0x01010101), builder.mul(sign, const_i32(0xFF))
+    plus, minus = builder.add(zero, double), builder.sub(zero, double)
+    return builder.or_(builder.and_(minus, negative), builder.and_(plus, builder.not_(negative)))
+
+
+def _pshufb(builder: ir.IRBuilder, codes: ir.Value, lanes: int) -> ir.Value:
+    name = "llvm.x86.avx512.pshuf.b.512" if lanes == 64 else "llvm.x86.avx2.pshuf.b"
+    kind = ir.VectorType(I8, lanes)
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, kind]), name)
+    table = ir.Constant(kind, list(fp4.LEVELS) * (lanes // 16))
+    return builder.bitcast(builder.call(function, [table, builder.bitcast(codes, kind)]), codes.type)
 
 
 def dot4(builder: ir.IRBuilder, acc: ir.Value, codes: ir.Value, x: ir.Value, instruction_set: str) -> ir.Value:

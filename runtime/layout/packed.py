@@ -7,6 +7,7 @@ of 4 bytes; lane r belongs to row r of the block. What the 4 bytes hold depends 
     bf16, f16   2 columns         vector j: columns 2j, 2j+1 (an odd C is padded with one zero column)
     q8          4 columns         vector j: columns 4j..4j+3, one unsigned code a byte
     q4, q2, q3  as q8, but each byte holds several codes, in planes (below)
+    fp4         as q4, each code a four-bit float (fp4.py)
 
 Quantized rows are cut into groups of ``group`` columns. The codes of one group in one row block take
 ``16 * group * bits / 8`` bytes, a multiple of 64. A *plane* of b bits holds
@@ -20,7 +21,8 @@ After the codes of all its groups a row block holds one *meta* vector a group: 1
     w = (q - zero) * scale * 2**-8
 
 The constant 2**-8 keeps the scales of small weights out of float16's subnormal range.
-That is meta "f16". With meta "u8" (q4, q3 and q2) scales and zeros are 8-bit codes: second_level.py.
+That is meta "f16". With meta "u8" (q4, q3 and q2) scales and zeros are 8-bit codes: second_level.py. fp4 has meta
+"e8m0", powers of two: fp4.py.
 Rows that do not fill the last block are stored as zero codes with zero scales.
 docs/format.md has the picture.
 """
@@ -33,13 +35,14 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.layout import second_level
+from moray.runtime.layout import fp4, second_level
 
-Encoding = Literal["f32", "bf16", "f16", "q8", "q4", "q3", "q2"]
+Encoding = Literal["f32", "bf16", "f16", "q8", "q4", "q3", "q2", "fp4"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
-#: How scales and zeros are stored: as float16, or as 8-bit codes with super-scales (second_level.py).
-Meta = Literal["f16", "u8"]
+#: How scales and zeros are stored: as float16, as 8-bit codes with super-scales (second_level.py), or (fp4) as
+#: powers of two without zeros.
+Meta = Literal["f16", "u8", "e8m0"]
 METAS: tuple[Meta, ...] = get_args(Meta)
 
 #: Numerics classes of the CPU kernels (docs/format.md).
@@ -50,8 +53,8 @@ ROWS = 16  # rows in a block
 VECTOR_BYTES = 64  # 16 lanes of 4 bytes
 SCALE_FACTOR = 2.0**-8
 
-_BITS: dict[Encoding, int] = {"f32": 32, "bf16": 16, "f16": 16, "q8": 8, "q4": 4, "q3": 3, "q2": 2}
-PLANES: dict[Encoding, tuple[int, ...]] = {"q8": (8,), "q4": (4,), "q3": (2, 1), "q2": (2,)}
+_BITS: dict[Encoding, int] = {"f32": 32, "bf16": 16, "f16": 16, "q8": 8, "q4": 4, "q3": 3, "q2": 2, "fp4": 4}
+PLANES: dict[Encoding, tuple[int, ...]] = {"q8": (8,), "q4": (4,), "q3": (2, 1), "q2": (2,), "fp4": (4,)}
 SECOND_LEVEL_ENCODINGS: tuple[Encoding, ...] = ("q4", "q3", "q2")
 
 Bytes = npt.NDArray[np.uint8]
@@ -63,7 +66,7 @@ class PackedSpec:
     """Shape and encoding of one packed matrix.
 
     ``group`` is the number of columns that share a scale and a zero; 0 for f32, bf16 and f16.
-    ``meta`` says how these are stored; "u8" for q4, q3 and q2 only.
+    ``meta`` says how these are stored; "u8" for q4, q3 and q2 only, "e8m0" for fp4 and for nothing else.
     """
 
     rows: int
@@ -85,6 +88,8 @@ class PackedSpec:
             raise ValueError(f"unknown meta {self.meta!r}, expected one of {', '.join(METAS)}")
         if self.meta == "u8" and self.encoding not in SECOND_LEVEL_ENCODINGS:
             raise ValueError(f"{self.encoding} has no second-level scales (meta u8)")
+        if (self.encoding == "fp4") != (self.meta == "e8m0"):
+            raise ValueError(f"fp4 goes with meta e8m0 only, got {self.encoding} with meta {self.meta}")
 
     @property
     def bits(self) -> int:
@@ -116,6 +121,8 @@ class PackedSpec:
         """Bytes of scales and zeros in one row block, a multiple of 64; 0 if not quantized."""
         if self.meta == "u8":
             return second_level.meta_bytes(self.num_groups)
+        if self.meta == "e8m0":
+            return fp4.meta_bytes(self.num_groups)
         return self.num_groups * VECTOR_BYTES
 
     @property
@@ -132,7 +139,7 @@ class PackedSpec:
 class Quantized:
     """Codes and grid of one matrix, before packing: w = (codes - zeros) * scales.
 
-    codes: uint8 [R, C]; scales, zeros: float32 [R, C / group], ``scales`` without the 2**8 factor.
+    codes: uint8 [R, C]; scales, zeros: float32 [R, C / group], ``scales`` without the 2**8 factor. Of fp4: levels.
     """
 
     codes: Bytes
@@ -187,27 +194,54 @@ def pack_quantized(quantized: Quantized, spec: PackedSpec) -> Bytes:
     Raises OverflowError if a scale does not fit float16 (weights of a range above ~3800 at 4 bits), or, with
     meta "u8", if scales and zeros are not exactly ones that it can hold (convert/quantize.py makes them so).
     """
-    assert quantized.codes.shape == (spec.rows, spec.columns)
+    return _pack_blocks(quantized.codes, _pack_meta(quantized, spec), spec)
+
+
+def pack_fp4(codes_RC: Bytes, exponents_RG: Bytes, spec: PackedSpec) -> Bytes:
+    """Pack the codes and scales of MXFP4 as they are. Returns uint8 [num_bytes]. Raises OverflowError (fp4.check)."""
+    fp4.check(codes_RC, exponents_RG)
+    return _pack_blocks(codes_RC, fp4.pack_meta(exponents_RG), spec)
+
+
+def unpack_fp4(packed: Bytes, spec: PackedSpec) -> tuple[Bytes, Bytes]:
+    """Inverse of ``pack_fp4``."""
+    meta = packed.reshape(spec.num_blocks, spec.block_bytes)[:, spec.code_bytes :]
+    return _unpack_codes(packed, spec), fp4.unpack_meta(meta, spec.num_groups)[: spec.rows]
+
+
+def _pack_blocks(codes_RC: Bytes, meta: Bytes, spec: PackedSpec) -> Bytes:
+    assert codes_RC.shape == (spec.rows, spec.columns)
     blocks, groups = spec.num_blocks, spec.num_groups
     codes = np.zeros((blocks * ROWS, spec.columns), dtype=np.uint8)
-    codes[: spec.rows] = quantized.codes
+    codes[: spec.rows] = codes_RC
     quads = spec.group // 4
     # [block, row, group, quad, 4] -> [block, group, quad, row, 4]: one quad is one 64-byte vector of codes
     vectors = codes.reshape(blocks, ROWS, groups, quads, 4).transpose(0, 2, 3, 1, 4)
     out = np.empty((blocks, spec.block_bytes), dtype=np.uint8)
     out[:, : spec.code_bytes] = _pack_planes(vectors, spec).reshape(blocks, spec.code_bytes)
-    out[:, spec.code_bytes :] = _pack_meta(quantized, spec).reshape(blocks, -1)
+    out[:, spec.code_bytes :] = meta.reshape(blocks, -1)
     return out.reshape(-1)
 
 
 def unpack_quantized(packed: Bytes, spec: PackedSpec) -> Quantized:
-    """Inverse of ``pack_quantized``, up to the float16 rounding of scales and zeros with meta "f16"."""
+    """Inverse of ``pack_quantized``, up to the float16 rounding of scales and zeros with meta "f16".
+
+    Of fp4 the levels, which are the same for 0 and -0.
+    """
+    codes = _unpack_codes(packed, spec)
+    scales, zeros = _unpack_meta(packed.reshape(spec.num_blocks, spec.block_bytes)[:, spec.code_bytes :], spec)
+    if spec.encoding == "fp4":
+        codes = np.array(fp4.LEVELS, dtype=np.uint8)[codes]
+    return Quantized(codes, scales[: spec.rows], zeros[: spec.rows])
+
+
+def _unpack_codes(packed: Bytes, spec: PackedSpec) -> Bytes:
+    """uint8 [R, C]."""
     blocks, groups = spec.num_blocks, spec.num_groups
     data = packed.reshape(blocks, spec.block_bytes)
     vectors = _unpack_planes(data[:, : spec.code_bytes].reshape(blocks, groups, -1, ROWS, 4), spec)
     codes = vectors.transpose(0, 3, 1, 2, 4).reshape(blocks * ROWS, spec.columns)[: spec.rows]
-    scales, zeros = _unpack_meta(data[:, spec.code_bytes :], spec)
-    return Quantized(np.ascontiguousarray(codes), scales[: spec.rows], zeros[: spec.rows])
+    return np.ascontiguousarray(codes)
 
 
 def _pack_planes(vectors: Bytes, spec: PackedSpec) -> Bytes:
@@ -244,6 +278,9 @@ def _unpack_meta(data: Bytes, spec: PackedSpec) -> tuple[Floats, Floats]:
     """uint8 [block, meta_bytes] -> float32 scales and zeros [block * 16, G]."""
     if spec.meta == "u8":
         return second_level.unpack(data, spec.num_groups, spec.bits)
+    if spec.meta == "e8m0":
+        powers = fp4.decode(fp4.unpack_meta(data, spec.num_groups))
+        return powers, np.full_like(powers, fp4.ZERO)
     halves = np.ascontiguousarray(data).view(np.float16).reshape(-1, spec.num_groups, 2, ROWS)
     scales, zeros = halves.transpose(2, 0, 3, 1).reshape(2, -1, spec.num_groups).astype(np.float32)
     return scales * np.float32(SCALE_FACTOR), zeros
@@ -252,6 +289,7 @@ def _unpack_meta(data: Bytes, spec: PackedSpec) -> tuple[Floats, Floats]:
 def _pack_meta(quantized: Quantized, spec: PackedSpec) -> Bytes:
     if spec.meta == "u8":
         return second_level.pack(quantized.scales, quantized.zeros, spec.bits)
+    assert spec.meta == "f16", "pack_fp4 packs fp4"
     meta = np.zeros((2, spec.num_blocks * ROWS, spec.num_groups), dtype=np.float16)
     with np.errstate(over="ignore"):
         meta[0, : spec.rows] = quantized.scales / np.float32(SCALE_FACTOR)

@@ -18,17 +18,21 @@ from moray.runtime.layout.packed import (
     PackedSpec,
     Quantized,
     is_legal_group,
+    pack_fp4,
     pack_plain,
     pack_quantized,
 )
 
 Floats = npt.NDArray[np.float32]
 
-BITS = {"q8": 8, "q4": 4, "q3": 3, "q2": 2}
+BITS = {"q8": 8, "q4": 4, "q3": 3, "q2": 2, "fp4": 4}
 
+
+#: All but fp4, whose codes are not steps of one size.
+AFFINE = tuple(encoding for encoding in ENCODINGS if encoding != "fp4")
 
 # Each group is compiled on its own, for about a second; one of each kind is enough for the kernels.
-COMPILED_GROUPS = {"q8": [16, 20, 64], "q4": [24, 64], "q3": [32, 64], "q2": [16, 48]}
+COMPILED_GROUPS = {"q8": [16, 20, 64], "q4": [24, 64], "q3": [32, 64], "q2": [16, 48], "fp4": [32]}
 
 
 def legal_groups(encoding: str) -> list[int]:
@@ -38,7 +42,7 @@ def legal_groups(encoding: str) -> list[int]:
 @st.composite
 def specs(
     draw: st.DrawFn,
-    encodings: tuple[str, ...] = ENCODINGS,
+    encodings: tuple[str, ...] = AFFINE,
     metas: tuple[Meta, ...] = ("f16",),
     groups_of: Callable[[str], list[int]] = legal_groups,
 ) -> PackedSpec:
@@ -48,7 +52,13 @@ def specs(
     if encoding not in BITS:
         return PackedSpec(rows, draw(st.integers(1, 40)), encoding)
     group = draw(st.sampled_from(groups_of(encoding)))
-    meta = draw(st.sampled_from(metas)) if encoding in SECOND_LEVEL_ENCODINGS else "f16"
+    if encoding == "fp4":
+        return PackedSpec(rows, group * draw(st.integers(1, 6)), encoding, group, "e8m0")
+    meta = (
+        draw(st.sampled_from([meta for meta in metas if meta != "e8m0"]))
+        if encoding in SECOND_LEVEL_ENCODINGS
+        else "f16"
+    )
     groups = draw(st.integers(1, 4) if meta == "f16" else st.sampled_from([1, 2, 3, 5, 15, 16, 17, 32, 40]))
     return PackedSpec(rows, group * groups, encoding, group, meta)
 
@@ -70,6 +80,8 @@ def random_matrix(spec: PackedSpec, rng: np.random.Generator) -> Bytes:
             return pack_plain((values.view(np.uint32) >> 16).astype(np.uint16), spec)
         return pack_plain(values.astype(np.float16 if spec.encoding == "f16" else np.float32), spec)
     codes = rng.integers(0, 1 << spec.bits, (spec.rows, spec.columns), dtype=np.uint8)
+    if spec.encoding == "fp4":
+        return pack_fp4(codes, rng.integers(110, 124, (spec.rows, spec.num_groups), dtype=np.uint8), spec)
     if spec.meta == "u8":
         return pack_quantized(Quantized(codes, *second_level_grid(spec, rng)), spec)
     meta = (spec.rows, spec.num_groups)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moray.runtime.convert.quantize import dequantize_rows
+from moray.runtime.kernels import reference
 from moray.runtime.layout.packed import Bytes, PackedSpec, unpack_plain, unpack_quantized
 from moray.runtime.layout.shard import ExpertKey, read_header
 from moray.runtime.model.families import expert_modules
@@ -16,6 +17,8 @@ from moray.runtime.store.store import Store
 
 def unpack(packed: Bytes, spec: PackedSpec) -> torch.Tensor:
     """[rows, columns] of a packed matrix: float32 if quantized, else in its own type."""
+    if spec.encoding == "fp4":  # with the sign of zero
+        return torch.from_numpy(reference.dequantize(packed, spec))
     if spec.is_quantized:
         return dequantize_rows(unpack_quantized(packed, spec))
     tensor = torch.from_numpy(unpack_plain(packed, spec).copy())

@@ -18,8 +18,10 @@ from moray.runtime.layout.packed import (
     Quantized,
     choose_group,
     is_legal_group,
+    pack_fp4,
     pack_plain,
     pack_quantized,
+    unpack_fp4,
     unpack_plain,
     unpack_quantized,
 )
@@ -232,6 +234,44 @@ def test_metas_that_do_not_exist_are_refused(arguments: tuple) -> None:
         PackedSpec(16, 64, *arguments)
 
 
+# ------------------------------------------------------------------------------------------ fp4
+
+
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_fp4_lies_as_q4_does_with_a_scale_byte_a_group(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    spec, as_q4 = PackedSpec(rows, 160, "fp4", 32, "e8m0"), PackedSpec(rows, 160, "q4", 32)
+    codes, exponents = rng.integers(0, 16, (rows, 160), np.uint8), rng.integers(1, 255, (rows, 5), np.uint8)
+    packed = pack_fp4(codes, exponents, spec)
+    blocks = packed.reshape(spec.num_blocks, spec.block_bytes)
+    assert spec.block_bytes == 16 * 160 // 2 + 128  # 5 groups of 16 bytes, then zeros up to a multiple of 64
+    ones = np.ones((rows, 5), np.float32)
+    like = pack_quantized(Quantized(codes, ones, ones), as_q4).reshape(spec.num_blocks, as_q4.block_bytes)
+    np.testing.assert_array_equal(blocks[:, : spec.code_bytes], like[:, : spec.code_bytes])
+    meta = blocks[:, spec.code_bytes :]
+    for r, g in np.ndindex(rows, 5):
+        assert meta[r // 16, 16 * g + r % 16] == exponents[r, g]
+    assert not meta[:, 80:].any() and not meta[-1, :80].reshape(5, 16)[:, (rows - 1) % 16 + 1 :].any()
+    for got, wanted in zip(unpack_fp4(packed, spec), (codes, exponents), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(("exponent", "code"), [(255, 0), (0, 1), (0, 15)])
+def test_fp4_scales_that_do_not_exist_are_refused(exponent: int, code: int) -> None:
+    spec = PackedSpec(3, 32, "fp4", 32, "e8m0")
+    codes, exponents = np.full((3, 32), code, np.uint8), np.full((3, 1), 127, np.uint8)
+    pack_fp4(codes, exponents, spec)
+    exponents[1] = exponent
+    with pytest.raises(OverflowError):
+        pack_fp4(codes, exponents, spec)
+
+
+@pytest.mark.parametrize("arguments", [("fp4", 32), ("fp4", 32, "u8"), ("q4", 32, "e8m0"), ("fp4", 20, "e8m0")])
+def test_fp4_goes_with_its_own_meta(arguments: tuple) -> None:
+    with pytest.raises(ValueError):
+        PackedSpec(16, 160, *arguments)
+
+
 # ---------------------------------------------------------------------------------------- specs
 
 
@@ -245,4 +285,4 @@ def test_impossible_specs_are_refused(arguments: tuple) -> None:
 
 
 def test_encodings_have_one_name_each() -> None:
-    assert len(set(ENCODINGS)) == 7
+    assert len(set(ENCODINGS)) == 8

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from moray.runtime.convert.recipe import NONE, PRESETS, Recipe, Scheme
+from moray.runtime.convert.recipe import KEEP, NONE, PRESETS, Recipe, Scheme
 from moray.runtime.errors import RecipeError
 from moray.runtime.model.components import COMPONENTS
 
@@ -38,6 +38,13 @@ def test_none_keeps_everything() -> None:
     assert all(Recipe.parse("none")[component] == NONE for component in COMPONENTS)
 
 
+def test_keep_is_for_all_components_and_none_is_not_keep() -> None:
+    assert {Recipe.parse("keep")[component] for component in COMPONENTS} == {KEEP} != {NONE}
+    mixed = Recipe.parse("experts=keep,attention=hqq8")
+    assert [mixed[c] for c in COMPONENTS] == [KEEP, Scheme(8, 64), NONE, NONE, NONE]
+    assert Recipe.parse(str(mixed)) == mixed
+
+
 def test_components_are_independent() -> None:
     recipe = Recipe.parse("experts=hqq2:32, shared=hqq8,embeddings=none")
     assert recipe.to_dict() == {
@@ -60,7 +67,7 @@ def test_a_recipe_is_read_back_from_its_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("hqq5", "allowed: none, hqq8, hqq4, hqq3, hqq2"),
+        ("hqq5", "allowed: none, keep, hqq8, hqq4, hqq3, hqq2"),
         ("", "unknown scheme"),
         ("none:64", "unknown scheme"),
         ("router=hqq4", "allowed: experts, attention, shared, dense, embeddings"),
