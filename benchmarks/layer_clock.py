@@ -24,7 +24,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Mean microseconds of one layer for one token. None: not visible from where it was measured."""
+    """Mean microseconds of one layer for one token. None: not visible from where it was measured, or part of *rest*."""
 
     attention: float | None
     router: float | None
@@ -75,19 +75,22 @@ class LayerClock:
     ) -> LayerTimes:
         """Of ``num_tokens`` single-token steps that took ``seconds``. The statistics are moray's, around them."""
         calls = num_tokens * self.num_layers
-        mean = {part: 1e6 * total / calls for part, total in self.seconds.items()}
+        attention, router, experts, layer = (
+            1e6 * self.seconds[part] / calls or None for part in ("attention", "router", "experts", "layer")
+        )
+        assert layer is not None
         grouping, lease, kernel = _meter_times(before, after, calls)
         inside = (grouping or 0.0) + (lease or 0.0) + (kernel or 0.0)
         return LayerTimes(
-            attention=mean["attention"],
-            router=mean["router"],
+            attention=attention,
+            router=router,
             grouping=grouping,
             lease=lease,
-            kernel=kernel if before else mean["experts"],
-            dispatch=mean["experts"] - inside if before else None,
-            rest=mean["layer"] - mean["attention"] - mean["router"] - mean["experts"],
-            layer=mean["layer"],
-            outside=1e6 * seconds / num_tokens - mean["layer"] * self.num_layers,
+            kernel=kernel if before else experts,
+            dispatch=experts - inside if before and experts else None,
+            rest=layer - (attention or 0.0) - (router or 0.0) - (experts or inside),
+            layer=layer,
+            outside=1e6 * seconds / num_tokens - layer * self.num_layers,
             token=1e6 * seconds / num_tokens,
         )
 

@@ -26,7 +26,8 @@ Time of a layer: means over 64 decode steps that follow a prompt of 64 tokens, i
 - *attention*, *router*: forward of these modules;
 - *grouping*, *lease*, *kernel*: the experts function's own clocks (ExpertsStats). kernel has gate, up, SwiGLU, down and
   the weighted sum; for stock it is the whole experts module;
-- *dispatch*: what is left of the experts module; *rest*: what is left of the decoder layer (norms, residuals);
+- *dispatch*: what is left of the experts module; *rest*: what is left of the decoder layer (norms, residuals). Where a
+  layer's first half is one launch, attention is in it, and the router too where its MoE block is one call;
 - *outside the layers*: what is left of a token (embedding, head, sampling, step loop, delivery).
 Modules are timed with hooks, about 2 us each, in this process. Of an engine's other process only its own clocks are
 visible.
