@@ -106,16 +106,17 @@ def tiny_checkpoint(
 @torch.no_grad()
 def _randomize(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    saved = set(model.state_dict())
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith(("A_log", ".D", "dt_proj.bias")):  # a state-space model stays stable
+        if name.endswith(("A_log", ".D", "dt_proj.bias", "dt_bias")):  # a state-space model stays stable
             parameter.add_(0.1 * noise)
-        elif "norm" in name and name.endswith("weight"):
-            parameter.copy_(1 + 0.1 * noise)
+        elif "norm" in name and name.endswith("weight"):  # around 1, or 0 where the module adds 1
+            parameter.add_(0.1 * noise)
         else:
             parameter.copy_(noise * (0.2 if _is_router(name) else 0.12))
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name in saved and name.endswith("bias"):  # added to a router's scores
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
