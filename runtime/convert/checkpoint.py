@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ class Checkpoint:
                     f"{root / INDEX_NAME} says that tensor {key} is in {file}, but it is not; download both again"
                 )
         return cls(root, tensors, digest.hexdigest())
+
+    def reshaped(self, reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]]) -> Checkpoint:
+        """The same checkpoint with each tensor seen in the shape ``reshape(key, shape)``, of as many elements."""
+        tensors = {key: replace(entry, shape=reshape(key, entry.shape)) for key, entry in self.tensors.items()}
+        return Checkpoint(self.path, tensors, self.fingerprint)
 
     def describe(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor. Raises CheckpointError if its dtype is not supported."""
