@@ -111,6 +111,14 @@ def info(
     show_store(store, verify=verify, as_json=as_json, console=console)
 
 
+@command("moray families --json")
+def families(as_json: JsonOption = False) -> None:
+    """List the model families that can be converted and run, found in the installed transformers."""
+    from moray.deploy.families import show_families
+
+    show_families(as_json=as_json, console=console)
+
+
 # ---------------------------------------------------------------------------------- generation
 
 

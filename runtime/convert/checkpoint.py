@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Checkpoint:
     def __init__(self, path: Path, tensors: dict[str, TensorEntry], digest: str, found: Found = _NOTHING) -> None:
         self.path = path
         self.tensors = tensors
+        self._found = found
         self.published = found.weights  # weights that several tensors stand for; empty if it is not quantized
         self.notes = found.notes  # what of it is left out
         self.fingerprint = digest  # of its files' names, sizes, headers and samples of their content
@@ -67,6 +69,14 @@ class Checkpoint:
     def keys(self) -> list[str]:
         """What a model is made from: plain tensors, and published weights under the names they would have."""
         return [*(key for key in self.tensors if key not in self._used), *self.published]
+
+    def reshaped(self, reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]]) -> Checkpoint:
+        """The same checkpoint with each plain tensor seen in the shape ``reshape(key, shape)``, of as many elements."""
+        tensors = {
+            key: entry if key in self._used else replace(entry, shape=reshape(key, entry.shape))
+            for key, entry in self.tensors.items()
+        }
+        return Checkpoint(self.path, tensors, self.fingerprint, self._found)
 
     def describe(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor. Raises CheckpointError if its dtype is not supported."""

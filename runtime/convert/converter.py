@@ -39,7 +39,7 @@ from moray.runtime.convert.workspace import (
 )
 from moray.runtime.cpu import usable_cores
 from moray.runtime.layout.packed import LAYOUT_ID
-from moray.runtime.model.families import load_config
+from moray.runtime.model.families import expert_shapes, load_config
 from moray.runtime.store.manifest import FORMAT_VERSION, MANIFEST_NAME, TRUNK_NAME, Manifest, ShardEntry
 from moray.runtime.store.store import checksum_file
 
@@ -78,7 +78,7 @@ def convert(
         recipe = Recipe.parse() if recipe is None else Recipe.parse(recipe)
     refuse_gguf(source)
     config = load_config(source)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source).reshaped(expert_shapes(config))
     check_places(source, store)
     plan = make_plan(config, checkpoint, recipe)
     copied = files_to_copy(source)

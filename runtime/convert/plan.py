@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,7 +77,8 @@ def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) 
     for piece in shards.values():
         files[piece.file] = max(files.get(piece.file, 0), piece.offset + piece.num_bytes)
     in_trunk, in_experts = _count_parameters(model)
-    notes |= dict.fromkeys(trunk.notes) | dict.fromkeys(_describe_unexpected(model, index.unexpected))
+    is_multimodal = config.get_text_config() is not config
+    notes |= dict.fromkeys(trunk.notes) | dict.fromkeys(_describe_unexpected(model, index.unexpected, is_multimodal))
     return Plan(tuple(layers), shards, trunk, index.shapes, files, in_trunk + in_experts, in_experts, list(notes))
 
 
@@ -128,12 +130,28 @@ def _count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(math.prod(shape) for shape in shapes)
 
 
-def _describe_unexpected(model: PreTrainedModel, keys: list[str]) -> list[str]:
-    """Notes on keys of the checkpoint that no part of the model wants, with layers and experts folded."""
+def _describe_unexpected(model: PreTrainedModel, keys: dict[str, str], is_multimodal: bool) -> list[str]:
+    """Notes on keys of the checkpoint that no part of the model wants. ``keys``: key -> its name in the model.
+
+    Of a multimodal checkpoint the parts that are left out; else names with layers and experts folded.
+    """
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
-    counts: dict[str, int] = {}
-    for key in keys:
-        if not any(re.search(pattern, key) for pattern in ignored):
-            folded = re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", key)
-            counts[folded] = counts.get(folded, 0) + 1
-    return [f"not used by the model: {name} ({count} tensors)" for name, count in counts.items()]
+    paths = {name for name, _ in model.named_modules()}
+    parts: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    for key, name in keys.items():
+        part = _missing_module(name, paths)
+        if is_multimodal and part != name:
+            parts[part] += 1
+        elif not any(re.search(pattern, key) for pattern in ignored):
+            others[re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", key)] += 1
+    return [
+        *(f"left out, not for text: {part} ({count} tensors)" for part, count in parts.items()),
+        *(f"not used by the model: {name} ({count} tensors)" for name, count in others.items()),
+    ]
+
+
+def _missing_module(name: str, paths: set[str]) -> str:
+    """The outermost module on the way to a tensor that a model does not have; ``name`` itself if it has all."""
+    ends = [at for at, character in enumerate(name) if character == "."]
+    return next((name[:end] for end in ends if name[:end] not in paths), name)

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from moray.runtime.errors import CheckpointError
-from moray.runtime.model.families import expert_modules, expert_params
+from moray.runtime.model.families import added_conversions, expert_modules, expert_params
 
 Reader = Callable[[str, int | None], torch.Tensor]  # (checkpoint key, expert to slice or None) -> tensor
 
@@ -76,13 +76,14 @@ class SourceIndex:
 
     ``experts[layer][expert][name]`` for each parameter ``name`` of the layer's experts module, and
     ``others[name]`` for every other name of the state dict that the checkpoint has. ``dtypes`` holds both,
-    experts as ``<path>.<name>``. ``unexpected`` are the checkpoint's keys that belong to neither.
+    experts as ``<path>.<name>``. ``unexpected`` are the checkpoint's keys that belong to neither, with the names that
+    they would have in the model.
     """
 
     experts: list[list[dict[str, Source]]]
     others: dict[str, Source]
     dtypes: dict[str, torch.dtype]
-    unexpected: list[str]
+    unexpected: dict[str, str]
     shapes: ModelShapes
 
 
@@ -150,21 +151,21 @@ def index_sources(model: PreTrainedModel, keys: Iterable[str], describe: Reader)
 
 def _collect(
     model: PreTrainedModel, keys: Sequence[str], targets: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, _Collected], list[str]]:
-    """File every key under its parameter, as transformers' loader does. Also returns the keys left over."""
-    mapping = get_model_conversion_mapping(model)
+) -> tuple[dict[str, _Collected], dict[str, str]]:
+    """File every key under its parameter, as transformers' loader does. Also returns the keys left over, renamed."""
+    mapping = [*get_model_conversion_mapping(model), *added_conversions(model)]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = model.base_model_prefix
     collected: dict[str, _Collected] = {}
-    unexpected = []
+    unexpected = {}
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, targets)
         if name not in targets and key in targets:
             name, pattern = rename_source_key(key, [], [], prefix, targets)
         if name not in targets:
-            unexpected.append(key)
+            unexpected[key] = name
             continue
         if name not in collected:
             collected[name] = _Collected(_conversion(by_pattern[pattern]) if pattern else None, {})
@@ -199,21 +200,24 @@ def _split_layer(layer: int, targets: dict[str, int], collected: dict[str, _Coll
             )
         name = target.rpartition(".")[2]
         for expert in range(num_experts):
-            experts[expert][name] = _one_expert(layer, expert, target, collected[target])
+            experts[expert][name] = _one_expert(layer, expert, num_experts, target, collected[target])
     return experts
 
 
-def _one_expert(layer: int, expert: int, target: str, entry: _Collected) -> Source:
+def _one_expert(layer: int, expert: int, num_experts: int, target: str, entry: _Collected) -> Source:
     if all(number is None for keys in entry.keys.values() for number, _ in keys):
         return replace(_whole(target, entry), expert=expert)
+    # A list of all experts that makes several parameters is split in as many equal parts.
+    num_parts = len(entry.conversion.target_patterns) if entry.conversion else 1
+    numbers = range(expert, num_parts * num_experts, num_experts)
     parts = []
     for pattern, keys in entry.keys.items():
-        own = tuple(key for number, key in keys if number == expert)
-        if len(own) != 1:
+        own = tuple(key for number, key in keys if number in numbers)
+        if len(own) != len(numbers):
             example = keys[0][1]
             raise CheckpointError(
                 f"expert {expert} of MoE layer {layer} has {len(own)} tensors for {target} like {example}, "
-                "expected 1; the checkpoint is incomplete, download it again"
+                f"expected {len(numbers)}; the checkpoint is incomplete, download it again"
             )
         parts.append((pattern, own))
     return Source(target, target, tuple(parts), entry.conversion)
@@ -242,15 +246,16 @@ class _Check:
                 f"{source.anchor} cannot be made from {', '.join(source.keys[:4])} ({error}); "
                 "the checkpoint does not fit its config.json"
             ) from error
-        for name, tensor in made.items():
-            self._compare(name, tensor, source)
-        return {name: replace(source, target=name) for name in made}
+        wanted = [name for name in made if name in self._shapes.shapes]  # others are of parts that were left out
+        for name in wanted:
+            self._compare(name, made[name], source)
+        return {name: replace(source, target=name) for name in wanted}
 
     def _compare(self, name: str, tensor: torch.Tensor, source: Source) -> None:
-        expected = self._shapes.shapes.get(name)
+        expected = self._shapes.shapes[name]
         if tuple(tensor.shape) != expected:
             raise CheckpointError(
-                f"{name} has shape {list(tensor.shape)}, expected {list(expected or ())}, made from "
+                f"{name} has shape {list(tensor.shape)}, expected {list(expected)}, made from "
                 f"{', '.join(source.keys[:4])}; the checkpoint does not fit its config.json"
             )
         self.dtypes[name] = torch.promote_types(self.dtypes.get(name, tensor.dtype), tensor.dtype)

@@ -18,23 +18,30 @@ class KVCache:
     ids: list[int]
 
     @classmethod
-    def empty(cls, config: PretrainedConfig) -> KVCache:
-        return cls(new_cache(config), [])
+    def empty(cls, config: PretrainedConfig, kind: type[DynamicCache] = DynamicCache) -> KVCache:
+        return cls(new_cache(config, kind), [])
 
     @property
     def can_chunk(self) -> bool:
-        """Whether a prompt may be fed in pieces. Linear-attention states take whole prompts only."""
-        return all(isinstance(layer, DynamicLayer) and not _is_linear(layer) for layer in self.cache.layers)
+        """Whether a prompt may be fed in pieces. Linear-attention states take whole prompts only.
+
+        So do layers that treat a prompt's tokens unlike generated ones, and a family's own kind of cache, of which
+        nothing is known.
+        """
+        return type(self.cache) is DynamicCache and all(_can_go_on(layer) for layer in self.cache.layers)
 
     @property
     def can_crop(self) -> bool:
         """Whether tokens may be taken off the end: not from states or windows that forgot what was before."""
-        return self.can_chunk and not any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
+        layers = self.cache.layers
+        return self.can_chunk and all(
+            layer.is_croppable and not getattr(layer, "is_sliding", False) for layer in layers
+        )
 
     def reusable_prefix(self, prompt: tuple[int, ...]) -> int:
         """How many first tokens of the prompt this cache can serve; at least one is always left to compute.
 
-        None if prompts must be fed whole: going on from a linear-attention state with several tokens is not exact.
+        None if prompts must be fed whole: to go on from such a state with several tokens is not exact.
         """
         if not self.can_chunk:
             return 0
@@ -56,15 +63,16 @@ class KVCache:
 class KeptCaches:
     """The caches of the last finished requests, newest last. One request uses a cache at a time."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, kind: type[DynamicCache] = DynamicCache) -> None:
         self._capacity = capacity
+        self._kind = kind
         self._kept: list[KVCache] = []
 
     def take(self, prompt: tuple[int, ...], config: PretrainedConfig) -> KVCache:
         """The cache that serves most of the prompt, cropped to it; an empty one if none does."""
         best = max(self._kept, key=lambda kv: kv.reusable_prefix(prompt), default=None)
         if best is None or best.reusable_prefix(prompt) == 0:
-            return KVCache.empty(config)
+            return KVCache.empty(config, self._kind)
         self._kept.remove(best)
         best.crop(best.reusable_prefix(prompt))
         return best
@@ -74,5 +82,6 @@ class KeptCaches:
         del self._kept[: -self._capacity]
 
 
-def _is_linear(layer: object) -> bool:
-    return isinstance(layer, LinearAttentionCacheLayerMixin)
+def _can_go_on(layer: object) -> bool:
+    is_linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+    return isinstance(layer, DynamicLayer) and not is_linear and not hasattr(layer, "set_prefill_length")

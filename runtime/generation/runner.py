@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from moray.runtime.errors import MorayError, RequestError
 from moray.runtime.evaluation import Ids, TokenScores
@@ -75,9 +75,9 @@ class Runner:
         self.model = model
         self._meter = bind_experts(model, store, source, numerics)
         self.tokenizer = load_tokenizer(store.path)
-        _warm_up(model)
+        cache_kind = _warm_up(model)
         self._meter.reset()
-        self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config))
+        self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config), cache_kind)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
         self._early_cancels: deque[str] = deque(maxlen=_MAX_EARLY_CANCELS)
@@ -230,7 +230,11 @@ class Runner:
 
 
 @torch.inference_mode()
-def _warm_up(model: PreTrainedModel) -> None:
-    """Compile or load every kernel now, not in the first request: single tokens and tiles of tokens."""
+def _warm_up(model: PreTrainedModel) -> type[DynamicCache]:
+    """Compile or load every kernel now, not in the first request: single tokens and tiles of tokens.
+
+    Returns the kind of cache that the model makes for itself.
+    """
     for length in (1, 5):
-        model(input_ids=torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=False)
+        output = model(input_ids=torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=True)
+    return type(output.past_key_values)

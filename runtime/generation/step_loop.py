@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from moray.runtime.errors import RequestError
 from moray.runtime.evaluation import Ids, TokenScores
@@ -32,7 +32,13 @@ _SMALL_ATTENTION = 128 << 10  # pairs of a token and a key, of one head
 class StepLoop:
     """Owns the running sequences and their KV caches. Not thread-safe: one thread calls it."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None, end_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer | None,
+        end_ids: frozenset[int],
+        cache_kind: type[DynamicCache] = DynamicCache,
+    ) -> None:
         self._model = model
         self._config = model.config.get_text_config()
         self._tokenizer = tokenizer
@@ -40,7 +46,7 @@ class StepLoop:
         self._waiting: deque[GenerationRequest] = deque()
         self._running: dict[str, Sequence] = {}
         self._cancelled: set[str] = set()
-        self._kept = KeptCaches(KEPT_CACHES)
+        self._kept = KeptCaches(KEPT_CACHES, cache_kind)
         self._num_threads = torch.get_num_threads()
 
     @property

@@ -78,14 +78,18 @@ class FusedAttention:
         self, x: torch.Tensor, rotation: Rotation | None, mask: torch.Tensor | None, cache: Any
     ) -> GrowingLayer | None:
         """The cache of this layer if ``step`` can be used: for one token that sees all tokens before it."""
-        layer = None if cache is None else cache.layers[self.layer]
+        layer = self._layer_of(cache)
         if x.numel() != self._columns or mask is not None or rotation is None:
             return None
         return layer if isinstance(layer, GrowingLayer) and layer.is_initialized else None
 
+    def _layer_of(self, cache: Any) -> Any:
+        layers = () if cache is None else cache.layers  # a family's own cache may add layers as they are needed
+        return layers[self.layer] if self.layer < len(layers) else None
+
     def _prompt_layer(self, x: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> GrowingLayer | None:
         """The cache of this layer if ``_prompt`` can be used: for one sequence, with a mask where it goes on."""
-        layer = None if cache is None else cache.layers[self.layer]
+        layer = self._layer_of(cache)
         if not isinstance(layer, GrowingLayer) or x.shape[:-2].numel() != 1 or x.shape[-2] == 1:
             return None
         return layer if mask is not None or layer.get_seq_length() == 0 else None
@@ -168,12 +172,17 @@ def try_steps(
     return result, cache
 
 
+def uses_usual_names(attention_class: type[nn.Module]) -> bool:
+    """Whether a class's forward uses no names but those of the usual attention, projections included."""
+    names = set(inspect.unwrap(attention_class.forward).__code__.co_names)
+    return names <= _USUAL and set(_PROJECTIONS) <= names
+
+
 def _looks_usual(module: Any) -> bool:
     projections = [getattr(module, name, None) for name in _PROJECTIONS]
     if not all(isinstance(projection, PackedLinear) for projection in projections):
         return False
-    forward = inspect.unwrap(type(module).forward)
-    if not set(forward.__code__.co_names) <= _USUAL:
+    if not uses_usual_names(type(module)):
         return False
     q, k, v, _ = projections
     dim, parts = module.head_dim, q.out_features // k.out_features  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
 """What transformers knows about Mixture-of-Experts families, and models built without their experts.
 
 Nothing here lists families: a family is supported if its experts class carries transformers'
-``@use_experts_implementation``, which is found by reading the installed transformers.
+``@use_experts_implementation``, which is found by reading the installed transformers, or if it has an adapter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copy
 import functools
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,11 +21,17 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights
-from transformers.models.auto.auto_factory import _get_model_class
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from moray.runtime.errors import CheckpointError, UnsupportedModelError
+from moray.runtime.model.adapters import adapted_classes, adapted_families, adapter_of, family_of
+from moray.runtime.model.architectures import (
+    experts_classes,
+    find_architecture,
+    modeling_modules,
+    remove_other_inputs,
+)
 
 _DECORATOR = "@use_experts_implementation"
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -36,10 +41,11 @@ _build_lock = threading.RLock()  # classes are patched for the whole process whi
 
 @functools.cache
 def supported_families() -> list[str]:
-    """Families of the installed transformers whose experts go through its experts interface, sorted."""
+    """Families of the installed transformers whose experts can be run, sorted: by its interface or by an adapter."""
     root = Path(transformers.__file__).parent / "models"
     files = root.glob("*/modeling_*.py")
-    return sorted({file.parent.name for file in files if _DECORATOR in file.read_text(encoding="utf-8")})
+    found = {file.parent.name for file in files if _DECORATOR in file.read_text(encoding="utf-8")}
+    return sorted(found | {family for family in adapted_families() if (root / family).is_dir()})
 
 
 def load_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
@@ -86,28 +92,47 @@ def expert_params(module: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.d
     return params
 
 
+def added_conversions(model: PreTrainedModel) -> list[WeightConverter]:
+    """What a model's adapter adds to transformers' conversion mapping."""
+    adapter = adapter_of(family_of(type(model).__module__))
+    return [] if adapter is None else list(adapter.conversions)
+
+
+def expert_shapes(config: PreTrainedConfig) -> Callable[[str, tuple[int, ...]], tuple[int, ...]]:
+    """(key, shape) of a checkpoint's tensor -> the shape to see it in; see ``Adapter.reshape``."""
+    adapters = [adapter_of(family_of(module.__name__)) for module in modeling_modules(config)]
+    adapter = next((found for found in adapters if found is not None), None)
+    return (lambda key, shape: shape) if adapter is None else functools.partial(adapter.reshape, config)
+
+
 def build_model(config: PreTrainedConfig, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The causal language model of ``config`` without its experts' parameters, in eval mode.
 
     Every experts module describes them instead (``expert_params``). Other parameters are allocated but neither
     initialised nor touched: assign them with ``load_state_dict(assign=True)`` and then call ``tie_weights()``,
     because assigning unties. Buffers that are not saved are computed.
-    ``device="meta"`` allocates nothing at all.
+    ``device="meta"`` allocates nothing at all. A multimodal model is built without what is not for text.
 
     Builds one model at a time: classes are patched meanwhile, and restored whatever happens.
     Raises UnsupportedModelError if the model has no experts to run, CheckpointError if transformers cannot build it.
     """
+    architecture = find_architecture(config)
+    assert architecture is not None, "load_config refuses such a config"
+    model_class, own_config = architecture
     with _build_lock, ExitStack() as stack:
-        for experts_class in _decorated_classes(config):
+        for modeling in modeling_modules(config):
+            stack.enter_context(_replaced(modeling, adapted_classes(modeling)))
+        for experts_class in experts_classes(config):
             stack.enter_context(_without_parameters(experts_class, torch.device(device)))
         stack.enter_context(no_init_weights())
         stack.enter_context(torch.device(device))
         try:
-            model: PreTrainedModel = _model_class(config)._from_config(copy.deepcopy(config), dtype=dtype)
+            model: PreTrainedModel = model_class._from_config(copy.deepcopy(own_config), dtype=dtype)
         except Exception as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"config.json does not describe a {config.model_type} model: {why}") from error
     model.tie_weights(recompute_mapping=False)
+    remove_other_inputs(model)
     if not expert_modules(model):
         raise UnsupportedModelError(_explain_dense(config))
     model.eval()
@@ -145,15 +170,15 @@ def _explain_dense(config: PreTrainedConfig) -> str:
 def _require_routed(config: PreTrainedConfig) -> None:
     if not _declares_experts(config.to_dict()):
         raise UnsupportedModelError(_explain_dense(config))
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if find_architecture(config) is None:
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no causal language model class in transformers "
             f"{transformers.__version__}; {_supported()}"
         )
-    if not _decorated_classes(config):
+    if not experts_classes(config):
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has experts, but they are not routed through transformers' experts "
-            f"interface; {_supported()}"
+            f"interface, and moray has no adapter for it; {_supported()}"
         )
 
 
@@ -168,32 +193,18 @@ def _declares_experts(document: dict[str, Any]) -> bool:
     return False
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    return _pick_class(config, MODEL_FOR_CAUSAL_LM_MAPPING)
-
-
-def _pick_class(config: PreTrainedConfig, mapping: object) -> type[PreTrainedModel]:
-    model_class: type[PreTrainedModel] = _get_model_class(config, mapping)
-    return model_class
-
-
-def _decorated_classes(config: PreTrainedConfig) -> list[type[nn.Module]]:
-    """Experts classes that models of this config may use: its own module's, and its text model's."""
-    modules: list[ModuleType] = [sys.modules[_model_class(config).__module__]]
-    text_config = config.get_text_config()
-    if type(text_config) in MODEL_MAPPING:
-        modules.append(sys.modules[_pick_class(text_config, MODEL_MAPPING).__module__])
-    found = {v: None for module in modules for v in vars(module).values() if _is_decorated(v)}
-    return list(found)
-
-
-def _is_decorated(value: object) -> bool:
-    init = vars(value).get("__init__") if isinstance(value, type) else None
-    code = getattr(init, "__code__", None)
-    return code is not None and {"has_gate", "is_transposed"} <= set(code.co_freevars)
-
-
 # ------------------------------------------------------------------------------ without experts
+
+
+@contextmanager
+def _replaced(module: ModuleType, classes: dict[str, type[nn.Module]]) -> Iterator[None]:
+    """While inside, a modeling module uses other classes under these names."""
+    originals = {name: vars(module)[name] for name in classes}
+    vars(module).update(classes)
+    try:
+        yield
+    finally:
+        vars(module).update(originals)
 
 
 @contextmanager

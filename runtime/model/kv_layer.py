@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -48,8 +49,14 @@ def _grown(old: torch.Tensor, length: int, room: int) -> torch.Tensor:
     return new
 
 
-def new_cache(config: PretrainedConfig) -> DynamicCache:
-    """An empty cache for a model; layers that keep everything grow in place."""
+def new_cache(config: PretrainedConfig, kind: type[DynamicCache] = DynamicCache) -> DynamicCache:
+    """An empty cache for a model; layers that keep everything grow in place.
+
+    ``kind``: what the model itself makes (``Runner`` finds it). A family's own kind is left as it is.
+    """
+    if kind is not DynamicCache:
+        takes_config = "config" in inspect.signature(kind).parameters
+        return kind(config=config) if takes_config else kind()
     cache = DynamicCache(config=config)
     cache.layers = [
         GrowingLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]

@@ -64,7 +64,7 @@ def bind_experts(model: PreTrainedModel, store: Store, source: ExpertSource, num
         binding = ExpertsBinding(module, index, store.manifest.layers[index].layout, source, numerics)
         binding.meter = meter
         module.moray = binding  # type: ignore[assignment]
-    model.set_experts_implementation(IMPLEMENTATION)
+        module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
     if model.device.type == "cpu":
         fuse_layers(model)
         meter.reset()
@@ -135,4 +135,6 @@ def _tie_head(model: PreTrainedModel, numerics: Numerics) -> None:
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    return any(f"{name}.weight" in model.all_tied_weights_keys for name in names)

@@ -73,12 +73,16 @@ def fused_router(module: Any) -> FusedRouter | None:
     return forward if isinstance(forward, FusedRouter) else None
 
 
+def uses_usual_names(router_class: type[nn.Module]) -> bool:
+    """Whether a class's forward takes hidden states alone and uses no names but those of the usual routers."""
+    forward = inspect.unwrap(router_class.forward)
+    return len(inspect.signature(forward).parameters) == 2 and set(forward.__code__.co_names) <= _USUAL
+
+
 def _looks_usual(module: Any) -> bool:
-    forward = inspect.unwrap(type(module).forward)
     weight = getattr(module, "weight", None)
     return (
-        len(inspect.signature(forward).parameters) == 2
-        and set(forward.__code__.co_names) <= _USUAL
+        uses_usual_names(type(module))
         and isinstance(weight, nn.Parameter)
         and weight.ndim == 2
         and weight.dtype == torch.float32

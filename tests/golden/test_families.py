@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import FAMILIES
 from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
 
 from moray.runtime.experts.function import ExpertsBinding
+from moray.runtime.model.catalog import SAMPLE
 
 PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SAMPLE)
 def test_logits_and_tokens_equal_transformers(
     family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path]
 ) -> None:

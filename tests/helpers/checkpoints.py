@@ -1,14 +1,20 @@
-"""Tiny random checkpoints of twelve families, written as the hub has them."""
+"""Tiny random checkpoints of any family, written as the hub has them. Twelve families have configs of their own."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from helpers.tiny_configs import small_config
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _get_model_class
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+MAX_PARAMETERS = 20_000_000
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 200,
@@ -72,14 +78,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """``family``: a model type; ``overrides`` are entries of the config."""
+    if family not in FAMILIES:
+        return small_config(family, **overrides)
     return transformers.AutoConfig.for_model(family, **(_COMMON | FAMILIES[family] | overrides))
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Transformers' class for a whole checkpoint, other inputs than text included."""
+    mapping = next(m for m in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if type(config) in m)
+    return _get_model_class(config, mapping)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model whose routing matters and whose logits are of order 1."""
     config = tiny_config(family, **overrides)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _randomize(model, seed)
+    model_class = stock_class(config)
+    with torch.device("meta"):  # a field that was not made small must not fill the memory
+        num_parameters = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
+    assert num_parameters < MAX_PARAMETERS, f"{family} is not tiny: {num_parameters:,} parameters"
+    model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    _randomize(model, seed, 0.12 if family in FAMILIES else 0.08)
     model.eval()
     return model
 
@@ -104,18 +123,20 @@ def tiny_checkpoint(
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module, seed: int) -> None:
+def _randomize(model: nn.Module, seed: int, scale: float) -> None:
+    """Weights small enough that float32 rounding of some families' recurrences and selections is not amplified."""
     generator = torch.Generator().manual_seed(seed)
+    saved = set(model.state_dict())
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith(("A_log", ".D", "dt_proj.bias")):  # a state-space model stays stable
+        if name.endswith(("A_log", ".D", "dt_proj.bias", "dt_bias")) or (
+            "norm" in name and name.endswith("weight")
+        ):  # a state-space model stays stable
             parameter.add_(0.1 * noise)
-        elif "norm" in name and name.endswith("weight"):
-            parameter.copy_(1 + 0.1 * noise)
         else:
-            parameter.copy_(noise * (0.2 if _is_router(name) else 0.12))
+            parameter.copy_(noise * (0.2 if _is_router(name) else scale))
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name in saved and name.endswith("bias"):  # added to a router's scores
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 

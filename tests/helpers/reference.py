@@ -7,20 +7,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from helpers.checkpoints import stock_class
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 
 from moray.runtime.experts.source import InProcessSource
 from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.packed import Numerics
+from moray.runtime.model.architectures import find_architecture
 from moray.runtime.model.loader import load_model
 from moray.runtime.store.store import Store
 
 
 def stock_model(checkpoint: Path) -> PreTrainedModel:
-    """Transformers' own model: float32, eager experts."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, experts_implementation="eager")
-    return model.eval()
+    """Transformers' own model: float32, eager experts. Of several models in one, the one that makes text."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    model_class = stock_class(config)
+    eager = {"experts_implementation": "eager"} if model_class._can_set_experts_implementation() else {}
+    model = model_class.from_pretrained(checkpoint, dtype=torch.float32, **eager).eval()
+    if model.can_generate() and model_class.forward is not nn.Module.forward:
+        return model
+    text_class = find_architecture(config)[0]
+    return next(module for module in model.modules() if type(module) is text_class)
+
+
+@torch.inference_mode()
+def stock_generate(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
+    """Greedy tokens of transformers' own loop, over the model's own cache."""
+    prompt = torch.tensor([ids])
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False)
+    return made[0, len(ids) :].tolist()
 
 
 @torch.inference_mode()

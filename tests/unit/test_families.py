@@ -11,6 +11,7 @@ from helpers.checkpoints import FAMILIES, tiny_config
 from torch import nn
 
 from moray.runtime.errors import CheckpointError
+from moray.runtime.model.adapters import adapted_families
 from moray.runtime.model.components import classify
 from moray.runtime.model.families import (
     build_model,
@@ -25,7 +26,8 @@ from moray.runtime.model.families import (
 def test_families_are_found_in_the_installed_transformers() -> None:
     families = supported_families()
     assert len(families) > 50 and set(FAMILIES) <= set(families)
-    assert not {"llama", "dbrx", "jetmoe"} & set(families)
+    assert set(adapted_families()) <= set(families)
+    assert not {"llama", "doge", "jetmoe"} & set(families)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,6 +83,17 @@ def test_classes_are_whole_again_after_a_failure(monkeypatch: pytest.MonkeyPatch
         .mlp.experts.gate_up_proj.std()
         > 0
     )
+
+
+def test_an_adapter_leaves_the_familys_classes_alone() -> None:
+    from transformers.models.dbrx import modeling_dbrx as dbrx
+
+    originals = dbrx.DbrxFFN, dbrx.DbrxExperts
+    model = build_model(tiny_config("dbrx"), torch.float32, "meta")
+    assert (dbrx.DbrxFFN, dbrx.DbrxExperts) == originals
+    assert {type(module).__module__ for _, module in expert_modules(model)} == {"moray.runtime.model.adapters.dbrx"}
+    stock = transformers.AutoModelForCausalLM.from_config(tiny_config("dbrx"))
+    assert not expert_modules(stock)
 
 
 def test_a_config_is_read_from_a_checkpoint(checkpoint: Callable[[str], Path]) -> None:
