@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moray.runtime.convert.adapter import Adapter
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece, TensorPlan, choose_spec
+from moray.runtime.convert.merge import merge_adapters
 from moray.runtime.convert.recipe import Recipe
 from moray.runtime.convert.sources import ModelShapes, Source, SourceIndex, index_sources
 from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME, TrunkPlan, plan_trunk
@@ -50,8 +53,10 @@ class Plan:
         return [*self.trunk.pieces, *self.shards.values()]
 
 
-def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Plan a conversion. Reads no weights.
+def make_plan(
+    config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe, adapters: Sequence[Adapter] = ()
+) -> Plan:
+    """Plan a conversion, with ``adapters`` merged in their order. Reads no weights.
 
     Raises CheckpointError (a tensor is missing or does not fit the config) and UnsupportedModelError.
     """
@@ -61,7 +66,7 @@ def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) 
         shape, dtype = checkpoint.describe(key)
         return torch.empty(shape if expert is None else (1, *shape[1:]), dtype=dtype, device="meta")
 
-    index = index_sources(model, checkpoint.keys, describe)
+    index = merge_adapters(model, index_sources(model, checkpoint.keys, describe), adapters)
     layers: list[ExpertsLayer] = []
     shards: dict[ExpertKey, Piece] = {}
     notes: dict[str, None] = dict.fromkeys(checkpoint.notes)
