@@ -141,12 +141,16 @@ def _describe_unexpected(model: PreTrainedModel, keys: dict[str, str], is_multim
     Of a multimodal checkpoint the parts that are left out; else names with layers and experts folded.
     """
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    num_layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1 << 30))
     paths = {name for name, _ in model.named_modules()}
     parts: Counter[str] = Counter()
     others: Counter[str] = Counter()
     for key, name in keys.items():
         part = _missing_module(name, paths)
-        if is_multimodal and part != name:
+        layer = re.match(r"(?:\w+\.)*layers\.([0-9]+)\.", key)
+        if layer and int(layer[1]) >= num_layers:
+            others[f"layer {layer[1]}, after the last of the model's {num_layers} (multi-token prediction)"] += 1
+        elif is_multimodal and part != name:
             parts[part] += 1
         elif not any(re.search(pattern, key) for pattern in ignored):
             others[re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", key)] += 1
