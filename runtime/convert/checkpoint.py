@@ -23,6 +23,7 @@ from moray.runtime.convert.published.formats import Found, find_published
 from moray.runtime.convert.published.settings import Settings
 from moray.runtime.convert.tensors import DTYPES, TensorEntry
 from moray.runtime.errors import CheckpointError
+from moray.runtime.paths import is_outside
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -129,16 +130,29 @@ def _read_index(root: Path) -> dict[str, str]:
         if not (root / SINGLE_NAME).is_file():
             raise CheckpointError(_explain_no_weights(root))
         return {}
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        index = {str(key): str(name) for key, name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error!r}); download it again") from error
+    index = _parse_index(file)
     missing = sorted({name for name in index.values() if not (root / name).is_file()})
     if missing:
         raise CheckpointError(
             f"{root} lacks {missing[0]}{_and_more(len(missing) - 1)}, named in {INDEX_NAME}; download the missing files"
         )
+    return index
+
+
+def _parse_index(file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        index = {str(key): str(name) for key, name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error!r}); download it again") from error
+    for key, name in index.items():
+        if not key.isprintable() or not name.isprintable() or not name or is_outside(name):
+            raise CheckpointError(
+                f"{file} says that tensor {key!r:.80} is in {name!r:.80}, expected the name of a file beside it; "
+                "download it again"
+            )
+    if not index:
+        raise CheckpointError(f"{file} names no tensors; download it again")
     return index
 
 

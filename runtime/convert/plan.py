@@ -19,7 +19,7 @@ from moray.runtime.convert.merge import merge_adapters
 from moray.runtime.convert.recipe import Recipe
 from moray.runtime.convert.sources import ModelShapes, Source, SourceIndex, index_sources
 from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME, TrunkPlan, plan_trunk
-from moray.runtime.errors import UnsupportedModelError
+from moray.runtime.errors import CheckpointError, UnsupportedModelError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.layout.shard import ExpertKey, ShardLayout, plan_layout
 from moray.runtime.model.expert_gates import is_swiglu
@@ -60,6 +60,7 @@ def make_plan(
 
     Raises CheckpointError (a tensor is missing or does not fit the config) and UnsupportedModelError.
     """
+    _check_layers(config, checkpoint)
     model = build_model(config, torch.bfloat16, "meta")
 
     def describe(key: str, expert: int | None) -> torch.Tensor:
@@ -85,6 +86,16 @@ def make_plan(
     is_multimodal = config.get_text_config() is not config
     notes |= dict.fromkeys(trunk.notes) | dict.fromkeys(_describe_unexpected(model, index.unexpected, is_multimodal))
     return Plan(tuple(layers), shards, trunk, index.shapes, files, in_trunk + in_experts, in_experts, list(notes))
+
+
+def _check_layers(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Before modules are made for layers that are not there."""
+    layers, tensors = getattr(config.get_text_config(), "num_hidden_layers", 0), len(checkpoint.tensors)
+    if isinstance(layers, int) and layers > tensors:
+        raise CheckpointError(
+            f"config.json says {layers} layers, the checkpoint has {tensors} tensors; "
+            "the checkpoint does not fit its config.json"
+        )
 
 
 def experts_file(layer: int) -> str:
