@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,15 @@ def _parse_header(path: Path, name: str, header: bytes, size: int) -> dict[str, 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} comes twice")
+        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r:.60} comes twice")
     return document
 
 
 def _parse_entry(file: str, key: str, entry: dict[str, Any], start: int) -> TensorEntry:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
-    if not key.isprintable() or not isinstance(dtype, str) or any(type(n) is not int for n in (begin, end, *shape)):
+    is_text = isinstance(dtype, str) and dtype.isprintable() and key.isprintable()
+    if not is_text or any(type(n) is not int for n in (begin, end, *shape)):
         raise ValueError(f"entry {key!r:.60} is {entry!r}")
     itemsize = STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else None
     wanted = math.prod(shape) * itemsize if itemsize else end - begin
