@@ -163,11 +163,11 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         raise StoreError(f"{where} is not a manifest ({error}); convert the checkpoint again") from error
     if version != FORMAT_VERSION:
         raise StoreError(
-            f"{where} has store format {version}, this moray reads format {FORMAT_VERSION}; "
+            f"{where} has store format {version!r:.40}, this moray reads format {FORMAT_VERSION}; "
             + ("upgrade moray" if isinstance(version, int) and version > FORMAT_VERSION else "convert again")
         )
     if document.get("layout") != LAYOUT_ID:
-        raise StoreError(f"{where} has layout {document.get('layout')}, expected {LAYOUT_ID}; convert again")
+        raise StoreError(f"{where} has layout {document.get('layout')!r:.40}, expected {LAYOUT_ID}; convert again")
     try:
         return _decode(document)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
