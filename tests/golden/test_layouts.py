@@ -12,12 +12,9 @@ from helpers.reference import runner, stock_logits, stock_model
 from helpers.stores import state_of_store
 
 from moray.runtime.convert.converter import convert
-from moray.runtime.errors import UnsupportedModelError
 from moray.runtime.store.store import Store
 
 PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
-CONVERTED = [name for name in LAYOUTS if "refused" not in Layout.read(name).document]
-REFUSED = [name for name in LAYOUTS if name not in CONVERTED]
 
 
 def num_parameters(one: Listed) -> int:
@@ -35,7 +32,7 @@ def test_the_list_adds_up_to_what_the_hub_shows(name: str) -> None:
         assert sum(one.num_bytes for one in listed) == size
 
 
-@pytest.fixture(scope="module", params=CONVERTED)
+@pytest.fixture(scope="module", params=LAYOUTS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layout, Written, Path]:
     root = tmp_path_factory.mktemp(request.param)
     layout = Layout.read(request.param)
@@ -58,10 +55,13 @@ def test_every_weight_is_the_lists(made: tuple[Layout, Written, Path]) -> None:
     """Bit for bit, by transformers' reading of the same weights without quantization."""
     layout, written, store = made
     model = stock_model(written.plain)
-    expected = model.state_dict()
+    if layout.document.get("adapter"):
+        pytest.skip("an adapter gives the experts other names than transformers: the logits are compared")
     with Store.open(store) as opened:
         state = state_of_store(opened, model)
         notes = opened.manifest.notes
+    left_out = tuple(layout.document.get("left_out", []))
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
     assert set(expected) - set(state) <= set(model.all_tied_weights_keys)
     for name, tensor in state.items():
         assert torch.equal(tensor.float(), expected[name].float()), name
@@ -75,12 +75,3 @@ def test_the_files_beside_change_nothing(made: tuple[Layout, Written, Path]) -> 
     layout, _, store = made
     copied = {path.name for path in store.iterdir()}
     assert not copied & {Path(name).parts[0] for name in layout.document.get("extra", []) if "template" not in name}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_that_this_version_does_not_run(name: str, tmp_path: Path) -> None:
-    layout = Layout.read(name)
-    written = write_layout(layout, tmp_path)
-    with pytest.raises(UnsupportedModelError, match=layout.document["refused"]):
-        convert(written.checkpoint, tmp_path / "store")
-    assert not (tmp_path / "store").exists()

@@ -109,7 +109,7 @@ class Written:
     weights: Tensors
 
 
-def write_layout(layout: Layout, directory: Path, seed: int = 0) -> Written:
+def write_layout(layout: Layout, directory: Path, seed: int = 1) -> Written:
     """Random tensors, in files that are named and numbered as in the repository, with everything beside them."""
     rng = np.random.default_rng(seed)
     stored: Tensors = {}
