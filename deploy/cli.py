@@ -91,12 +91,15 @@ def convert(
             "Or a whole recipe: paper-4bit, paper-3bit, paper-2bit."
         ),
     ] = "hqq4",
+    lora: Annotated[
+        list[Path] | None, typer.Option(help="A PEFT LoRA adapter to merge; may be given again, merged in this order.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that quantize; none: one for each core.")] = None,
 ) -> None:
     """Convert a checkpoint into a store. Run again after an interruption, it resumes."""
     from moray.deploy.store_commands import convert_store
 
-    convert_store(checkpoint, store, recipe, workers, console)
+    convert_store(checkpoint, store, recipe, workers, console, lora=lora or [])
 
 
 @command("moray info ./mixtral-hqq4 --verify")

@@ -44,7 +44,9 @@ class _Bar:
         self._progress.update(self._task, advance=num_bytes, description=what)
 
 
-def convert_store(checkpoint: Path, store: Path, recipe: str, workers: int | None, console: Console) -> None:
+def convert_store(
+    checkpoint: Path, store: Path, recipe: str, workers: int | None, console: Console, *, lora: list[Path]
+) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -55,7 +57,8 @@ def convert_store(checkpoint: Path, store: Path, recipe: str, workers: int | Non
     )
     progress = Progress(*columns, console=console)
     try:
-        manifest = convert(checkpoint, store, Recipe.parse(recipe), workers=workers, progress=_Bar(progress))
+        bar = _Bar(progress)
+        manifest = convert(checkpoint, store, Recipe.parse(recipe), lora=lora, workers=workers, progress=bar)
     finally:
         progress.stop()
     console.print(f"{store} is complete:", highlight=False)

@@ -14,20 +14,19 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
+from moray.runtime.convert.headers import read_file_header, read_tensor
 from moray.runtime.convert.published.formats import Found, find_published
 from moray.runtime.convert.published.settings import Settings
-from moray.runtime.convert.tensors import DTYPES, STORED_DTYPES, TensorEntry
+from moray.runtime.convert.tensors import DTYPES, TensorEntry
 from moray.runtime.errors import CheckpointError
+from moray.runtime.paths import is_outside
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
-_SAMPLE_BYTES = 64 << 10
 _NOTHING = Found()  # of quantized weights
 
 
@@ -55,7 +54,7 @@ class Checkpoint:
         tensors: dict[str, TensorEntry] = {}
         digest = xxhash.xxh3_128()
         for file in files:
-            found, file_digest = _read_file_header(root, file)
+            found, file_digest = read_file_header(root, file)
             tensors |= found
             digest.update(f"{file}\0{file_digest}\0".encode())
         for key, file in (index or {}).items():
@@ -103,31 +102,7 @@ class Checkpoint:
 
     def _read(self, key: str, expert: int | None) -> torch.Tensor:
         entry = self.tensors[key]
-        shape, dtype = entry.shape, STORED_DTYPES[entry.dtype]
-        offset, num_bytes = entry.offset, entry.num_bytes
-        if expert is not None:
-            num_bytes //= shape[0]
-            offset += expert * num_bytes
-            shape = (1, *shape[1:])
-        if num_bytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        data = bytearray(num_bytes)
-        self._read_into(entry.file, offset, memoryview(data))
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
-
-    def _read_into(self, file: str, offset: int, view: memoryview) -> None:
-        path = self.path / file
-        try:
-            with path.open("rb", buffering=0) as stream:
-                stream.seek(offset)
-                done = 0
-                while done < len(view):
-                    count = stream.readinto(view[done:])
-                    if not count:
-                        raise CheckpointError(f"{path} became shorter while it was read; download it again")
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        return read_tensor(self.path / entry.file, entry, expert)
 
 
 def refuse_gguf(path: Path) -> None:
@@ -155,16 +130,29 @@ def _read_index(root: Path) -> dict[str, str]:
         if not (root / SINGLE_NAME).is_file():
             raise CheckpointError(_explain_no_weights(root))
         return {}
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        index = {str(key): str(name) for key, name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error!r}); download it again") from error
+    index = _parse_index(file)
     missing = sorted({name for name in index.values() if not (root / name).is_file()})
     if missing:
         raise CheckpointError(
             f"{root} lacks {missing[0]}{_and_more(len(missing) - 1)}, named in {INDEX_NAME}; download the missing files"
         )
+    return index
+
+
+def _parse_index(file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        index = {str(key): str(name) for key, name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error!r}); download it again") from error
+    for key, name in index.items():
+        if not key.isprintable() or not name.isprintable() or not name or is_outside(name):
+            raise CheckpointError(
+                f"{file} says that tensor {key!r:.80} is in {name!r:.80}, expected the name of a file beside it; "
+                "download it again"
+            )
+    if not index:
+        raise CheckpointError(f"{file} names no tensors; download it again")
     return index
 
 
@@ -180,50 +168,3 @@ def _explain_no_weights(root: Path) -> str:
             "convert it to safetensors first, or download the safetensors version"
         )
     return f"{root} has no weights: expected {SINGLE_NAME} or {INDEX_NAME}; download the checkpoint again"
-
-
-def _read_file_header(root: Path, name: str) -> tuple[dict[str, TensorEntry], str]:
-    """Tensors of one file, and a digest of its header and of samples of its content."""
-    path = root / name
-    try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{path} has no safetensors header ({size} bytes); it is cut short or damaged, download it again"
-                )
-            header = stream.read(length)
-            digest = xxhash.xxh3_128(header + size.to_bytes(8, "little"))
-            for position in (8 + length, (size + length) // 2, max(8 + length, size - _SAMPLE_BYTES)):
-                stream.seek(position)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return _parse_header(path, header, size), digest.hexdigest()
-
-
-def _parse_header(path: Path, header: bytes, size: int) -> dict[str, TensorEntry]:
-    try:
-        document = json.loads(header)
-        document.pop("__metadata__", None)
-        tensors = {key: _parse_entry(path.name, entry, 8 + len(header)) for key, entry in document.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({str(error)[:100]}); download it again") from error
-    end = max((entry.offset + entry.num_bytes for entry in tensors.values()), default=0)
-    if end > size:
-        raise CheckpointError(f"{path} has {size} bytes, its header says {end}; it is cut short, download it again")
-    return tensors
-
-
-def _parse_entry(file: str, entry: dict[str, Any], data_start: int) -> TensorEntry:
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    dtype = str(entry["dtype"])
-    num_elements = 1
-    for size in shape:
-        num_elements *= size
-    itemsize = STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else None
-    if begin < 0 or end < begin or (itemsize and end - begin != num_elements * itemsize):
-        raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
-    return TensorEntry(file, dtype, shape, data_start + begin, end - begin)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ import transformers
 import xxhash
 
 import moray
+from moray.runtime.convert.adapter import Adapter
 from moray.runtime.convert.checkpoint import Checkpoint, refuse_gguf
 from moray.runtime.convert.encode import Piece
 from moray.runtime.convert.journal import JOURNAL_NAME, Journal
@@ -59,12 +61,14 @@ def convert(
     store_dir: str | os.PathLike[str],
     recipe: Recipe | str | None = None,
     *,
+    lora: Sequence[str | os.PathLike[str]] = (),
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Convert a local Hugging Face checkpoint to a store; continues if an earlier call was stopped.
 
-    ``recipe``: see ``Recipe.parse``; None is the default one. ``workers``: processes, None for one per
+    ``recipe``: see ``Recipe.parse``; None is the default one. ``lora``: directories of PEFT adapters, merged in this
+    order, in float32 and before quantization. ``workers``: processes, None for one per
     usable core (a small model is converted in this process); each holds about one expert in memory, as
     float32. Workers are spawned: a script that calls this needs the ``if __name__ == "__main__"`` guard.
 
@@ -80,22 +84,25 @@ def convert(
     config = load_config(source)
     checkpoint = Checkpoint.open(source).reshaped(expert_shapes(config))
     check_places(source, store)
-    plan = make_plan(config, checkpoint, recipe)
+    adapters = [Adapter.open(path) for path in lora]
+    plan = make_plan(config, checkpoint, recipe, adapters)
     copied = files_to_copy(source)
     check_space(store, plan.files, copied)
-    with explain_full_disk(store, plan.files), open_journal(store, _fingerprint(checkpoint, recipe)) as journal:
+    fingerprint = _fingerprint(checkpoint, recipe, adapters)
+    with explain_full_disk(store, plan.files), open_journal(store, fingerprint) as journal:
         checksums = _write_pieces(plan, Workshop(checkpoint, plan.shapes, store), journal, workers, progress)
         _finish_files(store, plan, copied)
-        manifest = _describe(config.model_type, source, store, recipe, plan, checksums)
+        manifest = _describe(config.model_type, source, store, recipe, plan, checksums, adapters)
         _write_manifest(store, manifest)
         journal.path.unlink()
     return manifest
 
 
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, adapters: Sequence[Adapter]) -> str:
     """Of everything that decides a store's bytes."""
     parts = [checkpoint.fingerprint, checkpoint.path.joinpath("config.json").read_text(), str(recipe), LAYOUT_ID]
     parts += [str(FORMAT_VERSION), QUANTIZER_ID, version("hqq"), transformers.__version__]
+    parts += [adapter.fingerprint for adapter in adapters]
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
@@ -152,7 +159,13 @@ def _finish_files(store: Path, plan: Plan, copied: list[Path]) -> None:
 
 
 def _describe(
-    family: str, source: Path, store: Path, recipe: Recipe, plan: Plan, checksums: dict[str, int]
+    family: str,
+    source: Path,
+    store: Path,
+    recipe: Recipe,
+    plan: Plan,
+    checksums: dict[str, int],
+    adapters: Sequence[Adapter],
 ) -> Manifest:
     return Manifest(
         family=family,
@@ -172,10 +185,17 @@ def _describe(
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "hqq": version("hqq"),
-        },
+        }
+        | _describe_adapters(adapters),
         num_parameters=plan.num_parameters,
         notes=plan.notes,
     )
+
+
+def _describe_adapters(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Path and sha256 of each, for people: "adapter", "adapter 2", ..."""
+    names = ("adapter" if number == 0 else f"adapter {number + 1}" for number in range(len(adapters)))
+    return {name: f"{adapter.path} (sha256 {adapter.sha256})" for name, adapter in zip(names, adapters, strict=True)}
 
 
 def _write_manifest(store: Path, manifest: Manifest) -> None:

@@ -72,6 +72,8 @@ def choose_spec(
     if scheme.bits is None:
         keys = [key for other in sources for key in other.keys] if scheme.keep else []
         spec, why = plan_kept(keys, shape, checkpoint)
+        if spec and any(other.merges for other in sources):
+            spec, why = None, "an adapter is merged into it, dequantized"
         if spec:
             return spec, True, None
         return (

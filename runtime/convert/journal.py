@@ -87,13 +87,28 @@ def _append(stream: BinaryIO, record: dict[str, Any]) -> None:
 
 
 def _read_records(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The records up to the first line that fails its checksum, and where that line starts."""
-    records = []
+    """The records up to the first line that fails its checksum or is no record, and where that line starts."""
+    records: list[dict[str, Any]] = []
     end = 0
     for line in data.splitlines(keepends=True):
         digest, _, text = line.rstrip(b"\n").partition(b" ")
         if not line.endswith(b"\n") or digest != b"%016x" % xxhash.xxh3_64_intdigest(text):
             break
-        records.append(json.loads(text))
+        record = _parse_record(text)
+        if record is None or (records and not _names_piece(record)):
+            break
+        records.append(record)
         end += len(line)
     return records, end
+
+
+def _parse_record(text: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _names_piece(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("piece"), str) and type(record.get("xxh3")) is int

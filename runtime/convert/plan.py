@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moray.runtime.convert.adapter import Adapter
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece, TensorPlan, choose_spec
+from moray.runtime.convert.merge import merge_adapters
 from moray.runtime.convert.recipe import Recipe
 from moray.runtime.convert.sources import ModelShapes, Source, SourceIndex, index_sources
 from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME, TrunkPlan, plan_trunk
-from moray.runtime.errors import UnsupportedModelError
+from moray.runtime.errors import CheckpointError, UnsupportedModelError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.layout.shard import ExpertKey, ShardLayout, plan_layout
 from moray.runtime.model.expert_gates import is_swiglu
@@ -50,18 +53,21 @@ class Plan:
         return [*self.trunk.pieces, *self.shards.values()]
 
 
-def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Plan a conversion. Reads no weights.
+def make_plan(
+    config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe, adapters: Sequence[Adapter] = ()
+) -> Plan:
+    """Plan a conversion, with ``adapters`` merged in their order. Reads no weights.
 
     Raises CheckpointError (a tensor is missing or does not fit the config) and UnsupportedModelError.
     """
+    _check_layers(config, checkpoint)
     model = build_model(config, torch.bfloat16, "meta")
 
     def describe(key: str, expert: int | None) -> torch.Tensor:
         shape, dtype = checkpoint.describe(key)
         return torch.empty(shape if expert is None else (1, *shape[1:]), dtype=dtype, device="meta")
 
-    index = index_sources(model, checkpoint.keys, describe)
+    index = merge_adapters(model, index_sources(model, checkpoint.keys, describe), adapters)
     layers: list[ExpertsLayer] = []
     shards: dict[ExpertKey, Piece] = {}
     notes: dict[str, None] = dict.fromkeys(checkpoint.notes)
@@ -80,6 +86,16 @@ def make_plan(config: PreTrainedConfig, checkpoint: Checkpoint, recipe: Recipe) 
     is_multimodal = config.get_text_config() is not config
     notes |= dict.fromkeys(trunk.notes) | dict.fromkeys(_describe_unexpected(model, index.unexpected, is_multimodal))
     return Plan(tuple(layers), shards, trunk, index.shapes, files, in_trunk + in_experts, in_experts, list(notes))
+
+
+def _check_layers(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Before modules are made for layers that are not there."""
+    layers, tensors = getattr(config.get_text_config(), "num_hidden_layers", 0), len(checkpoint.tensors)
+    if isinstance(layers, int) and layers > tensors:
+        raise CheckpointError(
+            f"config.json says {layers} layers, the checkpoint has {tensors} tensors; "
+            "the checkpoint does not fit its config.json"
+        )
 
 
 def experts_file(layer: int) -> str:
@@ -136,12 +152,16 @@ def _describe_unexpected(model: PreTrainedModel, keys: dict[str, str], is_multim
     Of a multimodal checkpoint the parts that are left out; else names with layers and experts folded.
     """
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    num_layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1 << 30))
     paths = {name for name, _ in model.named_modules()}
     parts: Counter[str] = Counter()
     others: Counter[str] = Counter()
     for key, name in keys.items():
         part = _missing_module(name, paths)
-        if is_multimodal and part != name:
+        layer = re.match(r"(?:\w+\.)*layers\.([0-9]+)\.", key)
+        if layer and int(layer[1]) >= num_layers:
+            others[f"layer {layer[1]}, after the last of the model's {num_layers} (multi-token prediction)"] += 1
+        elif is_multimodal and part != name:
             parts[part] += 1
         elif not any(re.search(pattern, key) for pattern in ignored):
             others[re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", key)] += 1

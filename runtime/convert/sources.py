@@ -9,9 +9,9 @@ one other parameter at a time, so that no table of families is needed and memory
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,12 +40,19 @@ class Conversion:
     target_patterns: tuple[str, ...]
 
 
+class Merge(Protocol):
+    """A change of a parameter by an adapter. Picklable."""
+
+    def __call__(self, value: torch.Tensor, shapes: ModelShapes) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """How one parameter, or one expert of one, is made from a checkpoint.
 
     ``anchor`` is the parameter that transformers files the tensors under: ``target`` itself, unless one
     tensor is split into several parameters. ``expert`` is the row to slice from a tensor of all experts.
+    ``merges``: what adapters do to the value.
     """
 
     target: str
@@ -53,6 +60,7 @@ class Source:
     parts: tuple[tuple[str, tuple[str, ...]], ...]  # (source pattern, keys)
     conversion: Conversion | None = None
     expert: int | None = None
+    merges: tuple[Merge, ...] = ()
 
     @property
     def keys(self) -> list[str]:
@@ -88,14 +96,19 @@ class SourceIndex:
 
 
 @dataclass(slots=True)
-class _Collected:
+class Collected:
+    """The keys of one parameter."""
+
     conversion: Conversion | None
     keys: dict[str, list[tuple[int | None, str]]]  # source pattern -> expert number if it has one, key
 
 
 def realize(source: Source, read: Reader, shapes: ModelShapes) -> torch.Tensor:
     """The value of a parameter (for one expert: with a leading dimension of 1)."""
-    return apply(source, read, shapes)[source.target]
+    value = apply(source, read, shapes)[source.target]
+    for merge in source.merges:
+        value = merge(value, shapes)
+    return value
 
 
 def apply(source: Source, read: Reader, shapes: ModelShapes) -> dict[str, torch.Tensor]:
@@ -133,45 +146,58 @@ def index_sources(model: PreTrainedModel, keys: Iterable[str], describe: Reader)
     fused = {f"{path}.{name}": s for (path, _), p in zip(layers, params, strict=True) for name, s in p.items()}
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes = ModelShapes(state | {name: (1, *shape[1:]) for name, shape in fused.items()}, model.config)
-    collected, unexpected = _collect(model, sorted(keys, key=dot_natural_key), shapes.shapes)
+    collected, unexpected = KeyMap(model, shapes.shapes).collect(keys)
     experts = [
         _split_layer(layer, {f"{path}.{name}": shape[0] for name, shape in params[layer].items()}, collected)
         for layer, (path, _) in enumerate(layers)
     ]
-    check = _Check(describe, shapes)
+    check = ShapeCheck(describe, shapes)
     for source in (source for layer in experts for expert in layer for source in expert.values()):
         check(source)
     rest = {name: entry for name, entry in collected.items() if name not in fused}
-    others = {name: source for target, entry in rest.items() for name, source in check(_whole(target, entry)).items()}
+    others = {name: source for target, entry in rest.items() for name, source in check(whole(target, entry)).items()}
     return SourceIndex(experts, others, check.dtypes, unexpected, shapes)
 
 
 # ------------------------------------------------------------------------------- keys to parameters
 
 
-def _collect(
-    model: PreTrainedModel, keys: Sequence[str], targets: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, _Collected], dict[str, str]]:
-    """File every key under its parameter, as transformers' loader does. Also returns the keys left over, renamed."""
-    mapping = [*get_model_conversion_mapping(model), *added_conversions(model)]
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    prefix = model.base_model_prefix
-    collected: dict[str, _Collected] = {}
-    unexpected = {}
-    for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, targets)
-        if name not in targets and key in targets:
-            name, pattern = rename_source_key(key, [], [], prefix, targets)
-        if name not in targets:
-            unexpected[key] = name
-            continue
-        if name not in collected:
-            collected[name] = _Collected(_conversion(by_pattern[pattern]) if pattern else None, {})
-        number = _number(pattern, apply_renamings(key, renamings)) if pattern else None
-        collected[name].keys.setdefault(pattern or key, []).append((number, key))
-    return collected, unexpected
+class KeyMap:
+    """Which parameter a checkpoint's key belongs to, as transformers' loader has it."""
+
+    def __init__(self, model: PreTrainedModel, targets: dict[str, tuple[int, ...]]) -> None:
+        mapping = [*get_model_conversion_mapping(model), *added_conversions(model)]
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        self._prefix = model.base_model_prefix
+        self._targets = targets
+
+    def find(self, key: str) -> tuple[str, str | None] | None:
+        """The parameter, and the pattern of the conversion if there is one; None if no parameter wants the key."""
+        name, pattern = self._rename(key)
+        return (name, pattern) if name in self._targets else None
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._targets)
+        if name not in self._targets and key in self._targets:
+            name, pattern = rename_source_key(key, [], [], self._prefix, self._targets)
+        return name, pattern
+
+    def collect(self, keys: Iterable[str]) -> tuple[dict[str, Collected], dict[str, str]]:
+        """File every key under its parameter. Also returns the keys left over, renamed."""
+        collected: dict[str, Collected] = {}
+        unexpected = {}
+        for key in sorted(keys, key=dot_natural_key):
+            name, pattern = self._rename(key)
+            if name not in self._targets:
+                unexpected[key] = name
+                continue
+            if name not in collected:
+                collected[name] = Collected(_conversion(self._by_pattern[pattern]) if pattern else None, {})
+            number = _number(pattern, apply_renamings(key, self._renamings)) if pattern else None
+            collected[name].keys.setdefault(pattern or key, []).append((number, key))
+        return collected, unexpected
 
 
 def _conversion(converter: WeightConverter) -> Conversion:
@@ -185,12 +211,13 @@ def _number(pattern: str, key: str) -> int | None:
     return int(found["number"]) if found else None
 
 
-def _whole(target: str, entry: _Collected) -> Source:
+def whole(target: str, entry: Collected) -> Source:
+    """A source of all keys together."""
     parts = tuple((pattern, tuple(key for _, key in keys)) for pattern, keys in entry.keys.items())
     return Source(target, target, parts, entry.conversion)
 
 
-def _split_layer(layer: int, targets: dict[str, int], collected: dict[str, _Collected]) -> list[dict[str, Source]]:
+def _split_layer(layer: int, targets: dict[str, int], collected: dict[str, Collected]) -> list[dict[str, Source]]:
     """Sources of each expert of a layer. ``targets``: parameter -> number of experts."""
     experts: list[dict[str, Source]] = [{} for _ in range(max(targets.values()))]
     for target, num_experts in targets.items():
@@ -204,9 +231,9 @@ def _split_layer(layer: int, targets: dict[str, int], collected: dict[str, _Coll
     return experts
 
 
-def _one_expert(layer: int, expert: int, num_experts: int, target: str, entry: _Collected) -> Source:
+def _one_expert(layer: int, expert: int, num_experts: int, target: str, entry: Collected) -> Source:
     if all(number is None for keys in entry.keys.values() for number, _ in keys):
-        return replace(_whole(target, entry), expert=expert)
+        return replace(whole(target, entry), expert=expert)
     # A list of all experts that makes several parameters is split in as many equal parts.
     num_parts = len(entry.conversion.target_patterns) if entry.conversion else 1
     numbers = range(expert, num_parts * num_experts, num_experts)
@@ -223,7 +250,7 @@ def _one_expert(layer: int, expert: int, num_experts: int, target: str, entry: _
     return Source(target, target, tuple(parts), entry.conversion)
 
 
-class _Check:
+class ShapeCheck:
     """Runs conversions on meta tensors: finds wrong shapes, dtypes, and what a split yields."""
 
     def __init__(self, describe: Reader, shapes: ModelShapes) -> None:

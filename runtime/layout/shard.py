@@ -67,6 +67,18 @@ class ShardLayout:
     def get(self, name: str) -> ShardTensor | None:
         return next((tensor for tensor in self.tensors if tensor.name == name), None)
 
+    def validate(self) -> None:
+        """Raises ValueError or TypeError unless its tensors lie one after the other inside a shard."""
+        end = _PREFIX_BYTES
+        for tensor in self.tensors:
+            if not isinstance(tensor.name, str) or type(tensor.offset) is not int or type(tensor.length) is not int:
+                raise TypeError(f"a tensor {tensor}")
+            if tensor.offset < end or tensor.offset % VECTOR_BYTES or tensor.length < 0:
+                raise ValueError(f"tensor {tensor.name!r:.80} at {tensor.offset}")
+            end = tensor.offset + tensor.num_bytes
+        if not self.tensors or type(self.num_bytes) is not int or end > self.num_bytes:
+            raise ValueError(f"a shard of {self.num_bytes} bytes for tensors up to {end}")
+
     @property
     def header_end(self) -> int:
         return self.tensors[0].offset
@@ -132,6 +144,8 @@ def encode_spec(spec: PackedSpec) -> dict[str, Any]:
 def decode_spec(entry: Mapping[str, Any]) -> PackedSpec:
     """Inverse of ``encode_spec``. Raises ValueError for what this version does not know."""
     rows, columns = entry["shape"]
+    if any(type(n) is not int for n in (rows, columns, entry["group"])):
+        raise ValueError(f"a packed matrix of {entry['shape']} in groups of {entry['group']}")
     return PackedSpec(rows, columns, entry["encoding"], entry["group"], entry.get("meta", "f16"))
 
 

@@ -32,6 +32,7 @@ from moray.runtime.model.architectures import (
     modeling_modules,
     remove_other_inputs,
 )
+from moray.runtime.model.config_limits import check_counts
 
 _DECORATOR = "@use_experts_implementation"
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -145,12 +146,13 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, device: str | torc
 def _read_model_type(file: Path) -> str:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
+        check_counts(file, document)
         return str(document["model_type"])
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file.parent} has no config.json; expected a downloaded Hugging Face checkpoint"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} has no model_type; expected a transformers config") from error

@@ -11,6 +11,7 @@ import msgpack
 from moray.runtime.errors import StoreError
 from moray.runtime.layout.packed import LAYOUT_ID, PackedSpec
 from moray.runtime.layout.shard import (
+    ALIGNMENT,
     ExpertKey,
     ShardLayout,
     decode_spec,
@@ -18,6 +19,7 @@ from moray.runtime.layout.shard import (
     encode_spec,
     encode_tensor,
 )
+from moray.runtime.paths import is_outside
 
 MANIFEST_NAME = "manifest.msgpack"
 TRUNK_NAME = "trunk.safetensors"
@@ -94,6 +96,32 @@ class Manifest:
         """Of the whole store, with scales, zeros and padding."""
         return 8 * (self.expert_bytes + self.trunk_bytes) / self.num_parameters
 
+    def validate(self) -> None:
+        """Raises ValueError or TypeError unless every value has its type, and every range lies where it can."""
+        texts = [self.family, self.numerics_id, *self.packed_trunk, *(text for pair in self._words for text in pair)]
+        texts += [*self.notes, *(text for x in self.layers for text in (x.module, x.activation))]
+        if not isinstance(self.notes, list) or any(
+            not isinstance(text, str) or not text.isprintable() for text in texts
+        ):
+            raise TypeError("text that is none")
+        sizes = [self.trunk_bytes, self.trunk_checksum, self.num_parameters, *(x.num_experts for x in self.layers)]
+        if any(type(n) is not int or n < 0 for n in sizes) or not self.shards:
+            raise ValueError("a size that is none")
+        for layer in self.layers:
+            layer.layout.validate()
+        for key, entry in self.shards.items():
+            numbers = (entry.offset, entry.num_bytes, entry.checksum)
+            if any(type(n) is not int or n < 0 for n in numbers) or entry.offset % ALIGNMENT:
+                raise ValueError(f"shard of expert {tuple(key)} at {numbers}")
+            if entry.num_bytes != self.layers[key.layer].layout.num_bytes:
+                raise ValueError(f"shard of expert {tuple(key)} has {entry.num_bytes} bytes")
+            if not isinstance(entry.file, str) or not entry.file.isprintable() or is_outside(entry.file):
+                raise ValueError(f"a shard in the file {entry.file!r:.80}")
+
+    @property
+    def _words(self) -> list[tuple[Any, Any]]:
+        return [*self.recipe.items(), *self.source.items()]
+
     def encode(self) -> bytes:
         layouts = list(dict.fromkeys(layer.layout for layer in self.layers))
         document = {
@@ -135,11 +163,11 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         raise StoreError(f"{where} is not a manifest ({error}); convert the checkpoint again") from error
     if version != FORMAT_VERSION:
         raise StoreError(
-            f"{where} has store format {version}, this moray reads format {FORMAT_VERSION}; "
+            f"{where} has store format {version!r:.40}, this moray reads format {FORMAT_VERSION}; "
             + ("upgrade moray" if isinstance(version, int) and version > FORMAT_VERSION else "convert again")
         )
     if document.get("layout") != LAYOUT_ID:
-        raise StoreError(f"{where} has layout {document.get('layout')}, expected {LAYOUT_ID}; convert again")
+        raise StoreError(f"{where} has layout {document.get('layout')!r:.40}, expected {LAYOUT_ID}; convert again")
     try:
         return _decode(document)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -156,7 +184,7 @@ def _decode(document: Mapping[str, Any]) -> Manifest:
     if shards.keys() != expected:
         raise ValueError(f"{len(shards)} shards listed, {len(expected)} expected")
     trunk = document["trunk"]
-    return Manifest(
+    manifest = Manifest(
         family=document["family"],
         recipe=document["recipe"],
         layers=layers,
@@ -169,3 +197,5 @@ def _decode(document: Mapping[str, Any]) -> Manifest:
         num_parameters=document["parameters"],
         notes=document["notes"],
     )
+    manifest.validate()
+    return manifest

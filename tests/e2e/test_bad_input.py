@@ -115,6 +115,18 @@ def test_an_unknown_recipe(mixtral: Path) -> None:
     refused_conversion(mixtral, "hqq5", "hqq4", recipe="experts=hqq5")
 
 
+def test_an_adapter_of_another_model(mixtral: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    module = "base_model.model.model.layers.0.attention.wqkv"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 64), f"{module}.lora_B.weight": torch.ones(64, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    result = moray("convert", mixtral, tmp_path / "made", "--lora", adapter)
+    refused(result, str(adapter), "layers.0.attention.wqkv.lora_A.weight")
+    assert not (tmp_path / "made").exists()
+
+
 def test_too_little_disk(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(mixtral)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
