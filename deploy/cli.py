@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moray.deploy.hub_commands import stay_offline, store_of_model
 from moray.runtime.errors import InputError, MorayError
 
 app = typer.Typer(
@@ -43,6 +44,12 @@ TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")]
 TopKOption = Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0: all.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="ORG/NAME on the hub; converted the first time, into ~/.cache/moray/stores."),
+]
+RecipeOption = Annotated[str, typer.Option(help="For --model, as in `moray convert`.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub; none: main.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -55,6 +62,7 @@ def command(
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
             try:
+                stay_offline(kwargs)
                 function(*args, **kwargs)
             except InputError as error:
                 _fail(error, 2)
@@ -80,7 +88,10 @@ def _fail(error: Exception, code: int) -> None:
 
 @command("moray convert ./Mixtral-8x7B-v0.1 ./mixtral-hqq4 --recipe experts=hqq3,attention=hqq4:64")
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint (safetensors, 16 or 32 bits).")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A local Hugging Face checkpoint (safetensors, 16 or 32 bits), or ORG/NAME on the hub."),
+    ],
     store: Annotated[Path, typer.Argument(help="The directory to make.")],
     recipe: Annotated[
         str,
@@ -91,11 +102,16 @@ def convert(
         ),
     ] = "hqq4",
     workers: Annotated[int | None, typer.Option(help="Processes that quantize; none: one for each core.")] = None,
+    revision: RevisionOption = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Of a hub's model: delete each file when it is converted, keep no checkpoint."),
+    ] = False,
 ) -> None:
     """Convert a checkpoint into a store. Run again after an interruption, it resumes."""
     from moray.deploy.store_commands import convert_store
 
-    convert_store(checkpoint, store, recipe, workers, console)
+    convert_store(checkpoint, store, recipe, workers, console, revision=revision, stream=stream)
 
 
 @command("moray info ./mixtral-hqq4 --verify")
@@ -117,6 +133,9 @@ def info(
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     store: Annotated[Path | None, typer.Option(help="A store; none: the embedded demonstration model.")] = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    recipe: RecipeOption = "hqq4",
     max_new_tokens: MaxTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -136,6 +155,7 @@ def generate(
     from moray.deploy.terminal import run_generate
 
     text = sys.stdin.read() if prompt == "-" else prompt
+    store = store_of_model(store, model, revision, recipe, errors)
     settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
     options = {
         "temperature": temperature,
@@ -150,6 +170,9 @@ def generate(
 @command("moray chat --store ./mixtral-instruct-hqq4 --temperature 0.7")
 def chat(
     store: Annotated[Path | None, typer.Option(help="A store; none: the embedded demonstration model.")] = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    recipe: RecipeOption = "hqq4",
     max_new_tokens: MaxTokensOption = 512,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -167,6 +190,7 @@ def chat(
     from moray.deploy.config import make_config
     from moray.deploy.terminal import run_chat
 
+    store = store_of_model(store, model, revision, recipe, errors)
     settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     run_chat(settings, system, options | {"max_new_tokens": max_new_tokens}, console)
@@ -306,8 +330,6 @@ def _engine_values(
 
 
 def main() -> None:
-    # No model hub is ever asked: checkpoints and stores are local directories.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
 

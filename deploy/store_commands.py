@@ -20,8 +20,11 @@ from rich.progress import (
 from rich.table import Table
 
 from moray.deploy.config import demo_store
+from moray.deploy.hub_commands import is_hub_id
 from moray.runtime.convert.converter import convert
+from moray.runtime.convert.needs import Needs
 from moray.runtime.convert.recipe import Recipe
+from moray.runtime.errors import ConfigError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.memory import format_bytes
 from moray.runtime.store.manifest import Manifest
@@ -44,7 +47,21 @@ class _Bar:
         self._progress.update(self._task, advance=num_bytes, description=what)
 
 
-def convert_store(checkpoint: Path, store: Path, recipe: str, workers: int | None, console: Console) -> None:
+def convert_store(
+    checkpoint: Path,
+    store: Path,
+    recipe: str,
+    workers: int | None,
+    console: Console,
+    *,
+    revision: str | None = None,
+    stream: bool = False,
+) -> None:
+    """Convert a local checkpoint or, if there is none of this name, a hub's model."""
+    on_hub = is_hub_id(str(checkpoint))
+    if not on_hub and (stream or revision is not None):
+        option = "--stream" if stream else "--revision"
+        raise ConfigError(f"{option} is for models on the hub (ORG/NAME), and {checkpoint} is a path; leave it out")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -54,8 +71,28 @@ def convert_store(checkpoint: Path, store: Path, recipe: str, workers: int | Non
         TimeRemainingColumn(),
     )
     progress = Progress(*columns, console=console)
+    bar = _Bar(progress)
+
+    def announce(needs: Needs) -> None:
+        console.print(f"the conversion {needs}", highlight=False)
+
     try:
-        manifest = convert(checkpoint, store, Recipe.parse(recipe), workers=workers, progress=_Bar(progress))
+        parsed = Recipe.parse(recipe)
+        if on_hub:
+            from moray.runtime.convert.hub_convert import convert_from_hub
+
+            manifest = convert_from_hub(
+                str(checkpoint),
+                store,
+                parsed,
+                revision=revision,
+                stream=stream,
+                workers=workers,
+                progress=bar,
+                announce=announce,
+            )
+        else:
+            manifest = convert(checkpoint, store, parsed, workers=workers, progress=bar, announce=announce)
     finally:
         progress.stop()
     console.print(f"{store} is complete:", highlight=False)

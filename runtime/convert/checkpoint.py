@@ -130,6 +130,11 @@ def _refuse_quantized(file: Path) -> None:
         )
 
 
+def read_index_files(root: Path) -> list[str]:
+    """The weight files that an index names, whether they are there or not. Raises CheckpointError."""
+    return sorted(set(_parse_index(root / INDEX_NAME).values()))
+
+
 def _read_index(root: Path) -> dict[str, str]:
     """Tensor -> file; empty for a checkpoint in a single file."""
     file = root / INDEX_NAME
@@ -137,17 +142,21 @@ def _read_index(root: Path) -> dict[str, str]:
         if not (root / SINGLE_NAME).is_file():
             raise CheckpointError(_explain_no_weights(root))
         return {}
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        index = {str(key): str(name) for key, name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error!r}); download it again") from error
+    index = _parse_index(file)
     missing = sorted({name for name in index.values() if not (root / name).is_file()})
     if missing:
         raise CheckpointError(
             f"{root} lacks {missing[0]}{_and_more(len(missing) - 1)}, named in {INDEX_NAME}; download the missing files"
         )
     return index
+
+
+def _parse_index(file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return {str(key): str(name) for key, name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error!r}); download it again") from error
 
 
 def _and_more(count: int) -> str:

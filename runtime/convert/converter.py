@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +19,22 @@ from typing import Protocol
 import torch
 import transformers
 import xxhash
+from transformers import PreTrainedConfig
 
 import moray
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece
 from moray.runtime.convert.journal import JOURNAL_NAME, Journal
+from moray.runtime.convert.needs import Needs, estimate_needs
 from moray.runtime.convert.plan import Plan, make_plan
 from moray.runtime.convert.quantize import QUANTIZER_ID
 from moray.runtime.convert.recipe import Recipe
+from moray.runtime.convert.source_hashes import hash_in_background, weight_files
+from moray.runtime.convert.supply import LocalSupply, Supply
 from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME
 from moray.runtime.convert.workers import Workshop, make_pieces, write_at
 from moray.runtime.convert.workspace import (
+    DOWNLOAD_FOLDER,
     check_places,
     check_space,
     explain_full_disk,
@@ -41,6 +48,7 @@ from moray.runtime.cpu import usable_cores
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.model.families import load_config
 from moray.runtime.store.manifest import FORMAT_VERSION, MANIFEST_NAME, TRUNK_NAME, Manifest, ShardEntry
+from moray.runtime.store.receipt import RECEIPT_NAME, FileHash, make_receipt, write_aside
 from moray.runtime.store.store import checksum_file
 
 _SMALL_MODEL = 64_000_000  # expert parameters: below, starting processes costs more than it saves
@@ -61,45 +69,87 @@ def convert(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
+    announce: Callable[[Needs], None] | None = None,
 ) -> Manifest:
     """Convert a local Hugging Face checkpoint to a store; continues if an earlier call was stopped.
 
     ``recipe``: see ``Recipe.parse``; None is the default one. ``workers``: processes, None for one per
     usable core (a small model is converted in this process); each holds about one expert in memory, as
     float32. Workers are spawned: a script that calls this needs the ``if __name__ == "__main__"`` guard.
+    ``announce`` is told what it takes before anything is written.
 
     Raises CheckpointError, UnsupportedModelError and RecipeError for what was given, StoreError if the
     directory cannot take the store, ResourceError if the disk is too small. These checks come first and
     leave nothing behind. Afterwards a failure (disk full, NaN in a tensor, an interrupt) leaves an
     unfinished store that the same call resumes.
     """
-    source, store = Path(checkpoint_dir), Path(store_dir)
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.parse() if recipe is None else Recipe.parse(recipe)
+    source = Path(checkpoint_dir)
     config = load_config(source)
     checkpoint = Checkpoint.open(source)
-    check_places(source, store)
-    plan = make_plan(config, checkpoint, recipe)
-    copied = files_to_copy(source)
-    check_space(store, plan.files, copied)
-    with explain_full_disk(store, plan.files), open_journal(store, _fingerprint(checkpoint, recipe)) as journal:
-        checksums = _write_pieces(plan, Workshop(checkpoint, plan.shapes, store), journal, workers, progress)
+    check_places(source, Path(store_dir))
+    with hash_in_background(weight_files(checkpoint)) as hashes:
+        material = Material(source, config, checkpoint, LocalSupply(), {"checkpoint": source.resolve().name}, hashes)
+        return make_store(material, Path(store_dir), recipe, workers, progress, announce)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a store is made of. ``folder`` has configuration and tokenizer, ``checkpoint`` is planned with.
+
+    ``origin`` names the source in manifest and receipt; ``hashes`` is asked at the end for the sha256 of weight files.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    checkpoint: Checkpoint
+    supply: Supply
+    origin: dict[str, str]
+    hashes: Callable[[], dict[str, FileHash]]
+
+
+def make_store(
+    material: Material,
+    store: Path,
+    recipe: Recipe | str | None,
+    workers: int | None,
+    progress: Progress | None,
+    announce: Callable[[Needs], None] | None,
+) -> Manifest:
+    """``convert``, for any material whose places have been checked."""
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.parse() if recipe is None else Recipe.parse(recipe)
+    plan = make_plan(material.config, material.checkpoint, recipe)
+    copied = files_to_copy(material.folder)
+    checkpoint = material.supply.readable(material.checkpoint)
+    room = material.supply.room_bytes(plan.pieces)
+    workers = _choose_workers(workers, plan, len(plan.pieces))
+    check_space(store, plan.files, copied, room)
+    if announce:
+        announce(estimate_needs(plan, material.checkpoint, copied, room, workers))
+    workshop = Workshop(checkpoint, plan.shapes, store)
+    fingerprint = _fingerprint(material, recipe)
+    with explain_full_disk(store, plan.files), open_journal(store, fingerprint) as journal:
+        checksums = _write_pieces(plan, workshop, material.supply, journal, workers, progress)
         _finish_files(store, plan, copied)
-        manifest = _describe(config.model_type, source, store, recipe, plan, checksums)
-        _write_manifest(store, manifest)
+        manifest = _describe(material, store, recipe, plan, checksums)
+        data = manifest.encode()
+        receipt = make_receipt(manifest, data, store, [path.name for path in copied], material.hashes())
+        write_aside(store / RECEIPT_NAME, receipt)
+        write_aside(store / MANIFEST_NAME, data)
         journal.path.unlink()
     return manifest
 
 
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> str:
+def _fingerprint(material: Material, recipe: Recipe) -> str:
     """Of everything that decides a store's bytes."""
-    parts = [checkpoint.fingerprint, checkpoint.path.joinpath("config.json").read_text(), str(recipe), LAYOUT_ID]
+    config = material.folder.joinpath("config.json").read_text()
+    parts = [material.checkpoint.fingerprint, config, str(recipe), LAYOUT_ID]
     parts += [str(FORMAT_VERSION), QUANTIZER_ID, version("hqq"), transformers.__version__]
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
 def _write_pieces(
-    plan: Plan, workshop: Workshop, journal: Journal, workers: int | None, progress: Progress | None
+    plan: Plan, workshop: Workshop, supply: Supply, journal: Journal, workers: int, progress: Progress | None
 ) -> dict[str, int]:
     """Make every piece that is not there yet. Returns the checksum of each, by name."""
     make_files(workshop.store, plan.files)
@@ -113,10 +163,6 @@ def _write_pieces(
         if progress:
             progress.advance(piece.num_bytes, piece.label)
 
-    def written(piece: Piece, checksum: int) -> None:
-        journal.append(piece.name, checksum)
-        done(piece, checksum)
-
     missing = []
     for piece in plan.pieces:
         checksum = verified_checksum(workshop.store, piece, journal)
@@ -124,7 +170,14 @@ def _write_pieces(
             missing.append(piece)
         else:
             done(piece, checksum)
-    make_pieces(workshop, missing, _choose_workers(workers, plan, len(missing)), written)
+    with supply.open(missing) as feed:
+
+        def written(piece: Piece, checksum: int) -> None:
+            journal.append(piece.name, checksum)
+            feed.done(piece)
+            done(piece, checksum)
+
+        make_pieces(workshop, feed, max(1, min(workers, len(missing))), written)
     return checksums
 
 
@@ -139,6 +192,7 @@ def _choose_workers(workers: int | None, plan: Plan, num_pieces: int) -> int:
 
 def _finish_files(store: Path, plan: Plan, copied: list[Path]) -> None:
     """Copy the checkpoint's own files, give the trunk its name, and wait for the disk."""
+    shutil.rmtree(store / DOWNLOAD_FOLDER, ignore_errors=True)
     for path in copied:
         if path.is_dir():
             shutil.copytree(path, store / path.name, dirs_exist_ok=True)
@@ -150,11 +204,9 @@ def _finish_files(store: Path, plan: Plan, copied: list[Path]) -> None:
     (store / PARTIAL_TRUNK_NAME).replace(store / TRUNK_NAME)
 
 
-def _describe(
-    family: str, source: Path, store: Path, recipe: Recipe, plan: Plan, checksums: dict[str, int]
-) -> Manifest:
+def _describe(material: Material, store: Path, recipe: Recipe, plan: Plan, checksums: dict[str, int]) -> Manifest:
     return Manifest(
-        family=family,
+        family=material.config.model_type,
         recipe=recipe.to_dict(),
         layers=plan.layers,
         shards={
@@ -164,8 +216,8 @@ def _describe(
         trunk_bytes=plan.trunk.num_bytes,
         trunk_checksum=checksum_file(store / TRUNK_NAME),
         packed_trunk=plan.trunk.packed,
-        source={
-            "checkpoint": source.resolve().name,
+        source=material.origin
+        | {
             "converted": datetime.now(UTC).isoformat(timespec="seconds"),
             "moray": moray.__version__,
             "torch": str(torch.__version__),
@@ -175,11 +227,3 @@ def _describe(
         num_parameters=plan.num_parameters,
         notes=plan.notes,
     )
-
-
-def _write_manifest(store: Path, manifest: Manifest) -> None:
-    partial = store / f"{MANIFEST_NAME}.partial"
-    partial.write_bytes(manifest.encode())
-    sync(partial)
-    partial.rename(store / MANIFEST_NAME)
-    sync(store)

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ import xxhash
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece, encode_piece
 from moray.runtime.convert.sources import ModelShapes
+from moray.runtime.convert.supply import Feed
 from moray.runtime.errors import ResourceError
 
 _PR_SET_PDEATHSIG = 1
@@ -53,21 +54,21 @@ def write_at(path: Path, offset: int, view: memoryview) -> None:
         os.close(descriptor)
 
 
-def make_pieces(workshop: Workshop, pieces: Sequence[Piece], workers: int, done: Done) -> None:
-    """Make all pieces, calling ``done`` in this process as each one is written.
+def make_pieces(workshop: Workshop, feed: Feed, workers: int, done: Done) -> None:
+    """Make all pieces of a feed, calling ``done`` in this process as each one is written.
 
     With one worker in this process; otherwise in ``workers`` spawned processes, which die with this
     one. On an error or an interrupt the workers are stopped at once. The bytes do not depend on ``workers``.
     """
     if workers == 1:
         with _one_thread():
-            for piece in pieces:
+            while (piece := feed.take(wait=True)) is not None:
                 done(piece, workshop.make(piece))
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (workshop, os.getpid()))
     try:
-        for piece, checksum in _in_flight(pool, pieces, 2 * workers):
+        for piece, checksum in _in_flight(pool, feed, 2 * workers):
             done(piece, checksum)
     except BrokenProcessPool as error:
         raise ResourceError(
@@ -83,12 +84,14 @@ def make_pieces(workshop: Workshop, pieces: Sequence[Piece], workers: int, done:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_flight(pool: ProcessPoolExecutor, pieces: Sequence[Piece], limit: int) -> Iterator[tuple[Piece, int]]:
-    """Pieces as they finish, with at most ``limit`` handed out at a time."""
-    waiting = iter(pieces)
+def _in_flight(pool: ProcessPoolExecutor, feed: Feed, limit: int) -> Iterator[tuple[Piece, int]]:
+    """Pieces as they finish, with at most ``limit`` handed out at a time.
+
+    The feed is waited for only when nothing runs: what it waits for may be room that running pieces give back.
+    """
     running: dict[Future[int], Piece] = {}
     while True:
-        while len(running) < limit and (piece := next(waiting, None)) is not None:
+        while len(running) < limit and (piece := feed.take(wait=not running)) is not None:
             running[pool.submit(_make, piece)] = piece
         if not running:
             return
