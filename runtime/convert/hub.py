@@ -109,6 +109,9 @@ def fetch_description(model: HubModel, folder: Path) -> list[HubFile]:
 
     Returns the files of weights. Raises HubError, CheckpointError.
     """
+    if model.revision != model.commit and "config.json" in model.files:
+        with explain(model.name, model.revision):  # so that the cache knows the branch when there is no network
+            hf_hub_download(model.name, "config.json", revision=model.revision, tqdm_class=QuietBar)
     for file in model.files.values():
         parts = Path(file.name).parts
         if file.num_bytes < 1 << 28 and (is_copied(parts[0]) or (len(parts) == 1 and parts[0].endswith(".json"))):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import xxhash
 
@@ -98,8 +98,7 @@ def cached_store(
     ``make`` is given the directory, which may hold an unfinished store. Raises StoreError if it made none.
     """
     cache = root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moray" / "stores"
-    parts = [*name.split("/"), *([revision] if revision else []), re.sub(r"[^\w.=-]+", "_", recipe)]
-    store = cache / "--".join(part.replace("/", "_") for part in parts)
+    store = cache.joinpath(*name.split("/"), quote(revision or "main", safe=""), quote(recipe, safe=",:="))
     if not (store / MANIFEST_NAME).exists():
         make(store)
     if not (store / MANIFEST_NAME).exists():

@@ -1,6 +1,6 @@
 """A model hub on loopback: the parts of the Hub's HTTP API that huggingface_hub uses, and failures on request.
 
-Small files are answered directly, weights (as with LFS) by a redirect to another path that takes ranges.
+Small files are answered directly, weights (as with LFS) by a redirect to another host that takes ranges.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-_LARGE = (".safetensors",)  # files that lie on another path, as LFS files do
+_LARGE = (".safetensors",)  # files that lie on another host, as LFS files do
 
 
 @dataclass
@@ -58,6 +58,11 @@ class LocalHub:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def content_endpoint(self) -> str:
+        """Another host for clients, as the Hub's CDN is."""
+        return f"http://localhost:{self._server.server_address[1]}"
 
     def close(self) -> None:
         self._server.shutdown()
@@ -176,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.name.endswith(_LARGE):
             return self._send_file(file, headers, fault)
         headers |= {
-            "Location": f"{hub.endpoint}/content/{name}/{file_name}",
+            "Location": f"{hub.content_endpoint}/content/{name}/{file_name}",
             "X-Linked-Size": str(file.stat().st_size),
             "X-Linked-Etag": f'"{hub.sha256(file)}"',
         }

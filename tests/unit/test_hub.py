@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,7 @@ def hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.endpoint + _TEMPLATE)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
         monkeypatch.setattr(hub_files, "_LONGEST_PAUSE_S", 0.01)
         monkeypatch.setenv("HF_TOKEN", "")
         yield made
@@ -83,8 +84,6 @@ def test_a_hubs_model_gives_the_store_of_its_checkpoint(
     assert (manifest.source["revision"], manifest.source["commit"]) == ("main", "a" * 40)
     with Store.open(tmp_path / "store") as store:
         assert len(list(store.verify())) == 25
-    weights = sorted(path.name for path in published.glob("*.safetensors"))
-    assert sorted(Path(path).name for path in hub.fetched(WEIGHTS) if "/content/" in path) != weights  # headers too
     cached = files_in(tmp_path / "hub-cache")
     assert any(name.endswith(WEIGHTS) for name in cached) != stream
     assert not (tmp_path / "store" / DOWNLOAD_FOLDER).exists()
@@ -198,6 +197,7 @@ def test_a_token_opens_a_gated_model(
     hub.gated[NAME] = "hf_secret_right"
     monkeypatch.setenv("HF_TOKEN", "hf_secret_right")
     assert checksums(convert_from_hub(NAME, tmp_path / "store", stream=True)) == expected
+    assert {token for _, path, token, _ in hub.requests if "/content/" in path} == {""}  # another host's
     for file in ("manifest.msgpack", "receipt.json"):
         assert b"secret" not in (tmp_path / "store" / file).read_bytes()
 
@@ -246,7 +246,7 @@ def test_failures_that_pass(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     convert_from_hub(NAME, tmp_path / "planned", "none", stream=True)  # headers are there without a failure
-    hub.fail(CONTENT, times=2, **fault)  # type: ignore[arg-type]
+    hub.fail(CONTENT, times=1 if fault["kind"] == "corrupt" else 2, **fault)  # type: ignore[arg-type]
     with hub_headers_unharmed(hub):
         manifest = convert_from_hub(NAME, tmp_path / "store", stream=stream)
     assert checksums(manifest) == expected
@@ -308,12 +308,12 @@ def test_failures_that_last_are_resumed(
 
 
 def test_a_streamed_file_continues_where_it_was_cut(hub: LocalHub, tmp_path: Path) -> None:
-    hub.fail(r"/content/.*model-00003", "reset", times=1, after=60_000)
+    hub.fail(r"/content/.*model-00003", "cut", times=1, after=60_000)
     with hub_headers_unharmed(hub):
         convert_from_hub(NAME, tmp_path / "store", stream=True)
     ranges = [wanted for _, path, _, wanted in hub.requests if path.endswith(".safetensors") and "-00003" in path]
     continued = [wanted for wanted in ranges if wanted and not wanted.startswith("bytes=0-")]
-    assert continued and all(wanted.endswith("-") for wanted in continued)
+    assert continued and all(int(wanted[6:-1]) > 50_000 for wanted in continued), ranges
 
 
 def test_a_server_without_ranges_is_enough(hub: LocalHub, expected: object, tmp_path: Path) -> None:
@@ -365,7 +365,9 @@ def test_different_models_never_share_a_store(tmp_path: Path) -> None:
         path.mkdir(parents=True)
         (path / "manifest.msgpack").touch()
 
-    asked = [("a/b--c", "x", None), ("a--b/c", "x", None), ("a/b", "x", "c"), ("a/b", "x", None), ("a/b", "x:1", None)]
-    asked += [("a/b", "x_1", None), ("a/b", "x", "c/d"), ("a/b", "x", "c_d")]
-    stores: list[Callable[[], Path] | Path] = [cached_store(*arguments, make, tmp_path) for arguments in asked]
+    asked = [("a/b", "x", None), ("a/b.x", "x", None), ("a/b", "x", "c"), ("a/b", "x:1", None), ("a/b", "x_1", None)]
+    asked += [("a/b", "x", "c/d"), ("a/b", "x", "c_d"), ("a/b", "x", "../d"), ("a/x", "b", None)]
+    stores = [cached_store(*arguments, make, tmp_path) for arguments in asked]
     assert len(set(stores)) == len(asked)
+    assert all(tmp_path in path.resolve().parents for path in stores)
+    assert cached_store("a/b", "x", "main", make, tmp_path) == stores[0]
