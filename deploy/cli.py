@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine: kernels against its memory, decoding on a store.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+store_tools = typer.Typer(help="Check, rewrite and compare stores.", no_args_is_help=True)
+app.add_typer(store_tools, name="store")
 console = Console()
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -124,6 +126,43 @@ def info(
     from moray.deploy.store_commands import show_store
 
     show_store(store, verify=verify, as_json=as_json, console=console)
+
+
+@command("moray store verify ./mixtral-hqq4", "verify", store_tools)
+def store_verify(store: Annotated[Path, typer.Argument(help="A store.")], as_json: JsonOption = False) -> None:
+    """Read every byte; say what is damaged and what repairs it. Exits with 2 if anything is."""
+    from moray.deploy.store_tools import verify_store
+
+    verify_store(store, console, as_json=as_json)
+
+
+@command("moray store repack ./mixtral-hqq4 /mnt/mixtral-hqq4 --file-size 4GiB", "repack", store_tools)
+def store_repack(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="A new directory; none: only the format, the receipt and left-over files.")
+    ] = None,
+    file_size: Annotated[
+        str | None, typer.Option(help="Most bytes of a file of experts, e.g. 4GiB; none: one file a MoE layer.")
+    ] = None,
+) -> None:
+    """Write a store in the present format, or into other files. No weight is changed."""
+    from moray.deploy.store_tools import repack_store
+
+    repack_store(store, target, file_size, console)
+
+
+@command("moray store diff ./mixtral-hqq4 ./mixtral-none", "diff", store_tools)
+def store_diff(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    other: Annotated[Path, typer.Argument(help="A store to compare with it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two stores: what they were made from, and their weights. Exits with 1 if weights differ."""
+    from moray.deploy.store_tools import diff_stores
+
+    if not diff_stores(store, other, console, as_json=as_json).is_empty:
+        raise typer.Exit(1)
 
 
 # ---------------------------------------------------------------------------------- generation

@@ -139,7 +139,7 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "format": manifest.format_version,
         "layout": manifest.layout_id,
         "numerics": f"{manifest.numerics_id} (kernels bit-identical across CPUs), float (reference)",
-        "source": ", ".join(f"{key} {value}" for key, value in manifest.source.items()),
+        "source": ", ".join(f"{key} {value}" for key, value in (manifest.source | manifest.versions).items()),
     } | ({"notes": "; ".join(manifest.notes)} if manifest.notes else {})
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 
 import moray
 from moray.runtime.convert.checkpoint import Checkpoint
+from moray.runtime.convert.complete import finish, make_missing, manifest_path, opened_for_completion
 from moray.runtime.convert.encode import Piece
 from moray.runtime.convert.journal import JOURNAL_NAME, Journal
 from moray.runtime.convert.needs import Needs, estimate_needs
@@ -47,7 +48,8 @@ from moray.runtime.convert.workspace import (
 from moray.runtime.cpu import usable_cores
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.model.families import load_config
-from moray.runtime.store.manifest import FORMAT_VERSION, MANIFEST_NAME, TRUNK_NAME, Manifest, ShardEntry
+from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, ShardEntry
+from moray.runtime.store.migrations import FORMAT_VERSION
 from moray.runtime.store.receipt import RECEIPT_NAME, FileHash, make_receipt, write_aside
 from moray.runtime.store.store import checksum_file
 
@@ -76,7 +78,8 @@ def convert(
     ``recipe``: see ``Recipe.parse``; None is the default one. ``workers``: processes, None for one per
     usable core (a small model is converted in this process); each holds about one expert in memory, as
     float32. Workers are spawned: a script that calls this needs the ``if __name__ == "__main__"`` guard.
-    ``announce`` is told what it takes before anything is written.
+    ``announce`` is told what it takes before anything is written. Into a store that is there already, of the same
+    checkpoint and recipe, only what is missing or damaged is made, and the rest is verified.
 
     Raises CheckpointError, UnsupportedModelError and RecipeError for what was given, StoreError if the
     directory cannot take the store, ResourceError if the disk is too small. These checks come first and
@@ -123,6 +126,9 @@ def make_store(
     checkpoint = material.supply.readable(material.checkpoint)
     room = material.supply.room_bytes(plan.pieces)
     workers = _choose_workers(workers, plan, len(plan.pieces))
+    if manifest_path(store) is not None:
+        workshop = Workshop(checkpoint, plan.shapes, store)
+        return _complete(material, workshop, plan, recipe, copied, workers, progress)
     check_space(store, plan.files, copied, room)
     if announce:
         announce(estimate_needs(plan, material.checkpoint, copied, room, workers))
@@ -138,6 +144,30 @@ def make_store(
         write_aside(store / MANIFEST_NAME, data)
         journal.path.unlink()
     return manifest
+
+
+def _complete(
+    material: Material,
+    workshop: Workshop,
+    plan: Plan,
+    recipe: Recipe,
+    copied: list[Path],
+    workers: int,
+    progress: Progress | None,
+) -> Manifest:
+    """Fill in what a store lacks, and verify the rest."""
+    with opened_for_completion(workshop.store, plan, recipe.to_dict(), progress or _Silent()) as work:
+        if work.missing:
+            make_missing(work, workshop, material.supply, workers, plan.trunk.header, progress or _Silent())
+        return finish(work, copied, material.hashes())
+
+
+class _Silent:
+    def start(self, total_bytes: int) -> None:
+        pass
+
+    def advance(self, num_bytes: int, what: str) -> None:
+        pass
 
 
 def _fingerprint(material: Material, recipe: Recipe) -> str:
@@ -216,9 +246,8 @@ def _describe(material: Material, store: Path, recipe: Recipe, plan: Plan, check
         trunk_bytes=plan.trunk.num_bytes,
         trunk_checksum=checksum_file(store / TRUNK_NAME),
         packed_trunk=plan.trunk.packed,
-        source=material.origin
-        | {
-            "converted": datetime.now(UTC).isoformat(timespec="seconds"),
+        source=material.origin | {"converted": datetime.now(UTC).isoformat(timespec="seconds")},
+        versions={
             "moray": moray.__version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,

@@ -39,8 +39,8 @@ def convert_from_hub(
     """``convert`` for a repository on a model hub, ``name`` as ORG/NAME; continues if an earlier call was stopped.
 
     ``stream``: files lie in the store's directory and each is deleted when no piece needs it any more, so the disk
-    never holds the whole checkpoint; otherwise they stay in huggingface_hub's cache. With HF_HUB_OFFLINE set, what is in
-    that cache is converted. Code in the repository is never fetched nor run.
+    never holds the whole checkpoint; otherwise they stay in huggingface_hub's cache. With HF_HUB_OFFLINE set, what
+    is in that cache is converted. Code in the repository is never fetched nor run.
 
     Raises what ``convert`` raises, and HubError.
     """

@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece, encode_piece
 from moray.runtime.convert.sources import ModelShapes
 from moray.runtime.convert.supply import Feed
-from moray.runtime.errors import ResourceError
+from moray.runtime.errors import ResourceError, StoreError
 
 _PR_SET_PDEATHSIG = 1
 Done = Callable[[Piece, int], None]  # a piece whose bytes are in its file, and their checksum
@@ -34,13 +34,23 @@ class Workshop:
     checkpoint: Checkpoint
     shapes: ModelShapes
     store: Path
+    expected: Mapping[str, int] = field(default_factory=dict)  # checksums that pieces must have
 
     def make(self, piece: Piece) -> int:
-        """Write one piece to its place. Returns the xxh3-64 of its bytes. Holds one expert in memory."""
+        """Write one piece to its place. Returns the xxh3-64 of its bytes. Holds one expert in memory.
+
+        Raises StoreError, and writes nothing, if the piece is not what is expected.
+        """
         data = encode_piece(piece, self.checkpoint, self.shapes)
         assert data.nbytes == piece.num_bytes, (piece.label, data.nbytes, piece.num_bytes)
+        checksum = xxhash.xxh3_64_intdigest(data.data)
+        if self.expected.get(piece.name, checksum) != checksum:
+            raise StoreError(
+                f"{piece.label} made again has other bytes than {self.store} had; give the checkpoint (and the "
+                "versions of moray, transformers and hqq, `moray info`) that it was made with"
+            )
         write_at(self.store / piece.file, piece.offset, data.data)
-        return xxhash.xxh3_64_intdigest(data.data)
+        return checksum
 
 
 def write_at(path: Path, offset: int, view: memoryview) -> None:

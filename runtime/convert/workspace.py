@@ -19,6 +19,7 @@ from moray.runtime.memory import format_bytes
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME
 from moray.runtime.store.receipt import sync as sync
 
+ASIDE_NAME = f"{MANIFEST_NAME}.partial"  # of a store that is being completed
 DOWNLOAD_FOLDER = "download"  # in the store, for files that live only while it is made
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SPARE_BYTES = 16 << 20  # for the manifest, the journal and the file system's own use
@@ -30,7 +31,7 @@ _COPIED = re.compile(
 
 
 def check_places(checkpoint: Path, store: Path) -> None:
-    """Raises StoreError unless ``store`` is a place for a new or an unfinished store."""
+    """Raises StoreError unless ``store`` is a place for a new store, or is one, finished or not."""
     source, target = checkpoint.resolve(), store.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise StoreError(f"the store {store} and the checkpoint {checkpoint} overlap; choose another directory")
@@ -38,9 +39,14 @@ def check_places(checkpoint: Path, store: Path) -> None:
         return
     if not store.is_dir():
         raise StoreError(f"{store} is a file; choose a directory for the store")
-    if (store / MANIFEST_NAME).exists():
-        raise StoreError(f"{store} is already a complete store; choose another directory or delete it")
+    if any((store / name).exists() for name in (MANIFEST_NAME, ASIDE_NAME)):
+        return  # it is completed, if it is of the same checkpoint
     found = sorted(entry.name for entry in store.iterdir())
+    if JOURNAL_NAME not in found and any(name.startswith("experts-") for name in found):
+        raise StoreError(
+            f"{store} is a store without its {MANIFEST_NAME}; copy that from where the store was made, and what is "
+            "missing is filled in; or choose another directory"
+        )
     if JOURNAL_NAME not in found and any(name != f"{JOURNAL_NAME}.partial" for name in found):
         raise StoreError(f"{store} is not empty (it holds {found[0]}); choose another directory for the store")
 

@@ -20,7 +20,6 @@ from moray.runtime.store.manifest import MANIFEST_NAME, Manifest
 
 RECEIPT_NAME = "receipt.json"
 RECEIPT_VERSION = 1
-_VERSIONS = ("moray", "torch", "transformers", "hqq")
 _CHUNK_BYTES = 8 << 20
 
 
@@ -54,10 +53,9 @@ def make_receipt(
     hashes[MANIFEST_NAME] = FileHash(len(manifest_data), hashlib.sha256(manifest_data).hexdigest())
     document = {
         "receipt": RECEIPT_VERSION,
-        "source": {name: value for name, value in manifest.source.items() if name not in _VERSIONS},
+        "source": manifest.source,
         "source files": _encode(files),
-        "versions": {name: manifest.source[name] for name in _VERSIONS if name in manifest.source}
-        | {"python": platform.python_version()},
+        "versions": manifest.versions | {"python": platform.python_version()},
         "recipe": manifest.recipe,
         "format": manifest.format_version,
         "layout": manifest.layout_id,

@@ -242,7 +242,12 @@ CONTENT = r"/content/.*model-0000[35]"
     ids=lambda fault: fault["kind"],
 )
 def test_failures_that_pass(
-    hub: LocalHub, expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, str], stream: bool
+    hub: LocalHub,
+    expected: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: dict[str, str],
+    stream: bool,
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     convert_from_hub(NAME, tmp_path / "planned", "none", stream=True)  # headers are there without a failure
