@@ -131,7 +131,7 @@ def make_store(
         return _complete(material, workshop, plan, recipe, copied, workers, progress)
     check_space(store, plan.files, copied, room)
     if announce:
-        announce(estimate_needs(plan, material.checkpoint, copied, room, workers))
+        announce(estimate_needs(plan, material.checkpoint, copied, material.supply, workers))
     workshop = Workshop(checkpoint, plan.shapes, store)
     fingerprint = _fingerprint(material, recipe)
     with explain_full_disk(store, plan.files), open_journal(store, fingerprint) as journal:

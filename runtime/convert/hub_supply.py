@@ -18,7 +18,7 @@ from moray.runtime.convert.encode import Piece
 from moray.runtime.convert.hub import HubFile, HubModel, fetch_range
 from moray.runtime.convert.hub_files import CacheFetcher, Fetcher, StreamFetcher
 from moray.runtime.convert.journal import JOURNAL_NAME
-from moray.runtime.convert.supply import Feed, Itinerary, files_of, plan_itinerary
+from moray.runtime.convert.supply import Feed, Itinerary, files_of, may_fetch, plan_itinerary
 from moray.runtime.store.receipt import Stopped, sync
 
 
@@ -58,7 +58,14 @@ class HubSupply:
         return self._checkpoint
 
     def room_bytes(self, pieces: Sequence[Piece]) -> int:
-        return self._itinerary(pieces).held_bytes if self._stream else 0
+        if not self._stream:
+            return 0
+        return max(0, self._itinerary(pieces).peak_bytes - sum(piece.num_bytes for piece in pieces))
+
+    def cache_bytes(self, pieces: Sequence[Piece]) -> int:
+        if self._stream:
+            return 0
+        return sum(file.num_bytes for file in self._files.values() if not (self._folder / file.name).exists())
 
     def _itinerary(self, pieces: Sequence[Piece]) -> Itinerary:
         assert self._checkpoint is not None
@@ -191,6 +198,4 @@ class HubFeed:
     def _may_fetch(self, file: HubFile) -> bool:
         if not self._fetcher.deletes:
             return True
-        after = self._held_bytes + file.num_bytes
-        # Room that the store will need later may be used now, for one file ahead.
-        return after <= self._limit_bytes + min(self._owed_bytes, file.num_bytes)
+        return may_fetch(file.num_bytes, self._held_bytes, self._limit_bytes, self._owed_bytes)

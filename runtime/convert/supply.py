@@ -36,7 +36,11 @@ class Supply(Protocol):
         ...
 
     def room_bytes(self, pieces: Sequence[Piece]) -> int:
-        """Disk that files take beside the store, at most."""
+        """Disk that files take beside the finished store, at most."""
+        ...
+
+    def cache_bytes(self, pieces: Sequence[Piece]) -> int:
+        """Disk that files take elsewhere, and keep."""
         ...
 
     def open(self, pieces: Sequence[Piece]) -> AbstractContextManager[Feed]:
@@ -66,6 +70,9 @@ class LocalSupply:
     def room_bytes(self, pieces: Sequence[Piece]) -> int:
         return 0
 
+    def cache_bytes(self, pieces: Sequence[Piece]) -> int:
+        return 0
+
     def open(self, pieces: Sequence[Piece]) -> AbstractContextManager[Feed]:
         return nullcontext(ListFeed(pieces))
 
@@ -75,11 +82,13 @@ class Itinerary:
     """In which order files come and pieces are made.
 
     ``held_bytes``: the most that files take which still wait for a piece, if each is deleted after its last one.
+    ``peak_bytes``: the most that files and finished pieces take together, with files fetched ahead as ``may_fetch`` lets.
     """
 
     files: tuple[str, ...]
     pieces: tuple[Piece, ...]
     held_bytes: int
+    peak_bytes: int
 
 
 def files_of(piece: Piece, checkpoint: Checkpoint) -> frozenset[str]:
@@ -98,8 +107,35 @@ def plan_itinerary(pieces: Sequence[Piece], checkpoint: Checkpoint, sizes: Mappi
     for number, need in enumerate(needs):
         for file in need:
             until[file] = max(until[file], last[number])
-    held = (sum(sizes[f] for f in files[: now + 1] if until[f] >= now) for now in range(len(files)))
-    return Itinerary(tuple(files), tuple(pieces[number] for number in order), max(held, default=0))
+    held = max((sum(sizes[f] for f in files[: now + 1] if until[f] >= now) for now in range(len(files))), default=0)
+    made = [0] * len(files)  # bytes of the pieces that are made when this file is the last to have arrived
+    for number, rank_of_last in enumerate(last):
+        if rank_of_last >= 0:
+            made[rank_of_last] += pieces[number].num_bytes
+    peak = _peak_bytes([sizes[file] for file in files], [until[file] for file in files], made, held)
+    return Itinerary(tuple(files), tuple(pieces[number] for number in order), held, peak)
+
+
+def may_fetch(num_bytes: int, held_bytes: int, limit_bytes: int, owed_bytes: int) -> bool:
+    """Whether a file may be fetched beside those held: within the limit, or one ahead in room that the store will
+    need later (``owed_bytes``: of the store, not yet written)."""
+    return held_bytes + num_bytes <= limit_bytes + min(owed_bytes, num_bytes)
+
+
+def _peak_bytes(sizes: list[int], until: list[int], made: list[int], limit_bytes: int) -> int:
+    """Files and pieces together at the worst moment: a file is on its way, and those before it were just not deleted."""
+    total, peak, written = sum(made), 0, 0
+    ahead = 0  # rank of the last file that may have been fetched
+    for stage in range(len(sizes)):  # pieces that end with this file are being made
+        ahead = max(ahead, stage)
+        held = [size if end >= stage else 0 for size, end in zip(sizes, until, strict=True)]
+        while ahead + 1 < len(sizes) and may_fetch(
+            sizes[ahead + 1], sum(held[: ahead + 1]), limit_bytes, total - written
+        ):
+            ahead += 1
+        written += made[stage]
+        peak = max(peak, written + sum(held[: ahead + 1]))
+    return peak
 
 
 def _order_files(needs: Sequence[frozenset[str]]) -> list[str]:

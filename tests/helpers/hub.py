@@ -6,6 +6,7 @@ Small files are answered directly, weights (as with LFS) by a redirect to anothe
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import socket
@@ -16,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
+_CHUNK_BYTES = 1 << 20
 _LARGE = (".safetensors",)  # files that lie on another host, as LFS files do
 
 
@@ -95,7 +97,8 @@ class LocalHub:
     def sha256(self, file: Path) -> str:
         key = file, file.stat().st_mtime_ns
         if key not in self._digests:
-            self._digests[key] = hashlib.sha256(file.read_bytes()).hexdigest()
+            with file.open("rb") as stream:
+                self._digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
         return self._digests[key]
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -189,35 +192,50 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, file: Path, headers: dict[str, str], fault: Fault | None) -> None:
         self.server.hub.on_file(file.name)
-        data = file.read_bytes()
-        status, total = 200, len(data)
+        first, total = 0, file.stat().st_size
+        last, status = total - 1, 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and not self.server.hub.ignore_ranges:
             first, last = int(wanted[1]), min(int(wanted[2] or total - 1), total - 1)
             if first >= total:
                 return self._send(416, b"", {"Content-Range": f"bytes */{total}"})
-            data, status = data[first : last + 1], 206
+            status = 206
             headers |= {"Content-Range": f"bytes {first}-{last}/{total}"}
-        self._send(status, data, headers | {"Accept-Ranges": "bytes"}, fault)
+        with file.open("rb") as stream:
+            stream.seek(first)
+            self._send(status, stream, headers | {"Accept-Ranges": "bytes"}, fault, last + 1 - first)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str], fault: Fault | None = None) -> None:
+    def _send(
+        self,
+        status: int,
+        body: bytes | BinaryIO,
+        headers: dict[str, str],
+        fault: Fault | None = None,
+        length: int | None = None,
+    ) -> None:
+        """A whole body, or ``length`` bytes of a file."""
+        length = len(body) if isinstance(body, bytes) else length or 0
+        stream = io.BytesIO(body) if isinstance(body, bytes) else body
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault and fault.kind == "corrupt":
-            body = body[:-1] + bytes([body[-1] ^ 1])
-        if fault and fault.kind in ("reset", "cut"):
-            self._write(body[: fault.after])
+        broken = fault is not None and fault.kind in ("reset", "cut")
+        left = min(fault.after, length) if fault and broken else length
+        while left:
+            chunk = stream.read(min(left, _CHUNK_BYTES))
+            left -= len(chunk)
+            if fault and fault.kind == "corrupt" and not left:
+                chunk = chunk[:-1] + bytes([chunk[-1] ^ 1])
+            self._write(chunk)
+        if fault and broken:
             if fault.kind == "reset":  # close() then sends RST instead of FIN
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             self.connection.close()
-            return
-        self._write(body)
 
     def _write(self, body: bytes) -> None:
         self.wfile.write(body)
