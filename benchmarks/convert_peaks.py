@@ -1,6 +1,6 @@
 """Peak memory and disk of a conversion from a hub: are they what `moray convert` announced?
 
-    python benchmarks/convert_peaks.py                       # a generated checkpoint of 10 GiB, a few minutes, 20 GiB of disk
+    python benchmarks/convert_peaks.py                       # a generated checkpoint of 10 GiB, in 25 GiB of disk
     python benchmarks/convert_peaks.py --gib 0.5 --only stream
 
 What it does: writes a random Mixtral checkpoint of about so many GiB (make_checkpoint.py: files of at most 1 GiB, or
@@ -8,8 +8,8 @@ a tenth of it), serves it on loopback (tests/helpers/hub.py), and runs `moray co
 its own with an empty cache, once as it is and once with `--stream`.
 
 What it measures, every 20 ms: *memory*, RssAnon (private memory that the kernel cannot drop) of the command and its
-workers, added up; *disk*, blocks of all files in the store's directory and in huggingface_hub's cache. *announced*: what
-the command said before it started. *ratio*: measured peak / announced; the goal is 0.9 to 1.1.
+workers, added up; *disk*, blocks of all files in the store's directory and in huggingface_hub's cache. *announced*:
+what the command said before it started. *ratio*: measured peak / announced; the goal is 0.9 to 1.1.
 *limit* of memory: what the processes take before the first piece, and the largest part of the trunk or 4 experts (as
 in the checkpoint) a worker; of disk with --stream: the finished store and the largest file. Exit status 1 if a ratio
 or a limit is exceeded.
@@ -34,7 +34,7 @@ from geometry import PRESETS, Geometry
 from make_checkpoint import write_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.hub import local_hub  # noqa: E402
+from helpers.hub import local_hub
 
 INTERVAL_S = 0.02
 NAME = "benchmark/random-mixtral"
@@ -150,14 +150,14 @@ def measure(root: Path, checkpoint: Path, geometry: Geometry, mode: str, recipe:
         }
         command = [sys.executable, "-c", _ANNOUNCE, NAME, str(store), recipe, mode, str(workers)]
         start = time.perf_counter()
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
-            with (
-                Sampler(lambda: private_bytes(child.pid)) as memory,
-                Sampler(lambda: disk_bytes([cache, store])) as disk,
-            ):
-                assert child.stdout is not None
-                line = child.stdout.readline()
-                status = child.wait()
+        with (
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child,
+            Sampler(lambda: private_bytes(child.pid)) as memory,
+            Sampler(lambda: disk_bytes([cache, store])) as disk,
+        ):
+            assert child.stdout is not None
+            line = child.stdout.readline()
+            status = child.wait()
         seconds = time.perf_counter() - start
     if status != 0:
         raise SystemExit(f"the conversion ended with status {status}")

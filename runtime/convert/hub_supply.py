@@ -1,6 +1,7 @@
 """The supply of a conversion from a hub: one thread fetches files, pieces are made from those that are there.
 
-With ``deletes`` a file lives until its last piece is in the store and on the disk. A file is fetched ahead only
+With ``deletes`` a file lives until its last piece is in the store and on the disk; when only pieces that also need
+a later file are left, what they do not need is given back before. A file is fetched ahead only
 while the files on the disk and the bytes of the store written so far stay below the finished store and the files
 that must wait for each other, so that a conversion never takes more disk than was announced.
 """
@@ -15,10 +16,11 @@ from threading import Condition, Event, Thread
 
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece
+from moray.runtime.convert.holes import punch_holes
 from moray.runtime.convert.hub import HubFile, HubModel, fetch_range
 from moray.runtime.convert.hub_files import CacheFetcher, Fetcher, StreamFetcher
 from moray.runtime.convert.journal import JOURNAL_NAME
-from moray.runtime.convert.supply import Feed, Itinerary, files_of, may_fetch, plan_itinerary
+from moray.runtime.convert.supply import BLOCK_BYTES, Feed, Itinerary, files_of, may_fetch, plan_itinerary
 from moray.runtime.store.receipt import Stopped, sync
 
 
@@ -121,7 +123,13 @@ class HubFeed:
         self._store = store
         self._told = told
         self._arrived: set[str] = set()
-        self._held_bytes = 0  # of files here or on their way
+        self._kept = itinerary.kept
+        self._tensors = checkpoint.tensors
+        self._straddling = Counter(  # pieces that also wait for a file after this one
+            file for need in self._needs.values() for file in need if file != max(need, key=itinerary.files.index)
+        )
+        self._trimmed: set[str] = set()
+        self._sizes: dict[str, int] = {}  # what each file takes that is here or on its way
         self._owed_bytes = sum(piece.num_bytes for piece in itinerary.pieces)  # of the store, not yet written
         self._limit_bytes = itinerary.held_bytes
         self._unsynced: set[str] = set()
@@ -149,20 +157,35 @@ class HubFeed:
             self._owed_bytes -= piece.num_bytes
             self._unsynced.add(piece.file)
             self._users.subtract(need)
-            unused = [file for file in need if self._users[file] == 0]
+            if need and len(need) > 1:
+                self._straddling.subtract(need - {max(need, key=self.files.index)})
+            used = [file for file in need if self._users[file] == 0 or self._may_trim(file)]
+            self._trimmed.update(used)
             self._changed.notify_all()
-        if unused and self._fetcher.deletes:
-            self._delete(unused)
+        if used and self._fetcher.deletes:
+            self._give_back(used)
 
-    def _delete(self, unused: list[str]) -> None:
-        """A power cut must not take both a file and what was made of it."""
+    def _may_trim(self, file: str) -> bool:
+        return file not in self._trimmed and self._users[file] == self._straddling[file]
+
+    def _give_back(self, used: list[str]) -> None:
+        """Free what no piece needs any more. A power cut must not take both a file and what was made of it."""
         for name in (*self._unsynced, JOURNAL_NAME):
             sync(self._store / name)
         self._unsynced.clear()
         with self._changed:
-            for file in unused:
-                (self._fetcher.folder / file).unlink(missing_ok=True)
-                self._held_bytes -= self._infos[file].num_bytes
+            for file in used:
+                path = self._fetcher.folder / file
+                if self._users[file] == 0:
+                    path.unlink(missing_ok=True)
+                    self._sizes.pop(file, None)
+                else:
+                    needed = [(self._tensors[key].offset, self._tensors[key].num_bytes) for key in self._kept[file]]
+                    left = punch_holes(path, needed)
+                    self._limit_bytes += max(
+                        0, left - sum(size + BLOCK_BYTES for _, size in needed)
+                    )  # not on every disk
+                    self._sizes[file] = left
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -181,7 +204,7 @@ class HubFeed:
                         self._changed.wait()
                     if self._closed:
                         return
-                    self._held_bytes += file.num_bytes
+                    self._sizes[name] = file.num_bytes
                 self._told(f"downloading {name}")
                 digest = self._fetcher.fetch(file)
                 with self._changed:
@@ -198,4 +221,4 @@ class HubFeed:
     def _may_fetch(self, file: HubFile) -> bool:
         if not self._fetcher.deletes:
             return True
-        return may_fetch(file.num_bytes, self._held_bytes, self._limit_bytes, self._owed_bytes)
+        return may_fetch(file.num_bytes, sum(self._sizes.values()), self._limit_bytes, self._owed_bytes)

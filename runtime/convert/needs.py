@@ -18,8 +18,9 @@ _CODE_COPIES = 3  # bytes a weight while codes are collected and packed
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """``memory_bytes``: private, of all processes at the peak. ``disk_bytes``: store, and what lies beside it meanwhile.
+    """``memory_bytes``: private, of all processes at the peak.
 
+    ``disk_bytes``: the store (``store_bytes``), and what lies beside it meanwhile.
     ``cache_bytes``: what the hub's cache takes and keeps.
     """
 

@@ -15,6 +15,8 @@ from typing import Protocol
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece
 
+BLOCK_BYTES = 8192  # around a range of a file: what a file system does not give back
+
 
 class Feed(Protocol):
     """Hands out the pieces of one run of a conversion."""
@@ -81,12 +83,15 @@ class LocalSupply:
 class Itinerary:
     """In which order files come and pieces are made.
 
-    ``held_bytes``: the most that files take which still wait for a piece, if each is deleted after its last one.
-    ``peak_bytes``: the most that files and finished pieces take together, with files fetched ahead as ``may_fetch`` lets.
+    ``kept``: file -> the tensors in it that wait for a later file, when all else in it has been used.
+    ``held_bytes``: the most that files take which still wait for a piece, if what is not kept is given back.
+    ``peak_bytes``: the most that files and finished pieces take together, with files fetched ahead as
+    ``may_fetch`` lets.
     """
 
     files: tuple[str, ...]
     pieces: tuple[Piece, ...]
+    kept: dict[str, frozenset[str]]
     held_bytes: int
     peak_bytes: int
 
@@ -103,38 +108,60 @@ def plan_itinerary(pieces: Sequence[Piece], checkpoint: Checkpoint, sizes: Mappi
     rank = {file: number for number, file in enumerate(files)}
     last = [max((rank[file] for file in need), default=-1) for need in needs]
     order = sorted(range(len(pieces)), key=lambda number: last[number])
-    until = dict.fromkeys(files, 0)  # file -> rank of the file after whose arrival it is needed no more
-    for number, need in enumerate(needs):
-        for file in need:
-            until[file] = max(until[file], last[number])
-    held = max((sum(sizes[f] for f in files[: now + 1] if until[f] >= now) for now in range(len(files))), default=0)
-    made = [0] * len(files)  # bytes of the pieces that are made when this file is the last to have arrived
-    for number, rank_of_last in enumerate(last):
-        if rank_of_last >= 0:
-            made[rank_of_last] += pieces[number].num_bytes
-    peak = _peak_bytes([sizes[file] for file in files], [until[file] for file in files], made, held)
-    return Itinerary(tuple(files), tuple(pieces[number] for number in order), held, peak)
+    kept: dict[str, set[str]] = {file: set() for file in files}
+    stages = [Stage(sizes[file]) for file in files]
+    for number, piece in enumerate(pieces):
+        if last[number] >= 0:
+            stages[last[number]].made_bytes += piece.num_bytes
+        for key in (key for plan in piece.tensors for key in plan.source.keys):
+            file = checkpoint.tensors[key].file
+            stages[rank[file]].until = max(stages[rank[file]].until, last[number])
+            if last[number] > rank[file]:
+                kept[file].add(key)
+    for file, stage in zip(files, stages, strict=True):
+        stage.kept_bytes = sum(checkpoint.tensors[key].num_bytes + BLOCK_BYTES for key in kept[file])
+    held = max((sum(_held(stages, now, now)) for now in range(len(files))), default=0)
+    frozen = {file: frozenset(keys) for file, keys in kept.items()}
+    ordered = tuple(pieces[number] for number in order)
+    return Itinerary(tuple(files), ordered, frozen, held, _peak_bytes(stages, held))
+
+
+@dataclass(slots=True)
+class Stage:
+    """The time between a file's arrival and the next one's. ``made_bytes``: of the pieces that become possible."""
+
+    size: int
+    until: int = 0  # the stage after which the file is needed no more
+    kept_bytes: int = 0  # of it, after its own stage
+    made_bytes: int = 0
+
+
+def _held(stages: Sequence[Stage], now: int, ahead: int) -> list[int]:
+    """What the files up to ``ahead`` take during stage ``now``."""
+    past = [min(stage.size, stage.kept_bytes) if stage.until >= now else 0 for stage in stages[:now]]
+    return past + [stage.size for stage in stages[now : ahead + 1]]
 
 
 def may_fetch(num_bytes: int, held_bytes: int, limit_bytes: int, owed_bytes: int) -> bool:
-    """Whether a file may be fetched beside those held: within the limit, or one ahead in room that the store will
-    need later (``owed_bytes``: of the store, not yet written)."""
+    """Whether a file may be fetched beside those held.
+
+    Within the limit, or ahead in room that the store will need later (``owed_bytes``: of the store, not yet written).
+    """
     return held_bytes + num_bytes <= limit_bytes + min(owed_bytes, num_bytes)
 
 
-def _peak_bytes(sizes: list[int], until: list[int], made: list[int], limit_bytes: int) -> int:
-    """Files and pieces together at the worst moment: a file is on its way, and those before it were just not deleted."""
-    total, peak, written = sum(made), 0, 0
-    ahead = 0  # rank of the last file that may have been fetched
-    for stage in range(len(sizes)):  # pieces that end with this file are being made
-        ahead = max(ahead, stage)
-        held = [size if end >= stage else 0 for size, end in zip(sizes, until, strict=True)]
-        while ahead + 1 < len(sizes) and may_fetch(
-            sizes[ahead + 1], sum(held[: ahead + 1]), limit_bytes, total - written
+def _peak_bytes(stages: Sequence[Stage], limit_bytes: int) -> int:
+    """Files and pieces together at the worst moment: just before what a stage has used is given back."""
+    owed = sum(stage.made_bytes for stage in stages)
+    ahead = peak = written = 0
+    for now, stage in enumerate(stages):
+        ahead = max(ahead, now)
+        while ahead + 1 < len(stages) and may_fetch(
+            stages[ahead + 1].size, sum(_held(stages, now, ahead)), limit_bytes, owed
         ):
             ahead += 1
-        written += made[stage]
-        peak = max(peak, written + sum(held[: ahead + 1]))
+        written, owed = written + stage.made_bytes, owed - stage.made_bytes
+        peak = max(peak, written + sum(_held(stages, now, ahead)))
     return peak
 
 
