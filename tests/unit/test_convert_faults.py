@@ -82,7 +82,7 @@ _NURSERY = textwrap.dedent("""
 """)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["local", "keep", "stream"])
 def test_kills_at_random_points(many_files: Path, expected: object, tmp_path: Path, mode: str) -> None:
     """Each kill comes at a random time of what is left to do, until the conversion gets through."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.checkpoints import tiny_checkpoint
 from helpers.hub import LocalHub, local_hub
+from helpers.processes import start_python
 from huggingface_hub import constants
 
 from moray.runtime.convert import hub_files
@@ -358,6 +360,26 @@ def test_a_model_is_converted_once_into_the_cache(
     assert store_of_model(None, NAME, None, "hqq4", errors) == path
     assert hub.requests == []
     assert store_of_model(None, NAME, None, "none", errors) != path
+
+
+@pytest.mark.slow
+def test_the_command_line_asks_the_mirror_of_the_environment(published: Path, expected: object, tmp_path: Path) -> None:
+    environment = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN": "hf_secret", "COLUMNS": "200"}
+    arguments = ["-m", "moray.deploy.cli", "convert", NAME, str(tmp_path / "store"), "--stream"]
+    with local_hub() as hub:
+        hub.add(NAME, published)
+        hub.gated[NAME] = "hf_secret"
+        online = environment | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+        with start_python(*arguments, **online) as child:
+            output = child.communicate()[0]
+        assert child.returncode == 0 and "is complete" in output
+        assert re.search(r"the conversion needs about [\d.]+ MiB of memory in 1 process and .* of disk \(store", output)
+        assert checksums(Store.open(tmp_path / "store").manifest) == expected
+        hub.requests.clear()
+        arguments[4] = str(tmp_path / "other")
+        with start_python(*arguments, **online | {"HF_HUB_OFFLINE": "1"}) as child:
+            child.communicate()
+        assert child.returncode == 2 and hub.requests == []
 
 
 def test_an_unfinished_store_in_the_cache_is_not_taken(tmp_path: Path) -> None:
