@@ -13,7 +13,9 @@ from moray.runtime.convert.supply import Supply
 from moray.runtime.memory import format_bytes, private_bytes
 
 _WORKER_BYTES = 300 << 20  # private to a spawned process with torch and transformers
-_CODE_COPIES = 3  # bytes a weight while codes are collected and packed
+_PROCESS_BYTES = 24 << 20  # that a process takes more as it works: buffers, and what its allocator keeps
+_CODE_COPIES = 3.3  # bytes a weight while codes are collected and packed, beside the weights themselves
+_PLAIN_COPIES = 2.0  # of the weights, while they are laid out
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +45,23 @@ def estimate_needs(plan: Plan, checkpoint: Checkpoint, copied: list[Path], suppl
     """For a conversion from nothing."""
     piece_bytes = sorted((_piece_memory(piece, checkpoint) for piece in plan.pieces), reverse=True)
     base = private_bytes()
-    memory = base + sum(piece_bytes[:workers]) + (workers * min(base, _WORKER_BYTES) if workers > 1 else 0)
+    spawned = workers if workers > 1 else 0
+    memory = base + spawned * min(base, _WORKER_BYTES) + (1 + spawned) * _PROCESS_BYTES + sum(piece_bytes[:workers])
     store = sum(plan.files.values()) + sum(path.stat().st_size for path in copied)
     return Needs(memory, store + supply.room_bytes(plan.pieces), store, supply.cache_bytes(plan.pieces), workers)
 
 
 def _piece_memory(piece: Piece, checkpoint: Checkpoint) -> int:
-    """The piece's bytes, its source tensors, and what is made of the largest one at a time."""
-    largest = 0
+    """Tensors are made one after the other, beside those that are packed; then all are joined."""
+    packed = largest = 0
     for plan in piece.tensors:
-        sizes = []
+        count = num_bytes = 0
         for key in plan.source.keys:
             shape, dtype = checkpoint.describe(key)
-            count = math.prod(shape) // (shape[0] if plan.source.expert is not None and shape else 1)
-            sizes.append((count, count * dtype.itemsize))
-        count, num_bytes = sum(size for size, _ in sizes), sum(size for _, size in sizes)
+            size = math.prod(shape) // (shape[0] if plan.source.expert is not None and shape else 1)
+            count, num_bytes = count + size, num_bytes + size * dtype.itemsize
         quantized = plan.spec is not None and plan.spec.is_quantized
-        made = count * _CODE_COPIES if quantized else num_bytes
-        largest = max(largest, num_bytes + max(made, num_bytes if len(sizes) > 1 else 0))
-    return piece.num_bytes * (2 if piece.shard else 1) + largest
+        made = int(count * _CODE_COPIES) if quantized else int(num_bytes * _PLAIN_COPIES)
+        largest = max(largest, packed + num_bytes + made)
+        packed += plan.spec.num_bytes if plan.spec is not None else num_bytes
+    return max(largest, 2 * piece.num_bytes if piece.shard else 0)
