@@ -20,7 +20,7 @@ from moray.runtime.convert.holes import punch_holes
 from moray.runtime.convert.hub import HubFile, HubModel, fetch_range
 from moray.runtime.convert.hub_files import CacheFetcher, Fetcher, StreamFetcher
 from moray.runtime.convert.journal import JOURNAL_NAME
-from moray.runtime.convert.supply import BLOCK_BYTES, Feed, Itinerary, files_of, may_fetch, plan_itinerary
+from moray.runtime.convert.supply import BLOCK_BYTES, Feed, Itinerary, files_of, plan_itinerary
 from moray.runtime.store.receipt import Stopped, sync
 
 
@@ -130,8 +130,8 @@ class HubFeed:
         )
         self._trimmed: set[str] = set()
         self._sizes: dict[str, int] = {}  # what each file takes that is here or on its way
-        self._owed_bytes = sum(piece.num_bytes for piece in itinerary.pieces)  # of the store, not yet written
-        self._limit_bytes = itinerary.held_bytes
+        self._beside = itinerary.beside
+        self._stuck_bytes = 0  # that should have been given back
         self._unsynced: set[str] = set()
         self._error: BaseException | None = None
         self._closed = False
@@ -154,7 +154,6 @@ class HubFeed:
     def done(self, piece: Piece) -> None:
         need = self._needs[piece.name]
         with self._changed:
-            self._owed_bytes -= piece.num_bytes
             self._unsynced.add(piece.file)
             self._users.subtract(need)
             if need and len(need) > 1:
@@ -182,7 +181,7 @@ class HubFeed:
                 else:
                     needed = [(self._tensors[key].offset, self._tensors[key].num_bytes) for key in self._kept[file]]
                     left = punch_holes(path, needed)
-                    self._limit_bytes += max(
+                    self._stuck_bytes += max(
                         0, left - sum(size + BLOCK_BYTES for _, size in needed)
                     )  # not on every disk
                     self._sizes[file] = left
@@ -221,4 +220,4 @@ class HubFeed:
     def _may_fetch(self, file: HubFile) -> bool:
         if not self._fetcher.deletes:
             return True
-        return may_fetch(file.num_bytes, sum(self._sizes.values()), self._limit_bytes, self._owed_bytes)
+        return sum(self._sizes.values()) <= self._beside[file.name] + self._stuck_bytes

@@ -84,15 +84,14 @@ class Itinerary:
     """In which order files come and pieces are made.
 
     ``kept``: file -> the tensors in it that wait for a later file, when all else in it has been used.
-    ``held_bytes``: the most that files take which still wait for a piece, if what is not kept is given back.
-    ``peak_bytes``: the most that files and finished pieces take together, with files fetched ahead as
-    ``may_fetch`` lets.
+    ``beside``: file -> the most that others may take when it is fetched. ``peak_bytes``: the most that files and
+    finished pieces take together then.
     """
 
     files: tuple[str, ...]
     pieces: tuple[Piece, ...]
     kept: dict[str, frozenset[str]]
-    held_bytes: int
+    beside: dict[str, int]
     peak_bytes: int
 
 
@@ -120,10 +119,11 @@ def plan_itinerary(pieces: Sequence[Piece], checkpoint: Checkpoint, sizes: Mappi
                 kept[file].add(key)
     for file, stage in zip(files, stages, strict=True):
         stage.kept_bytes = sum(checkpoint.tensors[key].num_bytes + BLOCK_BYTES for key in kept[file])
-    held = max((sum(_held(stages, now, now)) for now in range(len(files))), default=0)
+    beside = _beside(stages)
     frozen = {file: frozenset(keys) for file, keys in kept.items()}
     ordered = tuple(pieces[number] for number in order)
-    return Itinerary(tuple(files), ordered, frozen, held, _peak_bytes(stages, held))
+    caps = dict(zip(files, beside, strict=True))
+    return Itinerary(tuple(files), ordered, frozen, caps, _peak_bytes(stages, beside))
 
 
 @dataclass(slots=True)
@@ -142,25 +142,26 @@ def _held(stages: Sequence[Stage], now: int, ahead: int) -> list[int]:
     return past + [stage.size for stage in stages[now : ahead + 1]]
 
 
-def may_fetch(num_bytes: int, held_bytes: int, limit_bytes: int, owed_bytes: int) -> bool:
-    """Whether a file may be fetched beside those held.
-
-    Within the limit, or ahead in room that the store will need later (``owed_bytes``: of the store, not yet written).
+def _beside(stages: Sequence[Stage]) -> list[int]:
+    """The most that other files may take when each one is fetched: so little that conversion can go on, or as much as
+    the pieces of later files, not made before it has been used, leave free (but not more than one file ahead).
     """
-    return held_bytes + num_bytes <= limit_bytes + min(owed_bytes, num_bytes)
+    owed, room = 0, [0] * len(stages)
+    for now in reversed(range(len(stages))):
+        room[now] = min(owed, stages[now].size)
+        owed += stages[now].made_bytes
+    limit = max((sum(_held(stages, now, now)) - room[now] for now in range(len(stages))), default=0)
+    return [limit + room[now] - stage.size for now, stage in enumerate(stages)]
 
 
-def _peak_bytes(stages: Sequence[Stage], limit_bytes: int) -> int:
+def _peak_bytes(stages: Sequence[Stage], beside: Sequence[int]) -> int:
     """Files and pieces together at the worst moment: just before what a stage has used is given back."""
-    owed = sum(stage.made_bytes for stage in stages)
     ahead = peak = written = 0
     for now, stage in enumerate(stages):
         ahead = max(ahead, now)
-        while ahead + 1 < len(stages) and may_fetch(
-            stages[ahead + 1].size, sum(_held(stages, now, ahead)), limit_bytes, owed
-        ):
+        while ahead + 1 < len(stages) and sum(_held(stages, now, ahead)) <= beside[ahead + 1]:
             ahead += 1
-        written, owed = written + stage.made_bytes, owed - stage.made_bytes
+        written += stage.made_bytes
         peak = max(peak, written + sum(_held(stages, now, ahead)))
     return peak
 
