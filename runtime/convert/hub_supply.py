@@ -1,9 +1,8 @@
 """The supply of a conversion from a hub: one thread fetches files, pieces are made from those that are there.
 
-With ``deletes`` a file lives until its last piece is in the store and on the disk; when only pieces that also need
-a later file are left, what they do not need is given back before. A file is fetched ahead only
-while the files on the disk and the bytes of the store written so far stay below the finished store and the files
-that must wait for each other, so that a conversion never takes more disk than was announced.
+With ``deletes`` a file lives until its last piece is in the store and on the disk; when only pieces that also need a
+later file are left, what they do not need is given back before. A file is fetched ahead only as far as files and store
+together stay within what was announced.
 """
 
 from __future__ import annotations
