@@ -15,7 +15,7 @@ from moray.runtime.memory import format_bytes, private_bytes
 _WORKER_BYTES = 300 << 20  # private to a spawned process with torch and transformers
 _PROCESS_BYTES = 24 << 20  # that a process takes more as it works: buffers, and what its allocator keeps
 _CODE_COPIES = 3.3  # bytes a weight while codes are collected and packed, beside the weights themselves
-_PLAIN_COPIES = 2.0  # of the weights, while they are laid out
+_PLAIN_COPIES = 2.5  # of the weights, while they are laid out
 
 
 @dataclass(frozen=True, slots=True)
