@@ -57,12 +57,12 @@ class Noise:
         return self._blocks[std]
 
 
-def write_checkpoint(directory: Path, geometry: Geometry, *, seed: int = 0) -> Path:
-    """Write a checkpoint into a new directory. Returns it."""
+def write_checkpoint(directory: Path, geometry: Geometry, *, seed: int = 0, file_bytes: int = _FILE_BYTES) -> Path:
+    """Write a checkpoint into a new directory, in files of at most ``file_bytes`` (or one tensor). Returns it."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config_of(geometry), indent=2))
     noise = Noise(seed)
-    files = _split(list(tensors_of(geometry)))
+    files = _split(list(tensors_of(geometry)), file_bytes)
     weight_map: dict[str, str] = {}
     for index, tensors in enumerate(files):
         name = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
@@ -75,10 +75,10 @@ def write_checkpoint(directory: Path, geometry: Geometry, *, seed: int = 0) -> P
     return directory
 
 
-def _split(tensors: list[Tensor]) -> list[list[Tensor]]:
+def _split(tensors: list[Tensor], file_bytes: int) -> list[list[Tensor]]:
     files: list[list[Tensor]] = [[]]
     for tensor in tensors:
-        if files[-1] and sum(t.num_bytes for t in files[-1]) + tensor.num_bytes > _FILE_BYTES:
+        if files[-1] and sum(t.num_bytes for t in files[-1]) + tensor.num_bytes > file_bytes:
             files.append([])
         files[-1].append(tensor)
     return files

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moray.deploy.hub_commands import stay_offline, store_of_model
 from moray.runtime.errors import InputError, MorayError
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine: kernels against its memory, decoding on a store.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+store_tools = typer.Typer(help="Check, rewrite and compare stores.", no_args_is_help=True)
+app.add_typer(store_tools, name="store")
 console = Console()
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -43,6 +46,12 @@ TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")]
 TopKOption = Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0: all.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="ORG/NAME on the hub; converted the first time, into ~/.cache/moray/stores."),
+]
+RecipeOption = Annotated[str, typer.Option(help="For --model, as in `moray convert`.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub; none: main.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -55,6 +64,7 @@ def command(
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
             try:
+                stay_offline(kwargs)
                 function(*args, **kwargs)
             except InputError as error:
                 _fail(error, 2)
@@ -80,7 +90,10 @@ def _fail(error: Exception, code: int) -> None:
 
 @command("moray convert ./Mixtral-8x7B-v0.1 ./mixtral-hqq4 --recipe experts=hqq3,attention=hqq4:64")
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint (safetensors, 16 or 32 bits).")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A local Hugging Face checkpoint (safetensors, 16 or 32 bits), or ORG/NAME on the hub."),
+    ],
     store: Annotated[Path, typer.Argument(help="The directory to make.")],
     recipe: Annotated[
         str,
@@ -95,11 +108,16 @@ def convert(
         list[Path] | None, typer.Option(help="A PEFT LoRA adapter to merge; may be given again, merged in this order.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that quantize; none: one for each core.")] = None,
+    revision: RevisionOption = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Of a hub's model: delete each file when it is converted, keep no checkpoint."),
+    ] = False,
 ) -> None:
     """Convert a checkpoint into a store. Run again after an interruption, it resumes."""
     from moray.deploy.store_commands import convert_store
 
-    convert_store(checkpoint, store, recipe, workers, console, lora=lora or [])
+    convert_store(checkpoint, store, recipe, workers, console, lora=lora or [], revision=revision, stream=stream)
 
 
 @command("moray info ./mixtral-hqq4 --verify")
@@ -122,6 +140,43 @@ def families(as_json: JsonOption = False) -> None:
     show_families(as_json=as_json, console=console)
 
 
+@command("moray store verify ./mixtral-hqq4", "verify", store_tools)
+def store_verify(store: Annotated[Path, typer.Argument(help="A store.")], as_json: JsonOption = False) -> None:
+    """Read every byte; say what is damaged and what repairs it. Exits with 2 if anything is."""
+    from moray.deploy.store_tools import verify_store
+
+    verify_store(store, console, as_json=as_json)
+
+
+@command("moray store repack ./mixtral-hqq4 /mnt/mixtral-hqq4 --file-size 4GiB", "repack", store_tools)
+def store_repack(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="A new directory; none: only the format, the receipt and left-over files.")
+    ] = None,
+    file_size: Annotated[
+        str | None, typer.Option(help="Most bytes of a file of experts, e.g. 4GiB; none: one file a MoE layer.")
+    ] = None,
+) -> None:
+    """Write a store in the present format, or into other files. No weight is changed."""
+    from moray.deploy.store_tools import repack_store
+
+    repack_store(store, target, file_size, console)
+
+
+@command("moray store diff ./mixtral-hqq4 ./mixtral-none", "diff", store_tools)
+def store_diff(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    other: Annotated[Path, typer.Argument(help="A store to compare with it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two stores: what they were made from, and their weights. Exits with 1 if weights differ."""
+    from moray.deploy.store_tools import diff_stores
+
+    if not diff_stores(store, other, console, as_json=as_json).is_empty:
+        raise typer.Exit(1)
+
+
 # ---------------------------------------------------------------------------------- generation
 
 
@@ -129,6 +184,9 @@ def families(as_json: JsonOption = False) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     store: Annotated[Path | None, typer.Option(help="A store; none: the embedded demonstration model.")] = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    recipe: RecipeOption = "hqq4",
     max_new_tokens: MaxTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -148,6 +206,7 @@ def generate(
     from moray.deploy.terminal import run_generate
 
     text = sys.stdin.read() if prompt == "-" else prompt
+    store = store_of_model(store, model, revision, recipe, errors)
     settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
     options = {
         "temperature": temperature,
@@ -162,6 +221,9 @@ def generate(
 @command("moray chat --store ./mixtral-instruct-hqq4 --temperature 0.7")
 def chat(
     store: Annotated[Path | None, typer.Option(help="A store; none: the embedded demonstration model.")] = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    recipe: RecipeOption = "hqq4",
     max_new_tokens: MaxTokensOption = 512,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -179,6 +241,7 @@ def chat(
     from moray.deploy.config import make_config
     from moray.deploy.terminal import run_chat
 
+    store = store_of_model(store, model, revision, recipe, errors)
     settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     run_chat(settings, system, options | {"max_new_tokens": max_new_tokens}, console)
@@ -318,8 +381,6 @@ def _engine_values(
 
 
 def main() -> None:
-    # No model hub is ever asked: checkpoints and stores are local directories.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
 

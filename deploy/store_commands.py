@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from rich.progress import (
 from rich.table import Table
 
 from moray.deploy.config import demo_store
+from moray.deploy.hub_commands import is_hub_id
 from moray.runtime.convert.converter import convert
+from moray.runtime.convert.needs import Needs
 from moray.runtime.convert.recipe import Recipe
+from moray.runtime.errors import ConfigError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.memory import format_bytes
 from moray.runtime.store.manifest import Manifest
@@ -45,8 +49,21 @@ class _Bar:
 
 
 def convert_store(
-    checkpoint: Path, store: Path, recipe: str, workers: int | None, console: Console, *, lora: list[Path]
+    checkpoint: Path,
+    store: Path,
+    recipe: str,
+    workers: int | None,
+    console: Console,
+    *,
+    lora: Sequence[Path] = (),
+    revision: str | None = None,
+    stream: bool = False,
 ) -> None:
+    """Convert a local checkpoint or, if there is none of this name, a hub's model."""
+    on_hub = is_hub_id(str(checkpoint))
+    if not on_hub and (stream or revision is not None):
+        option = "--stream" if stream else "--revision"
+        raise ConfigError(f"{option} is for models on the hub (ORG/NAME), and {checkpoint} is a path; leave it out")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -56,9 +73,29 @@ def convert_store(
         TimeRemainingColumn(),
     )
     progress = Progress(*columns, console=console)
+    bar = _Bar(progress)
+
+    def announce(needs: Needs) -> None:
+        console.print(f"the conversion {needs}", highlight=False)
+
     try:
-        bar = _Bar(progress)
-        manifest = convert(checkpoint, store, Recipe.parse(recipe), lora=lora, workers=workers, progress=bar)
+        parsed = Recipe.parse(recipe)
+        if on_hub:
+            from moray.runtime.convert.hub_convert import convert_from_hub
+
+            manifest = convert_from_hub(
+                str(checkpoint),
+                store,
+                parsed,
+                lora=lora,
+                revision=revision,
+                stream=stream,
+                workers=workers,
+                progress=bar,
+                announce=announce,
+            )
+        else:
+            manifest = convert(checkpoint, store, parsed, lora=lora, workers=workers, progress=bar, announce=announce)
     finally:
         progress.stop()
     console.print(f"{store} is complete:", highlight=False)
@@ -105,7 +142,7 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "format": manifest.format_version,
         "layout": manifest.layout_id,
         "numerics": f"{manifest.numerics_id} (kernels bit-identical across CPUs), float (reference)",
-        "source": ", ".join(f"{key} {value}" for key, value in manifest.source.items()),
+        "source": ", ".join(f"{key} {value}" for key, value in (manifest.source | manifest.versions).items()),
     } | ({"notes": "; ".join(manifest.notes)} if manifest.notes else {})
 
 

@@ -3,6 +3,7 @@
 MorayError
 ├── InputError                 what the user gave is wrong (exit code 2)
 │   ├── CheckpointError        a checkpoint directory, or a tensor in it
+│   ├── HubError               a model hub: missing, gated, not reachable, or it sends other bytes
 │   ├── UnsupportedModelError  a dense model, or a family without the experts interface
 │   ├── RecipeError            an unknown quantization recipe
 │   ├── ConfigError            an unknown key or a wrong value in configuration
@@ -41,6 +42,10 @@ class InputError(MorayError):
 
 class CheckpointError(InputError):
     """A checkpoint directory, file or tensor cannot be used."""
+
+
+class HubError(InputError):
+    """A model hub does not give what was asked for."""
 
 
 class UnsupportedModelError(InputError):

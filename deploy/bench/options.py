@@ -147,12 +147,12 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--working-set") -> int:
     """``512MB``, ``1GiB`` or bytes. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", text.strip().lower(), re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if not size:
-        raise ConfigError(f"--working-set is {text!r}, expected a size such as 512MB or 1GiB")
+        raise ConfigError(f"{option} is {text!r}, expected a size such as 512MB or 1GiB")
     return size
 
 

@@ -15,12 +15,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from moray.runtime.convert.headers import read_file_header, read_tensor
+from moray.runtime.convert.headers import read_file_header, read_into, read_tensor
 from moray.runtime.convert.tensors import TensorEntry
 from moray.runtime.errors import CheckpointError
 
@@ -73,7 +74,7 @@ class Tensor:
         return self.entry.shape
 
     def read(self, expert: int | None) -> torch.Tensor:
-        value = read_tensor(self.file, self.entry, expert).float()
+        value = read_tensor(partial(read_into, self.file), self.entry, expert).float()
         if not torch.isfinite(value).all():
             raise CheckpointError(
                 f"{self.file}: {self.key} holds NaN or infinite values; the adapter is damaged, download it again"

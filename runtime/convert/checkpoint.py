@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 import xxhash
 
-from moray.runtime.convert.headers import read_file_header, read_tensor
+from moray.runtime.convert.headers import read_file_header, read_into, read_tensor
 from moray.runtime.convert.published.formats import Found, find_published
 from moray.runtime.convert.published.settings import Settings
 from moray.runtime.convert.tensors import DTYPES, TensorEntry
@@ -43,7 +45,7 @@ class Checkpoint:
         self._used = found.used
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Read all headers. Raises CheckpointError: nothing there, cut short, damaged, or quantized in unknown ways."""
         root = Path(path)
         if not root.is_dir():
@@ -69,13 +71,23 @@ class Checkpoint:
         """What a model is made from: plain tensors, and published weights under the names they would have."""
         return [*(key for key in self.tensors if key not in self._used), *self.published]
 
-    def reshaped(self, reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]]) -> Checkpoint:
+    def reshaped(self, reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]]) -> Self:
         """The same checkpoint with each plain tensor seen in the shape ``reshape(key, shape)``, of as many elements."""
         tensors = {
             key: entry if key in self._used else replace(entry, shape=reshape(key, entry.shape))
             for key, entry in self.tensors.items()
         }
-        return Checkpoint(self.path, tensors, self.fingerprint, self._found)
+        other = copy(self)
+        other.tensors = tensors
+        return other
+
+    def moved(self, path: Path) -> Checkpoint:
+        """The same checkpoint with its files in another directory."""
+        return Checkpoint(path, self.tensors, self.fingerprint, self._found)
+
+    def parts_of(self, key: str) -> Sequence[str]:
+        """The tensors in files that one of ``keys`` stands for."""
+        return tuple(self.published[key].parts.values()) if key in self.published else (key,)
 
     def describe(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor. Raises CheckpointError if its dtype is not supported."""
@@ -102,7 +114,10 @@ class Checkpoint:
 
     def _read(self, key: str, expert: int | None) -> torch.Tensor:
         entry = self.tensors[key]
-        return read_tensor(self.path / entry.file, entry, expert)
+        return read_tensor(lambda offset, view: self._read_into(entry.file, offset, view), entry, expert)
+
+    def _read_into(self, file: str, offset: int, view: memoryview) -> None:
+        read_into(self.path / file, offset, view)
 
 
 def refuse_gguf(path: Path) -> None:
@@ -121,6 +136,11 @@ def refuse_gguf(path: Path) -> None:
             f"{found} is a GGUF file, expected a directory with safetensors: GGUF is not read; convert the checkpoint "
             "that it was made from, e.g. with recipe experts=hqq4:32,attention=hqq4:32 for about the size of Q4_0"
         )
+
+
+def read_index_files(root: Path) -> list[str]:
+    """The weight files that an index names, whether they are there or not. Raises CheckpointError."""
+    return sorted(set(_parse_index(root / INDEX_NAME).values()))
 
 
 def _read_index(root: Path) -> dict[str, str]:

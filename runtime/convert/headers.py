@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,11 @@ def read_file_header(root: Path, name: str) -> tuple[dict[str, TensorEntry], str
     return _parse_header(path, name, header, size), digest.hexdigest()
 
 
-def read_tensor(path: Path, entry: TensorEntry, row: int | None = None) -> torch.Tensor:
-    """A private copy of a tensor; with ``row`` only ``tensor[row : row + 1]``. Raises CheckpointError."""
+def read_tensor(read: Callable[[int, memoryview], None], entry: TensorEntry, row: int | None = None) -> torch.Tensor:
+    """A private copy of a tensor; with ``row`` only ``tensor[row : row + 1]``.
+
+    ``read`` fills a buffer from an offset of the file.
+    """
     shape, dtype = entry.shape, STORED_DTYPES[entry.dtype]
     offset, num_bytes = entry.offset, entry.num_bytes
     if row is not None:
@@ -51,11 +55,12 @@ def read_tensor(path: Path, entry: TensorEntry, row: int | None = None) -> torch
     if num_bytes == 0:
         return torch.empty(shape, dtype=dtype)
     data = bytearray(num_bytes)
-    _read_into(path, offset, memoryview(data))
+    read(offset, memoryview(data))
     return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-def _read_into(path: Path, offset: int, view: memoryview) -> None:
+def read_into(path: Path, offset: int, view: memoryview) -> None:
+    """Fill a buffer from a file. Raises CheckpointError."""
     try:
         with path.open("rb", buffering=0) as stream:
             stream.seek(offset)

@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ import xxhash
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.encode import Piece, encode_piece
 from moray.runtime.convert.sources import ModelShapes
-from moray.runtime.errors import ResourceError
+from moray.runtime.convert.supply import Feed
+from moray.runtime.errors import ResourceError, StoreError
 
 _PR_SET_PDEATHSIG = 1
 Done = Callable[[Piece, int], None]  # a piece whose bytes are in its file, and their checksum
@@ -33,13 +34,23 @@ class Workshop:
     checkpoint: Checkpoint
     shapes: ModelShapes
     store: Path
+    expected: Mapping[str, int] = field(default_factory=dict)  # checksums that pieces must have
 
     def make(self, piece: Piece) -> int:
-        """Write one piece to its place. Returns the xxh3-64 of its bytes. Holds one expert in memory."""
+        """Write one piece to its place. Returns the xxh3-64 of its bytes. Holds one expert in memory.
+
+        Raises StoreError, and writes nothing, if the piece is not what is expected.
+        """
         data = encode_piece(piece, self.checkpoint, self.shapes)
         assert data.nbytes == piece.num_bytes, (piece.label, data.nbytes, piece.num_bytes)
+        checksum = xxhash.xxh3_64_intdigest(data.data)
+        if self.expected.get(piece.name, checksum) != checksum:
+            raise StoreError(
+                f"{piece.label} made again has other bytes than {self.store} had; give the checkpoint (and the "
+                "versions of moray, transformers and hqq, `moray info`) that it was made with"
+            )
         write_at(self.store / piece.file, piece.offset, data.data)
-        return xxhash.xxh3_64_intdigest(data.data)
+        return checksum
 
 
 def write_at(path: Path, offset: int, view: memoryview) -> None:
@@ -53,21 +64,21 @@ def write_at(path: Path, offset: int, view: memoryview) -> None:
         os.close(descriptor)
 
 
-def make_pieces(workshop: Workshop, pieces: Sequence[Piece], workers: int, done: Done) -> None:
-    """Make all pieces, calling ``done`` in this process as each one is written.
+def make_pieces(workshop: Workshop, feed: Feed, workers: int, done: Done) -> None:
+    """Make all pieces of a feed, calling ``done`` in this process as each one is written.
 
     With one worker in this process; otherwise in ``workers`` spawned processes, which die with this
     one. On an error or an interrupt the workers are stopped at once. The bytes do not depend on ``workers``.
     """
     if workers == 1:
         with _one_thread():
-            for piece in pieces:
+            while (piece := feed.take(wait=True)) is not None:
                 done(piece, workshop.make(piece))
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (workshop, os.getpid()))
     try:
-        for piece, checksum in _in_flight(pool, pieces, 2 * workers):
+        for piece, checksum in _in_flight(pool, feed, 2 * workers):
             done(piece, checksum)
     except BrokenProcessPool as error:
         raise ResourceError(
@@ -83,12 +94,14 @@ def make_pieces(workshop: Workshop, pieces: Sequence[Piece], workers: int, done:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_flight(pool: ProcessPoolExecutor, pieces: Sequence[Piece], limit: int) -> Iterator[tuple[Piece, int]]:
-    """Pieces as they finish, with at most ``limit`` handed out at a time."""
-    waiting = iter(pieces)
+def _in_flight(pool: ProcessPoolExecutor, feed: Feed, limit: int) -> Iterator[tuple[Piece, int]]:
+    """Pieces as they finish, with at most ``limit`` handed out at a time.
+
+    The feed is waited for only when nothing runs: what it waits for may be room that running pieces give back.
+    """
     running: dict[Future[int], Piece] = {}
     while True:
-        while len(running) < limit and (piece := next(waiting, None)) is not None:
+        while len(running) < limit and (piece := feed.take(wait=not running)) is not None:
             running[pool.submit(_make, piece)] = piece
         if not running:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,10 @@ from moray.runtime.convert.trunk import PARTIAL_TRUNK_NAME
 from moray.runtime.errors import ResourceError, StoreError
 from moray.runtime.memory import format_bytes
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME
+from moray.runtime.store.receipt import sync as sync
 
+ASIDE_NAME = f"{MANIFEST_NAME}.partial"  # of a store that is being completed
+DOWNLOAD_FOLDER = "download"  # in the store, for files that live only while it is made
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SPARE_BYTES = 16 << 20  # for the manifest, the journal and the file system's own use
 _COPIED = re.compile(
@@ -29,7 +31,7 @@ _COPIED = re.compile(
 
 
 def check_places(checkpoint: Path, store: Path) -> None:
-    """Raises StoreError unless ``store`` is a place for a new or an unfinished store."""
+    """Raises StoreError unless ``store`` is a place for a new store, or is one, finished or not."""
     source, target = checkpoint.resolve(), store.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise StoreError(f"the store {store} and the checkpoint {checkpoint} overlap; choose another directory")
@@ -37,22 +39,38 @@ def check_places(checkpoint: Path, store: Path) -> None:
         return
     if not store.is_dir():
         raise StoreError(f"{store} is a file; choose a directory for the store")
-    if (store / MANIFEST_NAME).exists():
-        raise StoreError(f"{store} is already a complete store; choose another directory or delete it")
+    if any((store / name).exists() for name in (MANIFEST_NAME, ASIDE_NAME)):
+        return  # it is completed, if it is of the same checkpoint
     found = sorted(entry.name for entry in store.iterdir())
+    if JOURNAL_NAME not in found and any(name.startswith("experts-") for name in found):
+        raise StoreError(
+            f"{store} is a store without its {MANIFEST_NAME}; copy that from where the store was made, and what is "
+            "missing is filled in; or choose another directory"
+        )
     if JOURNAL_NAME not in found and any(name != f"{JOURNAL_NAME}.partial" for name in found):
         raise StoreError(f"{store} is not empty (it holds {found[0]}); choose another directory for the store")
 
 
+def is_copied(name: str) -> bool:
+    """Whether a store keeps a file or folder of this name as it is."""
+    return _COPIED.fullmatch(name) is not None
+
+
 def files_to_copy(checkpoint: Path) -> list[Path]:
     """Configuration, tokenizer, generation config and chat template: what a store keeps as it is."""
-    return sorted(entry for entry in checkpoint.iterdir() if _COPIED.fullmatch(entry.name))
+    return sorted(entry for entry in checkpoint.iterdir() if is_copied(entry.name))
 
 
-def check_space(store: Path, files: Mapping[str, int], copied: list[Path]) -> None:
+def disk_bytes(files: Mapping[str, int], copied: list[Path], room_bytes: int) -> int:
+    """Disk that a conversion takes: the finished store, ``room_bytes`` beside it, and a little to spare."""
+    return sum(files.values()) + sum(path.stat().st_size for path in copied) + room_bytes + _SPARE_BYTES
+
+
+def check_space(store: Path, files: Mapping[str, int], copied: list[Path], room_bytes: int = 0) -> None:
     """Raises ResourceError if the disk has no room for what is not there yet."""
-    total = sum(files.values()) + sum(path.stat().st_size for path in copied) + _SPARE_BYTES
+    total = disk_bytes(files, copied, room_bytes)
     present = sum(_allocated_bytes(store / name) for name in (*files, TRUNK_NAME))
+    present += sum(_allocated_bytes(path) for path in (store / DOWNLOAD_FOLDER).rglob("*"))
     free = shutil.disk_usage(_nearest_existing(store)).free
     needed = max(0, total - present)
     if needed > free:
@@ -105,15 +123,6 @@ def verified_checksum(store: Path, piece: Piece, journal: Journal) -> int | None
         stream.seek(piece.offset)
         data = stream.read(piece.num_bytes)
     return checksum if xxhash.xxh3_64_intdigest(data) == checksum else None
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's (or a directory's list of) content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _allocated_bytes(path: Path) -> int:

@@ -20,10 +20,10 @@ from moray.runtime.layout.shard import (
     encode_tensor,
 )
 from moray.runtime.paths import is_outside
+from moray.runtime.store.migrations import FORMAT_VERSION, MIGRATIONS, migrate
 
 MANIFEST_NAME = "manifest.msgpack"
 TRUNK_NAME = "trunk.safetensors"
-FORMAT_VERSION = 1
 NUMERICS_ID = "int8-v1"  # the rules of class int8 (docs/format.md); another rule is another id
 
 
@@ -62,7 +62,8 @@ class Manifest:
     trunk_bytes: int
     trunk_checksum: int  # xxh3-64 of trunk.safetensors
     packed_trunk: dict[str, PackedSpec]  # module path -> its packed weight
-    source: dict[str, str]  # name, versions, time of conversion: for people, never interpreted
+    source: dict[str, str]  # name, revision, time of conversion: for people, never interpreted
+    versions: dict[str, str] = field(default_factory=dict)  # of what converted it, likewise
     format_version: int = FORMAT_VERSION
     layout_id: str = LAYOUT_ID
     numerics_id: str = NUMERICS_ID
@@ -147,6 +148,7 @@ class Manifest:
                 "packed": {name: encode_spec(spec) for name, spec in self.packed_trunk.items()},
             },
             "source": self.source,
+            "versions": self.versions,
             "parameters": self.num_parameters,
             "notes": self.notes,
         }
@@ -161,15 +163,15 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         version = document["format"]
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise StoreError(f"{where} is not a manifest ({error}); convert the checkpoint again") from error
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION and version not in MIGRATIONS:
         raise StoreError(
-            f"{where} has store format {version!r:.40}, this moray reads format {FORMAT_VERSION}; "
+            f"{where} has store format {version!r:.40}, this moray reads formats up to {FORMAT_VERSION}; "
             + ("upgrade moray" if isinstance(version, int) and version > FORMAT_VERSION else "convert again")
         )
     if document.get("layout") != LAYOUT_ID:
         raise StoreError(f"{where} has layout {document.get('layout')!r:.40}, expected {LAYOUT_ID}; convert again")
     try:
-        return _decode(document)
+        return _decode(migrate(document))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise StoreError(f"{where} is damaged ({error!r}); convert the checkpoint again") from error
 
@@ -193,6 +195,7 @@ def _decode(document: Mapping[str, Any]) -> Manifest:
         trunk_checksum=trunk["xxh3"],
         packed_trunk={name: decode_spec(entry) for name, entry in trunk["packed"].items()},
         source=document["source"],
+        versions=document["versions"],
         numerics_id=document["numerics"],
         num_parameters=document["parameters"],
         notes=document["notes"],

@@ -57,7 +57,7 @@ class Store:
     @property
     def fingerprint(self) -> str:
         """Names this exact content: two stores with one fingerprint hold the same weights."""
-        content = replace(self.manifest, source={})  # not when and by what it was converted
+        content = replace(self.manifest, source={}, versions={})  # not when and by what it was converted
         return xxhash.xxh3_128_hexdigest(content.encode())
 
     @property

@@ -255,5 +255,5 @@ def test_the_store_may_not_be_a_file(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_complete_store_is_not_overwritten(path: Path, tmp_path: Path) -> None:
-    convert(path, tmp_path / "store")
+    convert(tiny_checkpoint("mixtral", tmp_path / "other", seed=1), tmp_path / "store")
     assert "already a complete store" in refused(path, tmp_path / "store", StoreError)

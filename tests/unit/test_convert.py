@@ -283,7 +283,7 @@ def test_a_stop_just_before_the_manifest_is_no_loss(
 
     target = tmp_path / "store"
     with monkeypatch.context() as patch:
-        patch.setattr(converter, "_write_manifest", stop)
+        patch.setattr(converter, "make_receipt", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(checkpoint("mixtral"), target)
     assert not (target / MANIFEST_NAME).exists() and (target / JOURNAL_NAME).exists()

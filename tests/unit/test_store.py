@@ -10,7 +10,8 @@ import pytest
 
 from moray.runtime.errors import CorruptShardError, StoreError
 from moray.runtime.layout.shard import ExpertKey
-from moray.runtime.store.manifest import FORMAT_VERSION, MANIFEST_NAME, TRUNK_NAME, decode_manifest
+from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, decode_manifest
+from moray.runtime.store.migrations import FORMAT_VERSION
 from moray.runtime.store.store import Store
 
 KEY = ExpertKey(1, 5)
