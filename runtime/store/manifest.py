@@ -163,7 +163,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         version = document["format"]
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise StoreError(f"{where} is not a manifest ({error}); convert the checkpoint again") from error
-    if version != FORMAT_VERSION and version not in MIGRATIONS:
+    if type(version) is not int or version not in {FORMAT_VERSION, *MIGRATIONS}:
         raise StoreError(
             f"{where} has store format {version!r:.40}, this moray reads formats up to {FORMAT_VERSION}; "
             + ("upgrade moray" if isinstance(version, int) and version > FORMAT_VERSION else "convert again")
