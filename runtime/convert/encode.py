@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,12 @@ import torch
 
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.keep import keep, plan_kept
-from moray.runtime.convert.quantize import quantize_rows
+from moray.runtime.convert.quantize import block_rows, quantize_rows
 from moray.runtime.convert.recipe import Scheme
 from moray.runtime.convert.sources import ModelShapes, Source, realize
 from moray.runtime.errors import CheckpointError
 from moray.runtime.layout.packed import (
+    ROWS,
     Bytes,
     Encoding,
     PackedSpec,
@@ -26,6 +28,8 @@ from moray.runtime.layout.packed import (
 )
 from moray.runtime.layout.shard import ExpertKey, ShardLayout, build_shard
 
+_ROWS_AT_ONCE = 2048  # of a matrix, about: what is packed in one go
+_CHECKED = 16 << 20  # values that are looked through for NaN at once
 _PLAIN: dict[torch.dtype, Encoding] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -105,14 +109,28 @@ def encode_piece(piece: Piece, checkpoint: Checkpoint, shapes: ModelShapes) -> B
 
 
 def _encode(tensor: torch.Tensor, plan: TensorPlan) -> Bytes:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not all(
+        torch.isfinite(part).all() for part in tensor.reshape(-1).split(_CHECKED)
+    ):
         raise CheckpointError(
             f"{_origin(plan)} holds NaN or infinite values; the checkpoint is damaged, download it again"
         )
     if plan.spec is None:
         return _raw_bytes(tensor.to(plan.dtype))
     matrix = tensor.reshape(tensor.shape[-2:])
-    return _pack((matrix.T if plan.transpose else matrix).contiguous(), plan, plan.spec)
+    packed, at = np.empty(plan.spec.num_bytes, dtype=np.uint8), 0
+    for part in (matrix.T if plan.transpose else matrix).split(rows_at_once(plan.spec.columns)):
+        data = _pack(part.contiguous(), plan, replace(plan.spec, rows=len(part)))
+        packed[at : at + len(data)] = data
+        at += len(data)
+    assert at == len(packed)
+    return packed
+
+
+def rows_at_once(columns: int) -> int:
+    """Rows of a matrix that are packed in one go: it bounds the copies. Whole blocks of the layout and of HQQ."""
+    least = math.lcm(ROWS, block_rows(columns))
+    return least * max(1, _ROWS_AT_ONCE // least)
 
 
 def _pack(matrix: torch.Tensor, plan: TensorPlan, spec: PackedSpec) -> Bytes:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moray.runtime.convert.checkpoint import Checkpoint
-from moray.runtime.convert.encode import Piece
+from moray.runtime.convert.encode import Piece, rows_at_once
 from moray.runtime.convert.plan import Plan
 from moray.runtime.convert.supply import Supply
+from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.memory import format_bytes, private_bytes
 
 _WORKER_BYTES = 300 << 20  # private to a spawned process with torch and transformers
 _PROCESS_BYTES = 24 << 20  # that a process takes more as it works: buffers, and what its allocator keeps
-_CODE_COPIES = 3.3  # bytes a weight while codes are collected and packed, beside the weights themselves
-_PLAIN_COPIES = 2.5  # of the weights, while they are laid out
+_PACKING_COPIES = 10  # bytes a weight of the rows that are being packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,23 @@ def estimate_needs(plan: Plan, checkpoint: Checkpoint, copied: list[Path], suppl
 
 
 def _piece_memory(piece: Piece, checkpoint: Checkpoint) -> int:
-    """Tensors are made one after the other, beside those that are packed; then all are joined."""
+    """Tensors are made one after the other, beside those that are packed; then all are joined.
+
+    One that is made from several is in memory twice when they are joined, and then beside its packed form, with the
+    copies of the rows that are being packed.
+    """
     packed = largest = 0
     for plan in piece.tensors:
-        count = num_bytes = 0
+        num_bytes = 0
         for key in plan.source.keys:
             shape, dtype = checkpoint.describe(key)
             size = math.prod(shape) // (shape[0] if plan.source.expert is not None and shape else 1)
-            count, num_bytes = count + size, num_bytes + size * dtype.itemsize
-        quantized = plan.spec is not None and plan.spec.is_quantized
-        made = int(count * _CODE_COPIES) if quantized else int(num_bytes * _PLAIN_COPIES)
-        largest = max(largest, packed + num_bytes + made)
+            num_bytes += size * dtype.itemsize
+        made = plan.spec.num_bytes + _packing_bytes(plan.spec) if plan.spec is not None else num_bytes
+        largest = max(largest, packed + num_bytes + max(made, num_bytes if len(plan.source.keys) > 1 else 0))
         packed += plan.spec.num_bytes if plan.spec is not None else num_bytes
     return max(largest, 2 * piece.num_bytes if piece.shard else 0)
+
+
+def _packing_bytes(spec: PackedSpec) -> int:
+    return int(min(spec.rows, rows_at_once(spec.columns)) * spec.columns * _PACKING_COPIES)

@@ -37,10 +37,15 @@ def quantize_rows(matrix_RC: torch.Tensor, bits: int, group: int, meta: Meta = "
     """
     rows, columns = matrix_RC.shape
     assert columns % group == 0 and matrix_RC.is_floating_point()
-    block = max(1, _BLOCK_BYTES // (4 * columns))
+    block = block_rows(columns)
     parts = [_quantize_block(part.float(), bits, group, meta) for part in matrix_RC.split(block)]
     codes, scales, zeros = (torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True))
     return Quantized(codes.reshape(rows, columns), scales.reshape(rows, -1).astype(np.float32), zeros.reshape(rows, -1))
+
+
+def block_rows(columns: int) -> int:
+    """Rows that are quantized in one call. Parts of a matrix have the same codes if each but the last is a multiple."""
+    return max(1, _BLOCK_BYTES // (4 * columns))
 
 
 def dequantize_rows(quantized: Quantized) -> torch.Tensor:
