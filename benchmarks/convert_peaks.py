@@ -11,9 +11,8 @@ What it measures, every 20 ms: *memory*, RssAnon (private memory that the kernel
 workers, added up; *disk*, blocks of all files in the store's directory and in huggingface_hub's cache. *announced*:
 what the command said before it started. *ratio*: measured peak / announced; the goal is 0.9 to 1.1.
 *limit* of memory: 330 MiB a process (Python, torch, transformers, buffers), and a worker the largest part of the
-trunk or 4 experts, as in the checkpoint; of disk with --stream: the finished store, the largest file and one expert,
-whose matrices may lie in two files. Exit status 1 if a ratio
-or a limit is exceeded.
+trunk or 4 experts, as in the checkpoint; of disk with --stream: the finished store and the largest file. Exit status 1
+if a ratio or a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -169,7 +168,7 @@ def measure(root: Path, checkpoint: Path, geometry: Geometry, mode: str, recipe:
     idle = 330 << 20
     limit = idle * (used + (used > 1)) + used * max(4 * expert, part)
     store_size = disk_bytes([store])
-    limit_disk = store_size + max(files) + expert if mode == "stream" else None
+    limit_disk = store_size + max(files) if mode == "stream" else None
     return Peaks(
         mode,
         used,
