@@ -22,7 +22,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ import psutil
 from common import describe_machine, print_table, working_directory
 from geometry import PRESETS, Geometry
 from make_checkpoint import write_checkpoint
+from sampling import Sampling, private_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.hub import local_hub
@@ -77,43 +77,26 @@ class Peaks:
         return held and within
 
 
-class Sampler:
+class Peak(Sampling):
     """The largest value that a function has returned, in a thread."""
 
     def __init__(self, measure: Callable[[], int]) -> None:
-        self._measure, self._stop = measure, threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        super().__init__(INTERVAL_S)
+        self._measure = measure
         self.peak = 0
 
-    def __enter__(self) -> Sampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
-            self.peak = max(self.peak, self._measure())
+    def sample(self) -> None:
+        self.peak = max(self.peak, self._measure())
 
 
-def private_bytes(root: int) -> int:
+def private_bytes_below(root: int) -> int:
     """RssAnon of a process and all below it."""
     try:
         process = psutil.Process(root)
         pids = [root, *(child.pid for child in process.children(recursive=True))]
     except psutil.NoSuchProcess:
         return 0
-    return sum(_anonymous_bytes(pid) for pid in pids)
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+    return sum(private_bytes(pid) for pid in pids)
 
 
 def disk_bytes(folders: list[Path]) -> int:
@@ -152,8 +135,8 @@ def measure(root: Path, checkpoint: Path, geometry: Geometry, mode: str, recipe:
         start = time.perf_counter()
         with (
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child,
-            Sampler(lambda: private_bytes(child.pid)) as memory,
-            Sampler(lambda: disk_bytes([cache, store])) as disk,
+            Peak(lambda: private_bytes_below(child.pid)) as memory,
+            Peak(lambda: disk_bytes([cache, store])) as disk,
         ):
             assert child.stdout is not None
             line = child.stdout.readline()

@@ -24,7 +24,6 @@ import argparse
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from pathlib import Path
 import psutil
 from geometry import PRESETS
 from make_checkpoint import write_checkpoint
+from sampling import Sampling, private_bytes
 
 INTERVAL_S = 0.05
 OVERHEAD_BYTES = 600 << 20
@@ -67,41 +67,22 @@ class Report:
         return [usage for usage in self.usages if usage.exceeded]
 
 
-class Sampler:
+class Sampler(Sampling):
     """Samples the private memory of every process below one, in a thread."""
 
     def __init__(self, root: int) -> None:
+        super().__init__(INTERVAL_S)
         self._root = psutil.Process(root)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
         self.peaks: dict[int, int] = {}  # process id -> bytes
         self.peak_sum = 0
         self.num_samples = 0
 
-    def __enter__(self) -> Sampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
-            sizes = {process.pid: private_bytes(process.pid) for process in _descendants(self._root)}
-            self.peak_sum = max(self.peak_sum, sum(sizes.values()))
-            self.num_samples += 1
-            for pid, size in sizes.items():
-                self.peaks[pid] = max(self.peaks.get(pid, 0), size)
-
-
-def private_bytes(pid: int) -> int:
-    """RssAnon; 0 if the process is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+    def sample(self) -> None:
+        sizes = {process.pid: private_bytes(process.pid) for process in _descendants(self._root)}
+        self.peak_sum = max(self.peak_sum, sum(sizes.values()))
+        self.num_samples += 1
+        for pid, size in sizes.items():
+            self.peaks[pid] = max(self.peaks.get(pid, 0), size)
 
 
 def _descendants(root: psutil.Process) -> list[psutil.Process]:

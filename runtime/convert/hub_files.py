@@ -47,19 +47,23 @@ def _bar(stop: Event, received: Received) -> type[QuietBar]:
     return Bar
 
 
-class StreamFetcher:
-    """Fetches into a folder of ours, where files live only as long as pieces need them.
-
-    The client starts a file anew in every process, so the part that arrived before is kept and continued here.
-    """
-
-    deletes = True
+class _ToFolder:
+    """What fetches files of ``model`` to ``folder``, until ``stop``; ``received`` is told of bytes."""
 
     def __init__(self, model: HubModel, folder: Path, stop: Event, received: Received) -> None:
         self.folder = folder
         self._model = model
         self._stop = stop
         self._received = received
+
+
+class StreamFetcher(_ToFolder):
+    """Fetches into a folder of ours, where files live only as long as pieces need them.
+
+    The client starts a file anew in every process, so the part that arrived before is kept and continued here.
+    """
+
+    deletes = True
 
     def fetch(self, file: HubFile) -> str:
         path = self.folder / file.name
@@ -96,16 +100,10 @@ class StreamFetcher:
             )
 
 
-class CacheFetcher:
+class CacheFetcher(_ToFolder):
     """Fetches into the client's cache, shared with other programs; nothing is deleted."""
 
     deletes = False
-
-    def __init__(self, model: HubModel, folder: Path, stop: Event, received: Received) -> None:
-        self.folder = folder
-        self._model = model
-        self._stop = stop
-        self._received = received
 
     def fetch(self, file: HubFile) -> str:
         for attempt in range(2):

@@ -99,29 +99,28 @@ class InProcessSource:
         manifest = store.manifest
         require_memory(manifest.expert_bytes, "loading all experts into this process")
         self._shards: dict[ExpertKey, Bytes] = {}
-        self._tables: list[Ints] = []
+        self._tables: list[LeaseTable] = []
         self._zero: Ints = np.zeros(1, dtype=np.int64)  # the generation of all of them
         for index, layer in enumerate(manifest.layers):
-            table = np.empty(layer.num_experts, dtype=np.int64)
+            addresses = np.empty(layer.num_experts, dtype=np.int64)
             for expert in range(layer.num_experts):
                 shard = store.read_shard(ExpertKey(index, expert))
                 self._shards[ExpertKey(index, expert)] = shard
-                table[expert] = shard.ctypes.data
-            self._tables.append(table)
+                addresses[expert] = shard.ctypes.data
+            counters = np.full(layer.num_experts, self._zero.ctypes.data)
+            self._tables.append(LeaseTable(addresses, counters, np.zeros(layer.num_experts, dtype=np.int64)))
 
     def lease(self, layer: int, experts: Ints) -> Lease:
-        return FixedLease(self._tables[layer][experts])
+        return FixedLease(self._tables[layer].addresses[experts])
 
     def table(self, layer: int) -> LeaseTable:
-        addresses = self._tables[layer]
-        never = np.full(len(addresses), self._zero.ctypes.data)
-        return LeaseTable(addresses, never, np.zeros(len(addresses), dtype=np.int64))
+        return self._tables[layer]
 
     def describe(self) -> list[SourceInfo]:
         return [SourceInfo("memory", "process", len(self._shards), self._store.manifest.expert_bytes)]
 
     def owner_of(self, layer: int) -> Ints:
-        return np.zeros(len(self._tables[layer]), dtype=np.int64)
+        return np.zeros(len(self._tables[layer].addresses), dtype=np.int64)
 
     def close(self) -> None:
         self._shards.clear()
