@@ -7,7 +7,8 @@ nothing depends on, say, the position), and if a trial gives what the module its
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,19 @@ def try_steps(
         how = {"position_embeddings": rotary(x, positions), "position_ids": positions}
         result = function(hidden_states=x, attention_mask=None, past_key_values=cache, **how)
     return result, cache
+
+
+@contextmanager
+def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a module, for a trial; then what it had, which may be a fused one."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def uses_usual_names(attention_class: type[nn.Module]) -> bool:

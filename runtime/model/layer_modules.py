@@ -16,7 +16,13 @@ from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.experts.source import Ints
 from moray.runtime.kernels import attention as kernels
 from moray.runtime.kernels.ops_fused import RoutedKernel
-from moray.runtime.model.attention_modules import FusedAttention, Rotation, fused_attention, try_steps
+from moray.runtime.model.attention_modules import (
+    FusedAttention,
+    Rotation,
+    fused_attention,
+    replaced_forward,
+    try_steps,
+)
 from moray.runtime.model.norm_modules import FusedRMSNorm
 from moray.runtime.model.router_modules import FusedRouter, fused_router
 
@@ -114,13 +120,11 @@ def _block_agrees(block: Any, router: FusedRouter) -> bool:
 
     x = torch.randn(1, 3, router.columns, generator=torch.Generator().manual_seed(0))
     _, weights, ids = router(x)
-    block.experts.forward = stand_in
     try:
-        out = _class_forward(block)(x)
+        with replaced_forward(block.experts, stand_in):
+            out = _class_forward(block)(x)
     except Exception:  # it calls its experts in another way
         return False
-    finally:
-        del block.experts.forward
     return torch.is_tensor(out) and torch.equal(out, stand_in(x[0], ids, weights)[None])
 
 
@@ -140,16 +144,10 @@ def _norms_of(layer: Any) -> Ints:
 def _layer_agrees(fused: FusedLayer, layer: Any, attention: FusedAttention, model: Any) -> bool:
     """Whether the layer puts norms and sums where it is usual, with something simple in place of the MLP."""
     plain, columns = _class_forward(layer), layer.input_layernorm.weight.numel()
-    before = layer.mlp.__dict__.get("forward")
-    layer.mlp.forward = lambda x: 0.5 * x.flip(-1)
     try:
-        its, _ = try_steps(plain, attention.rotary, columns, model)
-        mine, _ = try_steps(plain, attention.rotary, columns, model, fused)
+        with replaced_forward(layer.mlp, lambda x: 0.5 * x.flip(-1)):
+            its, _ = try_steps(plain, attention.rotary, columns, model)
+            mine, _ = try_steps(plain, attention.rotary, columns, model, fused)
     except Exception:
         return False
-    finally:
-        if before is None:
-            del layer.mlp.forward
-        else:
-            layer.mlp.forward = before
     return torch.is_tensor(its) and torch.equal(mine, its)

@@ -7,14 +7,13 @@ between embedding, layers and norm), and if a trial over simple layers gives wha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers.utils.generic import ModelOutput
 
-from moray.runtime.model.attention_modules import Rotation
+from moray.runtime.model.attention_modules import Rotation, replaced_forward
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 
 _USUAL = frozenset(
@@ -117,7 +116,10 @@ def _agreeing(base: Any) -> FusedModel | None:
     """The short step, if it gives what the model's own forward gives, over simple layers."""
     ids = torch.arange(1, _TRIAL_TOKENS + 2)[None]
     try:
-        with _simple_layers(base):
+        with ExitStack() as trial:
+            # Layers that only sum what they are given: a trial costs nothing, and shows what reaches them.
+            for index, layer in enumerate(base.layers):
+                trial.enter_context(replaced_forward(layer, _simple_layer(index)))
             plain, its = type(base).forward.__get__(base), new_cache(base.config)
             plain(input_ids=ids[:, :-1], past_key_values=its, use_cache=True)
             wanted = plain(input_ids=ids[:, -1:], past_key_values=its, use_cache=True)
@@ -130,22 +132,6 @@ def _agreeing(base: Any) -> FusedModel | None:
         return None
     same = got.keys() == wanted.keys() and torch.equal(got.last_hidden_state, wanted.last_hidden_state)
     return fused if same and mine.get_seq_length() == its.get_seq_length() else None
-
-
-@contextmanager
-def _simple_layers(base: Any) -> Iterator[None]:
-    """Layers that only sum what they are given, so that a trial costs nothing, and shows what reaches them."""
-    before = [layer.__dict__.get("forward") for layer in base.layers]
-    for index, layer in enumerate(base.layers):
-        layer.forward = _simple_layer(index)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(base.layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
 
 
 def _simple_layer(index: int) -> Any:
