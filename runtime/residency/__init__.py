@@ -1,0 +1,1 @@
+"""Which of a host's experts are in memory: states, budget, eviction."""
