@@ -1,24 +1,35 @@
-"""The experts of hosts on this node, used in place: their arenas mapped into the compute process."""
+"""The experts of hosts on this node, used in place: their arenas mapped into the compute process.
+
+What is in memory is found in the arenas' directories, without a message. Only a layer call that misses something
+sends, one Need a host; the shards then appear in the directory.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 
 from moray.cluster.client import HostAddress, HostClient
-from moray.cluster.messages import Granted, Need, Welcome
-from moray.runtime.arena import Arena, ArenaRef
-from moray.runtime.errors import ClusterError, ProtocolError
-from moray.runtime.experts.source import Ints, Lease, LeaseTable, SourceInfo
-from moray.runtime.kernels.memory import all_equal
+from moray.cluster.messages import Ask, Hint, Need, Release, Welcome
+from moray.runtime import futex
+from moray.runtime.arena import FAILED, Arena, ArenaRef
+from moray.runtime.errors import ClusterError, HostLostError
+from moray.runtime.experts.source import Fetch, Ints, Lease, LeaseTable, SourceInfo, SourceStats
+from moray.runtime.kernels.memory import all_equal, look_up
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.store.store import Store
 
+_SLICE_S = 0.005  # of a wait, when shards may come from several hosts: one can only sleep on one
+_ASK_S = 1.0  # without an arrival, before a host is asked whether it lives
+_STALL_S = 30.0  # without an arrival, before a living host's disk is given up
+_MAX_USES = 512  # layer calls kept to be told with the next message
+
 
 class ArenaLease:
-    """Slots leased once and for all; valid while none of their generations has moved."""
+    """Slots found in directories; valid while none of their generations has moved."""
 
     def __init__(self, addresses: Ints, counters: Ints, generations: Ints) -> None:
         self.addresses = addresses
@@ -27,94 +38,217 @@ class ArenaLease:
     def is_valid(self) -> bool:
         return bool(all_equal(self._counters, self._generations))
 
-    def release(self) -> None:
-        """Nothing to do: the host keeps these shards resident for as long as this process lives."""
-
 
 class _Layer:
-    """For each expert of a layer: its host, and its lease."""
+    """For each expert of a layer: its host, where to look it up, and what was found. All int64 [E]."""
 
     def __init__(self, num_experts: int) -> None:
-        self.owners = np.full(num_experts, -1, dtype=np.int64)
-        self.leases = LeaseTable(*(np.zeros(num_experts, dtype=np.int64) for _ in range(3)))
+        def column(value: int = 0) -> Ints:
+            return np.full(num_experts, value, dtype=np.int64)
+
+        self.owners = column(-1)
+        self.places = (column(), column(), column(), column())  # as look_up takes them
+        self.leases = LeaseTable(column(), column(), column(-1))
+        self.is_final = False  # everything was found, and stays
+
+    def refresh(self) -> int:
+        found: int = look_up(*self.places, self.leases.addresses, self.leases.counters, self.leases.generations)
+        return found
+
+
+class _Host:
+    """What this process knows of one host."""
+
+    def __init__(self, client: HostClient, welcome: Welcome) -> None:
+        self.client, self.holds_all = client, welcome.holds_all
+        self.arena = Arena.attach(ArenaRef(welcome.arena_pid, welcome.arena_fd, welcome.arena_bytes))
+        self.num_experts = sum(len(experts) for experts in welcome.experts)
+        self.info = SourceInfo(welcome.host_id, "arena", self.num_experts, welcome.arena_bytes)
+        self.uses: list[list[int]] = []
+
+    def take_uses(self) -> list[list[int]]:
+        uses, self.uses = self.uses, []
+        return uses
 
 
 class ArenaSource:
-    """Leases every expert of every host at the start; the hot path then sends nothing.
+    """The experts of all hosts.
 
-    A slot whose generation moved (its host was restarted and had to load it again) is leased anew.
+    ``whole_layers``: a layer call that misses anything asks for all experts of its layer and waits for them: what
+    offloading whole layers costs, to compare with.
     """
 
-    def __init__(self, store: Store, hosts: Sequence[HostAddress]) -> None:
+    def __init__(self, store: Store, hosts: Sequence[HostAddress], *, whole_layers: bool = False) -> None:
         """Connect to all hosts. Raises ClusterError if they do not hold this store's experts between them."""
-        self._store = store
-        self._tables = [_Layer(layer.num_experts) for layer in store.manifest.layers]
+        self._store, self._whole_layers = store, whole_layers
+        self._layers = [_Layer(layer.num_experts) for layer in store.manifest.layers]
+        self._shard_bytes = [layer.layout.num_bytes for layer in store.manifest.layers]
+        self._hosts: list[_Host] = []
         self._clients = [HostClient(host, f"compute-{os.getpid()}") for host in hosts]
-        self._arenas: list[Arena] = []
-        self._infos: list[SourceInfo] = []
+        self._stats = SourceStats()
         try:
-            for index in range(len(hosts)):
-                self._join(index)
-            missing = sum(int((table.owners < 0).sum()) for table in self._tables)
+            for client in self._clients:
+                self._join(client)
+            missing = sum(int((layer.owners < 0).sum()) for layer in self._layers)
             if missing:
                 raise ClusterError(f"{missing} experts of {store.path} live on no host; start the engine again")
         except BaseException:
             self.close()  # a connection left to the garbage collector blocks it
             raise
+        self.wants_uses = not all(host.holds_all for host in self._hosts)
 
-    def lease(self, layer: int, experts: Ints) -> Lease:
-        table = self._tables[layer]
-        lease = self._make(table.leases, experts)
-        if not lease.is_valid():
-            for host in np.unique(table.owners[experts]).tolist():
-                owned = np.flatnonzero(table.owners == host)
-                self._lease_experts(host, layer, owned.tolist())
-            lease = self._make(table.leases, experts)
-        return lease
+    def fetch(self, layer: int, experts: Ints) -> Fetch:
+        return _ArenaFetch(self, layer, experts)
 
     def table(self, layer: int) -> LeaseTable:
-        return self._tables[layer].leases
+        of_layer = self._layers[layer]
+        if not of_layer.is_final:
+            found = of_layer.refresh()
+            of_layer.is_final = not self.wants_uses and found == len(of_layer.owners)
+        return of_layer.leases
+
+    def used(self, layer: int, experts: list[int]) -> None:
+        owners = self._layers[layer].owners
+        for index, host in enumerate(self._hosts):
+            if host.holds_all:
+                continue
+            mine = experts if len(self._hosts) == 1 else [e for e in experts if owners[e] == index]
+            if mine:
+                host.uses.append([layer, *mine])
+            if len(host.uses) > _MAX_USES:
+                host.client.send(Hint(layer=layer, experts=[], uses=host.take_uses()))
+
+    def hint(self, layer: int, experts: list[int]) -> None:
+        of_layer = self._layers[layer]
+        of_layer.refresh()
+        absent = [e for e in experts if of_layer.leases.generations[e] < 0]
+        for index, host in enumerate(self._hosts):
+            mine = [e for e in absent if of_layer.owners[e] == index]
+            if mine:
+                host.client.send(Hint(layer=layer, experts=mine, uses=host.take_uses()))
 
     def describe(self) -> list[SourceInfo]:
-        return list(self._infos)
+        return [host.info for host in self._hosts]
 
     def owner_of(self, layer: int) -> Ints:
-        return self._tables[layer].owners
+        return self._layers[layer].owners
+
+    def stats(self) -> SourceStats:
+        return self._stats
 
     def arena_refs(self) -> dict[str, ArenaRef]:
         """This process's own descriptors of the arenas: what a restarted host takes its arena back from."""
-        return {info.name: arena.ref for info, arena in zip(self._infos, self._arenas, strict=True)}
+        return {host.info.name: host.arena.ref for host in self._hosts}
 
     def close(self) -> None:
         for client in self._clients:
             client.close()
-        for arena in self._arenas:
-            arena.close()
+        for host in self._hosts:
+            host.arena.close()
 
-    def _join(self, index: int) -> None:
-        """Map a host's arena and lease all that is in it."""
-        welcome = self._clients[index].greet()
+    def _join(self, client: HostClient) -> None:
+        """Map a host's arena and note where its experts' entries lie."""
+        welcome = client.greet()
         _check(welcome, self._store.fingerprint, self._store.manifest.numerics_id)
-        self._arenas.append(Arena.attach(ArenaRef(welcome.arena_pid, welcome.arena_fd, welcome.arena_bytes)))
-        for layer, experts in enumerate(welcome.experts):
-            self._lease_experts(index, layer, experts)
-        count = sum(len(experts) for experts in welcome.experts)
-        self._infos.append(SourceInfo(welcome.host_id, "arena", count, welcome.arena_bytes))
+        host, first = _Host(client, welcome), 0
+        self._hosts.append(host)
+        for of_layer, experts in zip(self._layers, welcome.experts, strict=True):
+            entries, first_slots, slot_bytes, first_counters = of_layer.places
+            of_layer.owners[experts] = len(self._hosts) - 1
+            entries[experts] = host.arena.entry_addresses(np.arange(first, first + len(experts)))
+            first_slots[experts] = host.arena.addresses(np.zeros(1, dtype=np.int64))
+            slot_bytes[experts] = host.arena.slot_bytes
+            first_counters[experts] = host.arena.counter_address(0)
+            first += len(experts)
 
-    def _make(self, table: LeaseTable, experts: Ints) -> ArenaLease:
-        return ArenaLease(table.addresses[experts], table.counters[experts], table.generations[experts])
 
-    def _lease_experts(self, host: int, layer: int, experts: list[int]) -> None:
-        if not experts:
+class _ArenaFetch:
+    """One layer call's experts."""
+
+    def __init__(self, source: ArenaSource, layer: int, experts: Ints) -> None:
+        self._source, self._layer, self._experts = source, layer, experts
+        self._of_layer = source._layers[layer]
+        self._left = np.arange(len(experts))
+        self._has_asked = False
+
+    @property
+    def is_over(self) -> bool:
+        return not len(self._left)
+
+    def take(self) -> tuple[Ints, Lease]:
+        while True:
+            arrivals = [int(host.arena.arrivals[0]) for host in self._source._hosts]
+            ready = self._ready()
+            if len(ready) < len(self._left) and not self._has_asked:
+                self._need()
+            if len(ready) and not (self._source._whole_layers and len(ready) < len(self._left)):
+                leases, experts = self._of_layer.leases, self._experts[ready]
+                return ready, ArenaLease(
+                    leases.addresses[experts], leases.counters[experts], leases.generations[experts]
+                )
+            self._wait(arrivals)
+
+    def finish(self, positions: Ints) -> None:
+        self._left = np.setdiff1d(self._left, positions)
+        if not self._has_asked:
             return
-        reply, _ = self._clients[host].request(Need(layer=layer, experts=experts))
-        if not isinstance(reply, Granted) or len(reply.slots) != len(experts):
-            raise ProtocolError(f"host {self._clients[host].host.host_id} answered Need with {reply!r}")
-        arena, table, slots = self._arenas[host], self._tables[layer].leases, np.array(reply.slots, dtype=np.int64)
-        self._tables[layer].owners[experts] = host
-        table.addresses[experts] = arena.addresses(slots)
-        table.counters[experts] = arena.counter_addresses(slots)
-        table.generations[experts] = reply.generations
+        for index, host, mine in self._by_host(self._experts):
+            done = self._experts[positions]
+            done = done[self._of_layer.owners[done] == index]
+            if len(mine) > host.arena.num_slots and len(done):  # others wait for these slots
+                host.client.send(Release(layer=self._layer, experts=done.tolist()))
+
+    def _ready(self) -> Ints:
+        self._of_layer.refresh()
+        return self._left[self._of_layer.leases.generations[self._experts[self._left]] >= 0]
+
+    def _need(self) -> None:
+        """Ask every host that lacks something; it keeps what it has while it loads the rest."""
+        self._has_asked = True
+        source, layer = self._source, self._layer
+        experts = np.arange(len(self._of_layer.owners)) if source._whole_layers else self._experts
+        absent = self._of_layer.leases.generations[self._experts] < 0
+        source._stats.misses += int(absent.sum())
+        source._stats.missed_bytes += int(absent.sum()) * source._shard_bytes[layer]
+        for index, host, mine in self._by_host(experts):
+            if (self._of_layer.leases.generations[mine] < 0).any():
+                host.client.send(Need(layer=layer, experts=mine.tolist(), uses=host.take_uses()))
+
+    def _wait(self, arrivals: list[int]) -> None:
+        """Sleep until something arrives. Raises what keeps it from arriving."""
+        started = perf_counter()
+        pending = self._by_host(self._experts[self._left])
+        slice_s = _ASK_S if len(pending) == 1 else _SLICE_S
+        asked = started
+        while True:
+            for index, host, mine in pending:
+                if self._has_failed(host, mine):
+                    host.client.insist(Ask(layer=self._layer, experts=mine.tolist()))
+                futex.wait(host.arena.arrivals_address, arrivals[index], slice_s)
+            now = perf_counter()
+            if any(int(host.arena.arrivals[0]) != arrivals[index] for index, host, _ in pending):
+                break
+            if now - started > _STALL_S:
+                raise HostLostError(f"no expert has come from the disk for {_STALL_S:g} s; is it failing? See dmesg")
+            if now - asked > _ASK_S:
+                asked = now
+                for _, host, mine in pending:
+                    host.client.insist(Ask(layer=self._layer, experts=mine.tolist()))
+                if len(self._ready()):
+                    break
+        self._source._stats.wait_s += perf_counter() - started
+
+    def _has_failed(self, host: _Host, experts: Ints) -> bool:
+        entries = self._of_layer.places[0][experts] - host.arena.entry_addresses(np.zeros(1, dtype=np.int64))
+        return bool((host.arena.directory[entries // 8] == FAILED).any())
+
+    def _by_host(self, experts: Ints) -> list[tuple[int, _Host, Ints]]:
+        hosts = self._source._hosts
+        if len(hosts) == 1:
+            return [(0, hosts[0], experts)]
+        owners = self._of_layer.owners[experts]
+        split = [(index, host, experts[owners == index]) for index, host in enumerate(hosts)]
+        return [(index, host, mine) for index, host, mine in split if len(mine)]
 
 
 def _check(welcome: Welcome, fingerprint: str, numerics_id: str) -> None:

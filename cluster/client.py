@@ -11,6 +11,9 @@ from moray.cluster.messages import MAX_MESSAGE_BYTES, Hello, Message, Refused, W
 from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
 
 
+_ATTEMPT_S = 1.0  # before a message is taken for lost
+
+
 @dataclass(frozen=True, slots=True)
 class HostAddress:
     """Where a host listens, and the token its peers must show. Treat as a secret."""
@@ -46,12 +49,13 @@ class HostClient:
         self._socket.send_multipart([encode(self._next_id, message), *buffers], copy=False)
         return self._next_id
 
-    def receive(self, request_id: int) -> tuple[Message, list[bytes]]:
+    def receive(self, request_id: int, timeout_s: float | None = None) -> tuple[Message, list[bytes]]:
         """The reply to a request, and its buffers; replies to older, abandoned requests are skipped.
 
         Raises HostLostError after the deadline, CorruptShardError or ProtocolError if the host refused.
         """
-        deadline = monotonic() + self._timeout_s
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        deadline = monotonic() + timeout_s
         while self._socket.poll(max(0, int(1000 * (deadline - monotonic())))):
             header, *buffers = self._socket.recv_multipart()
             answered, message = decode(header)
@@ -61,7 +65,7 @@ class HostClient:
                 raise _refusal(self.host.host_id, message)
             return message, buffers
         raise HostLostError(
-            f"expert host {self.host.host_id} did not answer within {self._timeout_s:g} s; "
+            f"expert host {self.host.host_id} did not answer within {timeout_s:g} s; "
             "its process may have died: see `ray list actors`, then start the engine again"
         )
 
@@ -72,6 +76,18 @@ class HostClient:
         except HelloRequiredError:
             self.greet()
             return self.receive(self.send(message, *buffers))
+
+    def insist(self, message: Message) -> Message:
+        """``request`` for what may be asked twice: sent again while a host that died is being restarted."""
+        deadline = monotonic() + self._timeout_s
+        while True:
+            try:
+                return self.receive(self.send(message), _ATTEMPT_S)[0]
+            except HelloRequiredError:
+                self.send(Hello(client=self._client, token=self.host.token))
+            except HostLostError:
+                if monotonic() > deadline:
+                    raise
 
     def close(self) -> None:
         self._socket.close(linger=0)

@@ -5,11 +5,15 @@ Nothing is pickled. What does not decode into exactly one of these types is refu
 
     client -> host                          host -> client
     Hello   who I am, the session's token   Welcome   what I hold, and my arena
-    Need    these experts of a layer        Granted   their slots and generations
+    Need    these experts of a layer        (nothing: they appear in the arena's directory)
+    Ask     the same; is anything wrong?    Coming, or Refused
     Compute these experts, + activations    Computed  + outputs
     Hint    likely needed soon              (nothing)
-    Release slots no longer used            (nothing)
+    Release experts no longer used          (nothing)
                                             Refused   why
+
+Need and Hint carry along what the client used since its last message (``uses``), for the host's cache policy: a layer
+whose experts are all in memory sends nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moray.runtime.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 30
 
 
@@ -42,17 +46,27 @@ class Welcome(Message):
     arena_pid: int
     arena_fd: int
     arena_bytes: int
-    experts: list[list[int]]  # [layer]: its experts that live on this host
+    holds_all: bool  # nothing is ever evicted here, so no use need be told
+    experts: list[list[int]]  # [layer]: its experts that live on this host, in the order of the arena's directory
 
 
 class Need(Message):
+    """They stay in memory until the next Need of this client, or Release."""
+
+    layer: int
+    experts: list[int]
+    uses: list[list[int]] = []  # [layer, expert, expert, ...] a layer call
+
+
+class Ask(Message):
+    """Need again, from a client that has waited for long, or found a shard marked as failed."""
+
     layer: int
     experts: list[int]
 
 
-class Granted(Message):
-    slots: list[int]
-    generations: list[int]
+class Coming(Message):
+    """They are in memory, or being loaded."""
 
 
 class Compute(Message):
@@ -70,11 +84,13 @@ class Computed(Message):
 
 class Hint(Message):
     layer: int
-    experts: list[int]
+    experts: list[int]  # the likeliest first
+    uses: list[list[int]] = []
 
 
 class Release(Message):
-    slots: list[int]
+    layer: int
+    experts: list[int]
 
 
 class Refused(Message):
@@ -83,7 +99,8 @@ class Refused(Message):
 
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Hello, Welcome, Need, Granted, Compute, Computed, Hint, Release, Refused)
+    kind.__name__: kind
+    for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Refused)
 }
 
 

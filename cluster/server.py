@@ -11,9 +11,10 @@ import zmq
 
 from moray.cluster.messages import (
     MAX_MESSAGE_BYTES,
+    Ask,
+    Coming,
     Compute,
     Computed,
-    Granted,
     Hello,
     Hint,
     Message,
@@ -110,17 +111,30 @@ class DataPlaneServer:
             return Refused(reason="hello", message="introduce yourself with Hello first"), []
         match message:
             case Need():
-                slots, generations = self._host.need(client, message.layer, message.experts)
-                return Granted(slots=slots, generations=generations), []
+                self._note(message.uses)
+                self._host.need(client, message.layer, message.experts)
+                return None, []
+            case Ask():
+                failure = self._host.failure(message.layer, message.experts)
+                if failure is not None:
+                    raise failure
+                self._host.need(client, message.layer, message.experts)
+                return Coming(), []
             case Compute():
                 return self._compute(message, buffers)
-            case Hint():  # every expert is resident in this version, so a hint has nothing to start
+            case Hint():
                 self.stats.hints += 1
+                self._note(message.uses)
+                self._host.hint(message.layer, message.experts)
                 return None, []
             case Release():
-                self._host.release(client, message.slots)
+                self._host.release(client, message.layer, message.experts)
                 return None, []
         raise ProtocolError(f"a host does not accept {type(message).__name__}")
+
+    def _note(self, uses: list[list[int]]) -> None:
+        for layer, *experts in uses:
+            self._host.used(layer, experts)
 
     def _greet(self, identity: bytes, hello: Hello) -> Message:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
@@ -143,6 +157,7 @@ class DataPlaneServer:
             arena_pid=arena.pid,
             arena_fd=arena.fd,
             arena_bytes=arena.num_bytes,
+            holds_all=self._host.holds_all,
             experts=experts,
         )
 

@@ -1,18 +1,24 @@
-"""The arena: one host's shared memory, cut into slots that hold one shard each.
+"""The arena: one host's shared memory, cut into slots that hold one shard each, and a directory of what is where.
 
-    0          8 bytes   magic b"MORAYAR1"
+    0          8 bytes   magic b"MORAYAR2"
     8          8 bytes   number of slots
     16         8 bytes   bytes in a slot
     24         8 bytes   offset of slot 0 (a multiple of 4096)
-    64         8 bytes a slot: its generation
+    32         8 bytes   number of experts
+    64         8 bytes   arrivals: grows with each shard that has come; its lower half is a futex
+    128        8 bytes   a slot: its generation
+    ...        8 bytes   an expert of the host: its slot; -1: not here; -2: could not be loaded, ask the host why
     slot 0 ...
 
 It is a memfd: not limited by /dev/shm, page-aligned, and gone when the last process that holds it is gone, however
-that happens. Another process of the same user attaches through /proc/PID/fd/FD.
+that happens. Another process of the same user attaches through /proc/PID/fd/FD. A slot takes memory when it is first
+written, and the host asks for all of it before (``require``), so that writing can never raise SIGBUS.
 
-A generation is odd while its slot is being written and grows by 2 with each new content. A reader notes the
-generation with its lease, and compares it again after use, outside any compiled function (the compiler would fold
-the second read); what it computed counts only if both are equal.
+A generation is 0 before the first content, odd while its slot is being written, and grows by 2 with each new content.
+The writer takes an expert out of the directory before it touches the slot, and puts one in when it is done. A reader
+takes the slot from the directory, then the generation, then looks at the directory again; it compares the generation
+again after use, outside any compiled function (the compiler would fold the second read); what it computed counts only
+if both are equal. (The order of loads and stores is that of x86; elsewhere fences would be needed.)
 """
 
 from __future__ import annotations
@@ -20,19 +26,21 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from moray.runtime.errors import HostLostError, ResourceError
+from moray.runtime.futex import wake
 from moray.runtime.layout.shard import ALIGNMENT, round_up
 from moray.runtime.memory import format_bytes, require_memory
 
-MAGIC = b"MORAYAR1"
-_HEADER_BYTES = 64
+MAGIC = b"MORAYAR2"
+_ARRIVALS_AT = 64
+_HEADER_BYTES = 128
+_FIRST_CONTENT = 2  # generation
+NOWHERE, FAILED = -1, -2  # in the directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +60,29 @@ class Arena:
         self._map = mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         self.num_bytes = num_bytes
-        self.num_slots, self.slot_bytes, self.first_slot = (int(x) for x in self._bytes[8:32].view(np.int64))
-        self.generations: npt.NDArray[np.int64] = self._bytes[_HEADER_BYTES:][: 8 * self.num_slots].view(np.int64)
+        numbers = self._bytes[8:40].view(np.int64)
+        self.num_slots, self.slot_bytes, self.first_slot, self.num_experts = (int(x) for x in numbers)
+        counters = self._bytes[_HEADER_BYTES:][: 8 * (self.num_slots + self.num_experts)].view(np.int64)
+        self.generations: npt.NDArray[np.int64] = counters[: self.num_slots]
+        self.directory: npt.NDArray[np.int64] = counters[self.num_slots :]
+        self.arrivals: npt.NDArray[np.int64] = self._bytes[_ARRIVALS_AT:][:8].view(np.int64)
         self.base_address = int(self._bytes.ctypes.data)
 
     @classmethod
-    def create(cls, num_slots: int, slot_bytes: int) -> Arena:
-        """Reserve and map a new arena; every page is allocated now, so that writing can never raise SIGBUS.
-
-        Raises ResourceError with the needed and free bytes.
-        """
+    def create(cls, num_experts: int, num_slots: int, slot_bytes: int) -> Arena:
+        """Map a new, empty arena. Raises ResourceError with the needed and free bytes."""
         slot_bytes = round_up(slot_bytes, ALIGNMENT)
-        first_slot = round_up(_HEADER_BYTES + 8 * num_slots, ALIGNMENT)
+        first_slot = round_up(_HEADER_BYTES + 8 * (num_slots + num_experts), ALIGNMENT)
         num_bytes = first_slot + num_slots * slot_bytes
         require_memory(num_bytes, f"an arena of {num_slots} experts")
         fd = os.memfd_create("moray-arena", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(fd, 0, num_bytes)
-        except OSError as error:
-            os.close(fd)
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-                raise
-            raise ResourceError(
-                f"an arena of {format_bytes(num_bytes)} does not fit this machine's memory ({error.strerror}); "
-                "close other programs or use a smaller recipe"
-            ) from error
-        header = MAGIC + np.array([num_slots, slot_bytes, first_slot], dtype=np.int64).tobytes()
+        os.ftruncate(fd, num_bytes)
+        _allocate(fd, 0, first_slot)
+        header = MAGIC + np.array([num_slots, slot_bytes, first_slot, num_experts], dtype=np.int64).tobytes()
         os.pwrite(fd, header, 0)
-        return cls(fd, num_bytes, writable=True)
+        arena = cls(fd, num_bytes, writable=True)
+        arena.directory[:] = NOWHERE
+        return arena
 
     @classmethod
     def attach(cls, ref: ArenaRef, *, writable: bool = False) -> Arena:
@@ -111,22 +114,61 @@ class Arena:
         """Addresses of slots in this process; valid until ``close``."""
         return self.base_address + self.first_slot + slots * self.slot_bytes
 
-    def counter_addresses(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Addresses of the slots' generations in this process."""
-        return self.base_address + _HEADER_BYTES + 8 * slots
+    def entry_addresses(self, experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Addresses of directory entries in this process."""
+        return self.base_address + _HEADER_BYTES + 8 * (self.num_slots + experts)
 
-    @contextmanager
-    def writing(self, index: int) -> Iterator[memoryview]:
-        """Write a slot: its generation is odd meanwhile, and new afterwards even if writing failed."""
-        self.generations[index] += 1
-        try:
-            yield self.slot(index)
-        finally:
-            self.generations[index] += 1
+    def counter_address(self, slot: int) -> int:
+        """Address of a slot's generation in this process."""
+        return self.base_address + _HEADER_BYTES + 8 * slot
+
+    @property
+    def arrivals_address(self) -> int:
+        """Of ``arrivals`` in this process: what readers sleep on."""
+        return self.base_address + _ARRIVALS_AT
+
+    def is_new(self, slot: int) -> bool:
+        """Whether a slot has never held a whole shard, so that its memory may not have been taken yet."""
+        return bool(self.generations[slot] < _FIRST_CONTENT)
+
+    def require(self, slot: int, start: int, num_bytes: int) -> None:
+        """Take the memory of a part of a slot before it is written. Raises ResourceError."""
+        _allocate(self._fd, self.first_slot + slot * self.slot_bytes + start, num_bytes)
+
+    def begin_write(self, slot: int, old: int | None) -> memoryview:
+        """The memory of a slot, to be written. ``old``: the expert that lies in it."""
+        if old is not None:
+            self.directory[old] = NOWHERE
+        self.generations[slot] |= 1
+        return self.slot(slot)
+
+    def end_write(self, slot: int, expert: int | None) -> None:
+        """The slot holds an expert now, or nothing of use. Wakes those who wait for arrivals."""
+        self.generations[slot] += 1
+        if expert is not None:
+            self.directory[expert] = slot
+        self.arrivals[0] += 1
+        wake(self.arrivals_address)
+
+    def mark_failed(self, expert: int) -> None:
+        """It could not be loaded: those who wait for it must ask why."""
+        self.directory[expert] = FAILED
 
     def close(self) -> None:
         """Unmap. Addresses handed out before are invalid from here on."""
-        del self.generations
+        del self.generations, self.directory, self.arrivals
         del self._bytes
         self._map.close()
         os.close(self._fd)
+
+
+def _allocate(fd: int, offset: int, num_bytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, offset, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            raise
+        raise ResourceError(
+            f"{format_bytes(num_bytes)} more for an arena do not fit this machine's memory ({error.strerror}); "
+            "close other programs, or give the engine less with --host-memory"
+        ) from error

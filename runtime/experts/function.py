@@ -3,13 +3,17 @@
 Registered with transformers' experts interface under the name "moray". Each experts module carries an
 ``ExpertsBinding`` that knows its layer, its kernels and where its shards come from.
 
-    group the (token, k) pairs by expert -> lease the active experts' shards -> one kernel launch ->
-    check the lease (retry if a slot changed under it) -> weighted sum, in the router's order
+    group the (token, k) pairs by expert -> fetch the active experts' shards -> one kernel launch ->
+    check the lease (again, if a slot changed under it) -> weighted sum, in the router's order
+
+If some shards must come from elsewhere, those that are here are computed meanwhile, and the others as they arrive;
+outputs of single experts wait in a buffer until all are there, and are then summed in the same order.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +23,7 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moray.runtime.experts.meter import ExpertsMeter
-from moray.runtime.experts.source import ExpertSource, Ints
+from moray.runtime.experts.source import ExpertSource, Fetch, Ints
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
@@ -55,24 +59,48 @@ class ExpertsBinding:
         self._down_kernel = MatrixKernel.of(self._down.spec, numerics)
         gate = fused_gate(module)
         self._fused = None if gate is None else LayerKernel(self._up_kernel, self._down_kernel, gate)
+        self.prefetch: Callable[[int, torch.Tensor], None] | None = None
+        self._is_announced = False  # ``prefetch`` was called for the present input
+        self._used: Ints = np.zeros(1 + 2 * self.num_experts, dtype=np.int64)
 
     def forward(self, module: Any, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         started = perf_counter()
         grouping = ops.group_by_expert(ids_TK.cpu().numpy(), self.num_experts)
-        while True:
-            grouped = perf_counter()
-            lease = self.source.lease(self.layer, grouping.active)
-            leased = perf_counter()
-            try:
-                out = self._compute(module, x_TH, weights_TK, grouping, lease.addresses)
-                valid = lease.is_valid()
-            finally:
-                lease.release()
-            if valid:
-                break
+        grouped = perf_counter()
+        fetch = self.source.fetch(self.layer, grouping.active)
+        self._announce(x_TH)
+        out, waited_s = self._compute_as_they_come(module, x_TH, weights_TK, grouping, fetch)
         if self.meter is not None:
-            self.meter.record(self.layer, grouping, grouped - started, leased - grouped, perf_counter() - leased)
+            self.meter.record(self.layer, grouping, grouped - started, waited_s, perf_counter() - grouped - waited_s)
+        if self.source.wants_uses:
+            self.source.used(self.layer, grouping.active.tolist())
         return out
+
+    def _compute_as_they_come(
+        self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, fetch: Fetch
+    ) -> tuple[torch.Tensor, float]:
+        """The layer's output, and the seconds spent waiting for shards."""
+        num_experts, waited_s = len(grouping.active), 0.0
+        pairs: _Pairs | None = None
+        out: torch.Tensor | None = None
+        while not fetch.is_over:
+            asked = perf_counter()
+            here, lease = fetch.take()
+            waited_s += perf_counter() - asked
+            if len(here) == num_experts:
+                out = self._compute(module, x_TH, weights_TK, grouping, lease.addresses)
+            else:
+                pairs = pairs or _Pairs(grouping, x_TH)
+                part, ones = pairs.part(here)
+                y_PH = self._compute(module, x_TH, ones, part, lease.addresses)
+            if lease.is_valid():
+                if len(here) < num_experts:
+                    assert pairs is not None
+                    pairs.keep(here, y_PH)
+                fetch.finish(here)
+        if pairs is None:
+            return x_TH.new_zeros(x_TH.shape) if out is None else out, waited_s
+        return pairs.combine(weights_TK), waited_s
 
     def routed_kernel(self, router: FusedRouter) -> RoutedKernel | None:
         """For ``compute_routed``; None if the gate is not fused."""
@@ -84,14 +112,27 @@ class ExpertsBinding:
         return RoutedKernel(np.array(fields, dtype=np.int64), router.kernel, self._fused)
 
     def compute_routed(self, kernel: RoutedKernel, x: torch.Tensor, out: torch.Tensor) -> bool:
-        """out = experts(x, router(x)) for float32 on the CPU, or False if some expert must be leased first."""
+        """out = experts(x, router(x)) for float32 on the CPU, or False if some expert must be fetched first."""
         table = self.source.table(self.layer)
         if table is None or self.meter is None:
             return False
+        self._announce(x)
         count = x.numel() // kernel.router.spec.columns
         leases = (table.addresses, table.counters, table.generations)
-        at = (x.data_ptr(), count, out.data_ptr())
-        return self.meter.time_routed(self.layer, lambda counts, times: routed_at(kernel, leases, counts, *at, times))
+        at, used = (x.data_ptr(), count, out.data_ptr()), self._used
+        done = self.meter.time_routed(
+            self.layer, used, lambda counts, times: routed_at(kernel, leases, counts, *at, times, used)
+        )
+        self._is_announced = not done
+        if done and self.source.wants_uses:
+            self.source.used(self.layer, used[1 : 1 + used[0]].tolist())
+        return done
+
+    def _announce(self, x: torch.Tensor) -> None:
+        """Let the next layers' experts be predicted from this layer's input, once."""
+        if self.prefetch is not None and not self._is_announced:
+            self.prefetch(self.layer, x.reshape(-1, x.shape[-1]))
+        self._is_announced = False
 
     def _compute(
         self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, shards_E: Ints
@@ -101,7 +142,7 @@ class ExpertsBinding:
         x_TH, weights_TK = x_TH.contiguous(), weights_TK.float().contiguous()
         up_at, down_at = shards_E + self._up.offset, shards_E + self._down.offset
         if self._fused is not None:
-            out_TH = torch.empty_like(x_TH)
+            out_TH = x_TH.new_empty(len(weights_TK), x_TH.shape[1])
             at = (x_TH.data_ptr(), weights_TK.data_ptr(), out_TH.data_ptr())
             biases = (
                 NO_BIASES if bias is None else shards_E + bias.offset for bias in (self._up_bias, self._down_bias)
@@ -151,6 +192,36 @@ class ExpertsBinding:
             return torch.zeros(len(shards_E), 1)
         rows = [_bytes_at(a + bias.offset, bias.num_bytes).view(torch.float32) for a in shards_E.tolist()]
         return torch.stack(rows)
+
+
+class _Pairs:
+    """Outputs of a layer's (token, expert) pairs, unweighted, collected until all are there."""
+
+    def __init__(self, grouping: Grouping, x_TH: torch.Tensor) -> None:
+        self._grouping = grouping
+        self._y_PH = torch.empty(len(grouping.token_of_pair), x_TH.shape[1], dtype=torch.float32)
+        self._like = x_TH
+
+    def part(self, experts: Ints) -> tuple[Grouping, torch.Tensor]:
+        """A grouping of some experts' pairs alone, whose output is one row a pair, and its weights: ones."""
+        whole = self._grouping
+        counts = np.diff(whole.starts)[experts]
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        rows = self._rows(experts)
+        positions = np.arange(len(rows), dtype=np.int64)[:, None]
+        ones = torch.ones(len(rows), 1, dtype=torch.float32, device=self._like.device)
+        return Grouping(whole.active[experts], starts, whole.token_of_pair[rows], positions), ones
+
+    def keep(self, experts: Ints, y_PH: torch.Tensor) -> None:
+        self._y_PH[self._rows(experts)] = y_PH.to("cpu", torch.float32)
+
+    def combine(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        weights = weights_TK.cpu().float().contiguous().numpy()
+        return torch.from_numpy(ops.combine(self._y_PH.numpy(), self._grouping, weights)).to(self._like)
+
+    def _rows(self, experts: Ints) -> Ints:
+        starts = self._grouping.starts
+        return np.concatenate([np.arange(starts[e], starts[e + 1]) for e in experts.tolist()])
 
 
 def _bytes_at(address: int, count: int) -> torch.Tensor:

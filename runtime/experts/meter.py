@@ -22,6 +22,7 @@ class ExpertsStats:
     tokens_per_expert: list[list[int]]  # [layer][expert]
     bytes_by_source: dict[str, int]
     layer_calls: int
+    uses: int  # of experts by layer calls
     group_s: float
     lease_s: float
     compute_s: float
@@ -45,6 +46,7 @@ class ExpertsMeter:
     names: list[str]
     bytes_by_owner: Ints
     layer_calls: int = 0
+    uses: int = 0
     group_s: float = 0.0
     lease_s: float = 0.0
     compute_s: float = 0.0
@@ -69,15 +71,20 @@ class ExpertsMeter:
             self.bytes_by_owner,
         )  # fmt: skip
         self.layer_calls += 1
+        self.uses += len(grouping.active)
         self.group_s += group_s
         self.lease_s += lease_s
         self.compute_s += compute_s
 
-    def time_routed(self, layer: int, compute: Callable[[tuple[Ints, Ints, Ints], Ints], bool]) -> bool:
-        """Count a layer whose kernel counts by itself: its counters, and ns of grouping, leases and computing."""
+    def time_routed(self, layer: int, used: Ints, compute: Callable[[tuple[Ints, Ints, Ints], Ints], bool]) -> bool:
+        """Count a layer whose kernel counts by itself: its counters, and ns of grouping, leases and computing.
+
+        ``used``: where the kernel says which experts it used (kernels/routed.py).
+        """
         self._times[:] = 0
         done = compute((self.owners[layer], self.tokens[layer], self.bytes_by_owner), self._times)
         if done:
+            self.uses += int(used[0])
             group_ns, lease_ns, compute_ns = self._times.tolist()
             self.layer_calls += 1
             self.group_s += 1e-9 * group_ns
@@ -90,13 +97,15 @@ class ExpertsMeter:
         for tokens in self.tokens:
             tokens[:] = 0
         self.bytes_by_owner[:] = 0
-        self.layer_calls, self.group_s, self.lease_s, self.compute_s = 0, 0.0, 0.0, 0.0
+        self.layer_calls, self.uses = 0, 0
+        self.group_s, self.lease_s, self.compute_s = 0.0, 0.0, 0.0
 
     def snapshot(self) -> ExpertsStats:
         return ExpertsStats(
             tokens_per_expert=[layer.tolist() for layer in self.tokens],
             bytes_by_source=dict(zip(self.names, self.bytes_by_owner.tolist(), strict=True)),
             layer_calls=self.layer_calls,
+            uses=self.uses,
             group_s=self.group_s,
             lease_s=self.lease_s,
             compute_s=self.compute_s,

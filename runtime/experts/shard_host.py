@@ -1,72 +1,149 @@
-"""An expert host without its process: one arena, the shards in it, and the leases on them."""
+"""What an expert host does, without its process: shards of one store in an arena, loaded by need, leased, computed."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from moray.runtime.arena import Arena
-from moray.runtime.errors import HostLostError, ProtocolError
+from moray.runtime.arena import NOWHERE, Arena
+from moray.runtime.errors import HostLostError, MorayError, ProtocolError
 from moray.runtime.experts.source import Ints
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.residency.loader import Loader, LoaderStats
+from moray.runtime.residency.manager import ResidencyManager, ResidencyStats, State
+from moray.runtime.residency.policies import make_policy
+from moray.runtime.store.reader import ShardReader
 from moray.runtime.store.store import Store
 
 Floats = npt.NDArray[np.float32]
 
-_LOADERS = 2  # threads that read shards: one can check while the other waits for the disk
+_SELF = "compute"  # who claims the experts that this host computes with
+_STALL_S = 30.0  # without any progress: as long as a client waits
+
+
+@dataclass(frozen=True, slots=True)
+class HostStats:
+    """A host's residency and traffic since its start. Bytes."""
+
+    num_experts: int
+    num_resident: int
+    num_slots: int
+    slot_bytes: int
+    policy: str
+    residency: ResidencyStats
+    loader: LoaderStats
 
 
 class ShardHost:
-    """Holds some of a store's experts in an arena and answers for them.
+    """Holds some of a store's experts in an arena and answers for them. Thread-safe.
 
-    ``load`` and the constructor run in one thread; afterwards all calls come from the data-plane thread.
+    Without anybody asking it fills what is free of its arena, in layer order.
     """
 
-    def __init__(self, store: Store, keys: Sequence[ExpertKey], num_threads: int, arena: Arena | None = None) -> None:
-        """``arena`` is the one this host had before it was restarted. Raises ResourceError."""
+    def __init__(
+        self,
+        store: Store,
+        keys: Sequence[ExpertKey],
+        num_threads: int,
+        arena: Arena | None = None,
+        *,
+        num_slots: int | None = None,
+        policy: str = "lru",
+    ) -> None:
+        """``keys``: in layer order. ``arena``: the one this host had before it was restarted. ``num_slots``: experts
+        that are in memory at once; None: all. Raises ResourceError.
+        """
         self._num_threads = num_threads
-        self.store = store
-        self._slots = {key: slot for slot, key in enumerate(keys)}
-        self.arena = arena or Arena.create(len(keys), store.manifest.slot_bytes)
-        if self.arena.num_slots != len(keys):
-            raise HostLostError(f"the arena has {self.arena.num_slots} slots, this host has {len(keys)} experts")
-        self._leases: dict[str, Counter[int]] = {}
-        self.loaded_bytes = 0
+        self.store, self.keys = store, list(keys)
+        assert self.keys == sorted(self.keys)
+        self._index = {key: index for index, key in enumerate(self.keys)}
+        self._policy_name = policy
+        count = min(num_slots or len(keys), len(keys))
+        self.arena = arena or Arena.create(len(keys), count, store.manifest.slot_bytes)
+        if (self.arena.num_experts, self.arena.num_slots) != (len(keys), count):
+            raise HostLostError(
+                f"the arena has {self.arena.num_slots} slots for {self.arena.num_experts} experts, this host has "
+                f"{count} for {len(keys)}"
+            )
+        layers = [sum(key.layer == layer for key in self.keys) for layer in range(len(store.manifest.layers))]
+        self._manager = ResidencyManager([key.layer for key in self.keys], count, make_policy(policy, layers, count))
+        self._adopt()
+        entries = [store.manifest.shards[key] for key in self.keys]
+        self._loader = Loader(self._manager, self.arena, ShardReader(store.path), self.keys, entries)
 
     @property
-    def keys(self) -> list[ExpertKey]:
-        return list(self._slots)
+    def holds_all(self) -> bool:
+        """Whether nothing is ever evicted here."""
+        return self._manager.holds_all
 
-    def load(self, on_loaded: Callable[[int], None] = lambda num_bytes: None) -> None:
-        """Fill every slot that does not hold its shard already. Raises CorruptShardError, StoreError."""
-        with ThreadPoolExecutor(_LOADERS) as pool:
-            for num_bytes in pool.map(self._fill, self._slots):
-                self.loaded_bytes += num_bytes
-                on_loaded(num_bytes)
-
-    def need(self, client: str, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Lease shards: their slots and generations. A leased slot keeps its content until it is released.
+    def need(self, client: str, layer: int, experts: Sequence[int]) -> None:
+        """A client's layer needs these: they are loaded, and stay until it needs others or releases them.
 
         Raises KeyError for an expert that does not live here.
         """
-        slots = [self._slots[ExpertKey(layer, expert)] for expert in experts]
-        self._leases.setdefault(client, Counter()).update(slots)
-        return slots, self.arena.generations[slots].tolist()
+        indices = self._indices(layer, experts)
+        with self._loader.lock:
+            for index in indices:
+                if self._loader.errors.pop(index, None) is not None:
+                    self.arena.directory[index] = NOWHERE  # try again
+            self._manager.need(client, indices)
+            self._loader.wake()
 
-    def release(self, client: str, slots: Sequence[int]) -> None:
-        leases = self._leases.get(client, Counter())
-        leases.subtract(slots)
-        self._leases[client] = +leases
+    def failure(self, layer: int, experts: Sequence[int]) -> MorayError | None:
+        """What kept one of these from being loaded."""
+        with self._loader.lock:
+            return next(
+                (self._loader.errors[i] for i in self._indices(layer, experts) if i in self._loader.errors), None
+            )
+
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        """A client's layer call used these, found in memory or loaded for it."""
+        with self._loader.lock:
+            self._manager.used(self._indices(layer, experts))
+
+    def hint(self, layer: int, experts: Sequence[int]) -> None:
+        """These will probably be needed, the likeliest first."""
+        with self._loader.lock:
+            self._manager.hint(self._indices(layer, experts))
+            self._loader.wake()
+
+    def release(self, client: str, layer: int, experts: Sequence[int]) -> None:
+        with self._loader.lock:
+            self._manager.release(client, self._indices(layer, experts))
+            self._loader.wake()
 
     def drop_client(self, client: str) -> None:
-        """Forget the leases of a client that is gone."""
-        self._leases.pop(client, None)
+        """Forget the claims of a client that is gone."""
+        with self._loader.lock:
+            self._manager.drop_client(client)
+            self._loader.wake()
+
+    def stats(self) -> HostStats:
+        with self._loader.lock:
+            return HostStats(
+                num_experts=len(self.keys),
+                num_resident=self._manager.num_resident,
+                num_slots=self.arena.num_slots,
+                slot_bytes=self.arena.slot_bytes,
+                policy=self._policy_name,
+                residency=self._manager.stats,
+                loader=self._loader.stats,
+            )
+
+    def wait_filled(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is left to load. Raises what kept a shard from being loaded."""
+        with self._loader.lock:
+            self._loader.wake()
+            done = self._loader.lock.wait_for(self._is_filled, timeout_s)
+            for error in self._loader.errors.values():
+                raise error
+            return done
 
     def compute(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], x_PH: Floats, numerics: Numerics
@@ -87,31 +164,56 @@ class ShardHost:
         layout = info.layout
         gate_up, down = layout["gate_up_proj"], layout["down_proj"]
         assert gate_up.spec is not None and down.spec is not None
-        slots = np.array([self._slots[ExpertKey(layer, expert)] for expert in experts], dtype=np.int64)
-        shards = self.arena.addresses(slots)
+        shards = self.arena.addresses(self._hold(layer, experts))
         starts: Ints = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         pairs = np.arange(len(x_PH))
         grouping = ops.Grouping(np.asarray(experts, dtype=np.int64), starts, pairs, pairs[:, None])
         ones = np.ones((len(x_PH), 1), dtype=np.float32)
         kernels = LayerKernel(MatrixKernel.of(gate_up.spec, numerics), MatrixKernel.of(down.spec, numerics))
-        return ops.moe_layer(x_PH, ones, grouping, kernels, shards + gate_up.offset, shards + down.offset)
+        y = ops.moe_layer(x_PH, ones, grouping, kernels, shards + gate_up.offset, shards + down.offset)
+        self.release(_SELF, layer, experts)
+        return y
 
     def close(self) -> None:
+        self._loader.close()
         self.arena.close()
 
-    def _fill(self, key: ExpertKey) -> int:
-        slot = self._slots[key]
-        if self._holds(slot, key):
-            return 0
-        with self.arena.writing(slot) as buffer:
-            return self.store.read_shard_into(key, buffer)
+    def _indices(self, layer: int, experts: Sequence[int]) -> list[int]:
+        return [self._index[ExpertKey(layer, expert)] for expert in experts]
+
+    def _hold(self, layer: int, experts: Sequence[int]) -> Ints:
+        """Claim experts for this host's own use and wait for them. Returns their slots."""
+        indices = self._indices(layer, experts)
+        if len(set(indices)) > self.arena.num_slots:
+            raise ProtocolError(f"{len(indices)} experts at once, this host has memory for {self.arena.num_slots}")
+        self.need(_SELF, layer, experts)
+        deadline = monotonic() + _STALL_S
+        with self._loader.lock:
+            while any(self._manager.state(index) is not State.RESIDENT for index in indices):
+                for index in indices:
+                    if index in self._loader.errors:
+                        raise self._loader.errors[index]
+                if not self._loader.lock.wait(deadline - monotonic()):
+                    raise HostLostError(f"experts {list(experts)} of MoE layer {layer} did not come from the disk")
+            return self.arena.directory[indices]
+
+    def _is_filled(self) -> bool:
+        full = self._manager.num_resident + len(self._loader.errors) >= self.arena.num_slots
+        return full and self._loader.is_idle
+
+    def _adopt(self) -> None:
+        """Take over what a kept arena holds whole; what a dead writer left is as good as empty."""
+        for index, slot in enumerate(self.arena.directory.tolist()):
+            if slot >= 0 and self._holds(slot, self.keys[index]):
+                self._manager.adopt(index, slot)
+            else:
+                self.arena.directory[index] = NOWHERE
+                if slot >= 0:  # readers who found it there must see it go
+                    self.arena.begin_write(slot, None)
 
     def _holds(self, slot: int, key: ExpertKey) -> bool:
-        """Whether a slot kept from before a restart still has this shard, whole and of this store."""
-        if self.arena.generations[slot] == 0:
-            return False
-        if self.arena.generations[slot] % 2:  # its writer died in the middle
-            self.arena.generations[slot] += 1
+        """Whether a slot kept from before a restart has this shard, whole and of this store."""
+        if self.arena.generations[slot] % 2:
             return False
         entry = self.store.manifest.shards[key]
         return xxhash.xxh3_64_intdigest(self.arena.slot(slot)[: entry.num_bytes]) == entry.checksum

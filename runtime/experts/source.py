@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Lease(Protocol):
-    """The right to read some shards of one layer, from ``lease`` to ``release``.
+    """The right to read some shards of one layer.
 
     ``addresses``: int64 [E], where each shard begins in this process's memory, in the order asked for.
     """
@@ -28,15 +28,31 @@ class Lease(Protocol):
         """Whether every shard is still what was leased. Call after use; if False, discard the results and retry."""
         ...
 
-    def release(self) -> None: ...
+
+class Fetch(Protocol):
+    """One layer call's experts on their way. Take, compute, finish what was valid, until nothing is left."""
+
+    @property
+    def is_over(self) -> bool: ...
+
+    def take(self) -> tuple[Ints, Lease]:
+        """Those that are here and not finished: their positions in the list asked for, at least one, and their lease.
+
+        Waits if none is here. Raises CorruptShardError, StoreError or HostLostError when a shard cannot be had.
+        """
+        ...
+
+    def finish(self, positions: Ints) -> None:
+        """These are computed: their memory may be given to others."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseTable:
-    """What a source has leased for good, a layer's experts by index: kept up to date in place. All int64 [E].
+    """A layer's experts by index, as far as they are in memory: kept up to date in place. All int64 [E].
 
     A shard lies at its address as long as the counter at ``counters`` has the value in ``generations``; so a counter
-    that never has it says that the shard must be asked for with ``lease``.
+    that never has it says that the shard must be fetched.
     """
 
     addresses: Ints
@@ -45,16 +61,25 @@ class LeaseTable:
 
 
 class ExpertSource(Protocol):
-    """Hands out leases. Called by one thread, the step loop's.
+    """Gives shards to the step loop's thread, the only one that calls."""
 
-    ``lease`` may wait for shards to be loaded. It raises CorruptShardError, StoreError or HostLostError when a
-    shard cannot be had.
-    """
-
-    def lease(self, layer: int, experts: Ints) -> Lease: ...
+    def fetch(self, layer: int, experts: Ints) -> Fetch: ...
 
     def table(self, layer: int) -> LeaseTable | None:
-        """Leases that need no asking. None: there are none."""
+        """What is in memory now and needs no asking. None: there is no such table."""
+        ...
+
+    @property
+    def wants_uses(self) -> bool:
+        """Whether ``used`` should be told of layer calls."""
+        ...
+
+    def used(self, layer: int, experts: list[int]) -> None:
+        """A layer call used these."""
+        ...
+
+    def hint(self, layer: int, experts: list[int]) -> None:
+        """A layer soon to come will probably use these, the likeliest first."""
         ...
 
     def describe(self) -> list[SourceInfo]:
@@ -64,6 +89,8 @@ class ExpertSource(Protocol):
     def owner_of(self, layer: int) -> Ints:
         """int64 [num_experts]: index into ``describe()`` of the place that holds each expert."""
         ...
+
+    def stats(self) -> SourceStats: ...
 
     def close(self) -> None: ...
 
@@ -79,6 +106,15 @@ class SourceInfo:
 
 
 @dataclass(slots=True)
+class SourceStats:
+    """What layer calls did not find in memory."""
+
+    misses: int = 0  # uses of experts by layer calls
+    missed_bytes: int = 0  # read from disk because a layer needed it
+    wait_s: float = 0.0  # with nothing to compute
+
+
+@dataclass(slots=True)
 class FixedLease:
     """A lease on memory that never changes."""
 
@@ -87,12 +123,24 @@ class FixedLease:
     def is_valid(self) -> bool:
         return True
 
-    def release(self) -> None:
-        pass
+
+class FixedFetch:
+    """Everything is here."""
+
+    def __init__(self, addresses: Ints) -> None:
+        self._addresses, self.is_over = addresses, False
+
+    def take(self) -> tuple[Ints, Lease]:
+        return np.arange(len(self._addresses)), FixedLease(self._addresses)
+
+    def finish(self, positions: Ints) -> None:
+        self.is_over = True
 
 
 class InProcessSource:
     """All shards of a store in this process's private memory: the smallest source, for tests and libraries."""
+
+    wants_uses = False
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -110,17 +158,26 @@ class InProcessSource:
             counters = np.full(layer.num_experts, self._zero.ctypes.data)
             self._tables.append(LeaseTable(addresses, counters, np.zeros(layer.num_experts, dtype=np.int64)))
 
-    def lease(self, layer: int, experts: Ints) -> Lease:
-        return FixedLease(self._tables[layer].addresses[experts])
+    def fetch(self, layer: int, experts: Ints) -> Fetch:
+        return FixedFetch(self._tables[layer].addresses[experts])
 
     def table(self, layer: int) -> LeaseTable:
         return self._tables[layer]
+
+    def used(self, layer: int, experts: list[int]) -> None:
+        pass
+
+    def hint(self, layer: int, experts: list[int]) -> None:
+        pass
 
     def describe(self) -> list[SourceInfo]:
         return [SourceInfo("memory", "process", len(self._shards), self._store.manifest.expert_bytes)]
 
     def owner_of(self, layer: int) -> Ints:
         return np.zeros(len(self._tables[layer].addresses), dtype=np.int64)
+
+    def stats(self) -> SourceStats:
+        return SourceStats()
 
     def close(self) -> None:
         self._shards.clear()

@@ -102,12 +102,13 @@ def routed_at(
     num_tokens: int,
     out: int,
     times: Ints,
+    used: Ints,
 ) -> bool:
     """out = experts(x, router(x)) for x float32 [T, H], both by address; False if a lease has moved.
 
     leases: addresses, counters and generations of the layer's leases (experts/source.py).
     counts: the owner of each expert, and what is added to: tokens of each expert, bytes of each owner. times [3]: ns
-    of grouping, leases and computing, added to.
+    of grouping, leases and computing, added to. used [1 + 2 E]: the experts and tokens of this call (routed.py).
     """
     pool, layer = current_pool(), kernel.layer
     num_pairs = num_tokens * int(kernel.fields[routed.TOP_K])
@@ -117,6 +118,6 @@ def routed_at(
             routed.routed_layer(
                 pool.address, FUNCTIONS, kernel.fields, kernel.router.fields, layer.gate_up.fields, layer.down.fields,
                 layer.gate.fields, *leases, *counts, x, num_tokens, out,
-                SCRATCH.address(needed), times,
+                SCRATCH.address(needed), times, used,
             )
         )  # fmt: skip

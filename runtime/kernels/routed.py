@@ -24,13 +24,14 @@ def _biases(shards, offset):
 @njit(nogil=True, cache=True)
 def routed_layer(
     pool, functions, fields, router, gate_up, down, gate, addresses, counters, generations, owners, tokens,
-    bytes_by_owner, x, num_tokens, out, scratch, times,
+    bytes_by_owner, x, num_tokens, out, scratch, times, used,
 ):  # fmt: skip
     """out = experts(x, router(x)), or False if a lease had moved before or after: then nothing may be used.
 
     router, gate_up, down: int64 [K_FIELDS]; gate: the fields of a Gate; addresses, counters, generations and owners:
     int64 [num experts], a layer's leases; tokens [num experts] and bytes_by_owner are added to, times [3] too: ns of
-    grouping, of leases and of computing. x and out float32 [T, H], and scratch, by address.
+    grouping, of leases and of computing; used [1 + 2 * num experts]: how many experts were, which, and from
+    1 + num experts on with how many tokens. x and out float32 [T, H], and scratch, by address.
     """
     num_experts, top_k = fields[NUM_EXPERTS], fields[TOP_K]
     logits = np.empty((num_tokens, num_experts), np.float32)
@@ -54,6 +55,10 @@ def routed_layer(
     if not all_equal(held, expected):
         return False
     count_use(active, starts, fields[SHARD_BYTES], owners, tokens, bytes_by_owner)
+    count = active.shape[0]
+    used[0] = count
+    used[1 : 1 + count] = active
+    used[1 + num_experts : 1 + num_experts + count] = starts[1:] - starts[:-1]
     times[0] += grouped - started
     times[1] += leased - grouped
     times[2] += monotonic_ns() - leased

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -26,10 +27,10 @@ def new_address(host_id: str) -> HostAddress:
     return HostAddress(host_id, f"ipc://@moray-test-{os.getpid()}-{next(_numbers)}", TOKEN)
 
 
-def make_host(store: Store, keys: Sequence[ExpertKey], num_threads: int = 2) -> ShardHost:
-    """A loaded host."""
-    host = ShardHost(store, keys, num_threads)
-    host.load()
+def make_host(store: Store, keys: Sequence[ExpertKey], num_threads: int = 2, **options: Any) -> ShardHost:
+    """A host that has loaded what its arena holds."""
+    host = ShardHost(store, keys, num_threads, **options)
+    assert host.wait_filled(60)
     return host
 
 
@@ -43,10 +44,10 @@ def serving(address: HostAddress, host: ShardHost) -> Iterator[DataPlaneServer]:
 
 
 @contextmanager
-def cluster_of(store: Store, num_hosts: int) -> Iterator[list[tuple[HostAddress, ShardHost]]]:
+def cluster_of(store: Store, num_hosts: int, **options: Any) -> Iterator[list[tuple[HostAddress, ShardHost]]]:
     """All of a store's experts on so many hosts, as an engine places them."""
     names = [f"host-{index}" for index in range(num_hosts)]
-    hosts = [(new_address(name), make_host(store, keys)) for name, keys in place_evenly(store.manifest, names).items()]
+    hosts = [(new_address(name), make_host(store, keys, **options)) for name, keys in place_evenly(store.manifest, names).items()]
     servers = [DataPlaneServer(a.host_id, host, a.address, a.token) for a, host in hosts]
     try:
         yield hosts

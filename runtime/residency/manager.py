@@ -1,0 +1,254 @@
+"""Which of a host's experts are in memory: the accounts, and the decisions. Pure: no threads, no clock, no I/O.
+
+    ABSENT -> LOADING -> RESIDENT -> EVICTING -> ABSENT
+    LOADING -> ABSENT (failed, or given up)
+
+Events come in (``need``, ``release``, ``used``, ``hint``, ``loaded``, ``failed``, ``evicted``); ``next_load`` says what
+to load next, into which slot, in place of what. A slot belongs to at most one expert from the beginning of its load,
+so that the budget, which is the number of slots, holds at every moment.
+
+Experts are numbers 0 to N-1, in layer order. A client *claims* the experts it needs: they are loaded first, and never
+evicted before it releases them or needs others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from moray.runtime.residency.policy import Policy
+
+
+class State(Enum):
+    ABSENT = "absent"
+    LOADING = "loading"
+    RESIDENT = "resident"
+    EVICTING = "evicting"  # its slot is another's already; readers have not been told yet
+
+
+class Urgency(IntEnum):
+    """Lower goes first."""
+
+    DEMAND = 0  # a layer waits
+    HINT = 1  # predicted
+    FILL = 2  # memory is free
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read ``expert`` into ``slot``. If there is a ``victim``, tell readers first that it is gone, then ``evicted``."""
+
+    expert: int
+    slot: int
+    victim: int | None
+    urgency: Urgency
+
+
+@dataclass(slots=True)
+class ResidencyStats:
+    """Counts since the start, of experts."""
+
+    demand_loads: int = 0
+    hint_loads: int = 0
+    fill_loads: int = 0
+    evictions: int = 0
+    hints_used: int = 0  # loaded by a hint, then used
+    hints_late: int = 0  # needed while the hint's load was under way
+    hints_wasted: int = 0  # loaded or begun by a hint, and gone before a use
+
+
+class ResidencyManager:
+    """One host's residency. Not thread-safe."""
+
+    def __init__(self, layer_of: Sequence[int], num_slots: int, policy: Policy) -> None:
+        """``layer_of`` [N]: each expert's layer."""
+        self._layer_of, self._num_slots, self._policy = list(layer_of), num_slots, policy
+        self._state = [State.ABSENT] * len(layer_of)
+        self._slot: dict[int, int] = {}  # of LOADING and RESIDENT experts
+        self._urgency: dict[int, Urgency] = {}  # of LOADING experts
+        self._given_up: set[int] = set()  # LOADING experts whose load should stop
+        self._free = list(range(num_slots))[::-1]
+        self._claims: dict[str, set[int]] = {}
+        self._claimed: Counter[int] = Counter()
+        self._demands: list[int] = []
+        self._hints: dict[int, None] = {}  # in order
+        self._unused_hints: set[int] = set()  # loaded or loading by a hint, not yet used
+        self._next_fill = 0
+        self.stats = ResidencyStats()
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is a slot for every expert: then nothing is ever evicted."""
+        return self._num_slots >= len(self._state)
+
+    @property
+    def num_resident(self) -> int:
+        return sum(state is State.RESIDENT for state in self._state)
+
+    def state(self, expert: int) -> State:
+        return self._state[expert]
+
+    def urgency(self, expert: int) -> Urgency:
+        """Of an expert that is being loaded; it rises when a client comes to need it."""
+        return self._urgency[expert]
+
+    def is_given_up(self, expert: int) -> bool:
+        """Whether the load of a LOADING expert should be stopped: report it ``failed``."""
+        return expert in self._given_up
+
+    def adopt(self, expert: int, slot: int) -> None:
+        """At the start: a slot kept from before a restart holds this expert."""
+        self._free.remove(slot)
+        self._slot[expert], self._state[expert] = slot, State.RESIDENT
+        self._policy.loaded(expert)
+
+    def need(self, client: str, experts: Sequence[int]) -> None:
+        """A client's layer needs these, and no longer what it needed before. Hints that it contradicts are dropped."""
+        self._claim(client, set(experts))
+        layers = {self._layer_of[e] for e in experts}
+        for e in [e for e in self._hints if self._layer_of[e] in layers]:
+            del self._hints[e]
+        for e, urgency in list(self._urgency.items()):
+            if self._claimed[e]:
+                self._promote(e)
+            elif urgency is Urgency.HINT and self._layer_of[e] in layers:
+                self._given_up.add(e)
+        waiting = [e for e in self._demands if self._claimed[e] and e not in experts]
+        self._demands = waiting + [e for e in experts if self._state[e] is State.ABSENT]
+
+    def release(self, client: str, experts: Iterable[int]) -> None:
+        """A client is done with some of what it needed."""
+        self._claim(client, self._claims.get(client, set()) - set(experts))
+
+    def drop_client(self, client: str) -> None:
+        self._claim(client, set())
+
+    def used(self, experts: list[int]) -> None:
+        """A layer call used these."""
+        self._policy.used(experts)
+        for e in experts:
+            if e in self._unused_hints:
+                self._unused_hints.discard(e)
+                self.stats.hints_used += 1
+
+    def hint(self, experts: Sequence[int]) -> list[int]:
+        """These are predicted to be needed, likeliest first. Returns those that a load was not asked for already."""
+        new = [e for e in experts if self._state[e] is State.ABSENT and e not in self._hints]
+        self._hints.update(dict.fromkeys(new))
+        for e in experts:
+            self._given_up.discard(e)
+        return new
+
+    def next_load(self, least: Urgency = Urgency.FILL) -> Load | None:
+        """What to load now, if something of urgency ``least`` or a higher one waits and there is a slot for it."""
+        self._demands = [e for e in self._demands if self._claimed[e] and self._state[e] is State.ABSENT]
+        if self._demands:
+            return self._begin(self._demands[0], Urgency.DEMAND)
+        if least >= Urgency.HINT:
+            for e in list(self._hints):
+                del self._hints[e]
+                if self._state[e] is State.ABSENT:
+                    load = self._begin(e, Urgency.HINT)
+                    if load is not None:
+                        return load
+        if least >= Urgency.FILL and self._free:
+            while self._next_fill < len(self._state):
+                self._next_fill += 1
+                if self._state[self._next_fill - 1] is State.ABSENT:
+                    return self._begin(self._next_fill - 1, Urgency.FILL)
+        return None
+
+    def evicted(self, expert: int) -> None:
+        """Readers know that a load's victim is gone."""
+        assert self._state[expert] is State.EVICTING
+        self._state[expert] = State.ABSENT
+
+    def loaded(self, expert: int) -> None:
+        """A load came to its end."""
+        assert self._state[expert] is State.LOADING
+        self._state[expert] = State.RESIDENT
+        self._given_up.discard(expert)
+        del self._urgency[expert]
+
+    def failed(self, expert: int) -> None:
+        """A load was stopped, or went wrong; its slot is free."""
+        assert self._state[expert] is State.LOADING
+        self._state[expert] = State.ABSENT
+        self._given_up.discard(expert)
+        del self._urgency[expert]
+        self._free.append(self._slot.pop(expert))
+        self._policy.evicted(expert)
+        self._waste(expert)
+
+    def validate(self) -> None:
+        """Raises AssertionError unless the accounts agree with each other."""
+        slots = list(self._slot.values()) + self._free
+        assert sorted(slots) == list(range(self._num_slots)), "a slot belongs to two, or to none"
+        for e, state in enumerate(self._state):
+            assert (e in self._slot) == (state in (State.LOADING, State.RESIDENT)), f"{e} is {state}"
+            assert (e in self._urgency) == (state is State.LOADING), f"{e} is {state}"
+        assert self._given_up <= self._urgency.keys()
+        claims = Counter(e for claimed in self._claims.values() for e in claimed)
+        assert claims == +self._claimed, "claims do not add up"
+        assert all(self._state[e] in (State.LOADING, State.RESIDENT) for e in self._unused_hints)
+
+    def _claim(self, client: str, experts: set[int]) -> None:
+        before = self._claims.get(client, set())
+        self._claimed.subtract(before - experts)
+        self._claimed.update(experts - before)
+        self._claimed = +self._claimed
+        self._claims[client] = experts
+        if not experts:
+            del self._claims[client]
+
+    def _promote(self, expert: int) -> None:
+        self._given_up.discard(expert)
+        if expert in self._unused_hints:
+            self._unused_hints.discard(expert)
+            self.stats.hints_late += 1
+        self._urgency[expert] = Urgency.DEMAND
+
+    def _begin(self, expert: int, urgency: Urgency) -> Load | None:
+        victim = None
+        if not self._free:
+            victim = self._victim(expert, urgency)
+            if victim is None:
+                return None
+        if victim is None:
+            slot = self._free.pop()
+        else:
+            slot = self._slot.pop(victim)
+            self._state[victim] = State.EVICTING
+            self._policy.evicted(victim)
+            self._waste(victim)
+            self.stats.evictions += 1
+        self._state[expert], self._slot[expert], self._urgency[expert] = State.LOADING, slot, urgency
+        self._policy.loaded(expert)
+        self._count(expert, urgency)
+        return Load(expert, slot, victim, urgency)
+
+    def _victim(self, incoming: int, urgency: Urgency) -> int | None:
+        def may_evict(expert: int) -> bool:
+            return self._state[expert] is State.RESIDENT and not self._claimed[expert]
+
+        victim = self._policy.victim(incoming, may_evict)
+        if victim is None and urgency is Urgency.DEMAND:
+            # Every slot is claimed, or is being filled for a prediction: that one must wait.
+            self._given_up.update(e for e, its in self._urgency.items() if its is not Urgency.DEMAND)
+        return victim
+
+    def _count(self, expert: int, urgency: Urgency) -> None:
+        if urgency is Urgency.HINT:
+            self._unused_hints.add(expert)
+            self.stats.hint_loads += 1
+        elif urgency is Urgency.DEMAND:
+            self.stats.demand_loads += 1
+        else:
+            self.stats.fill_loads += 1
+
+    def _waste(self, expert: int) -> None:
+        if expert in self._unused_hints:
+            self._unused_hints.discard(expert)
+            self.stats.hints_wasted += 1
