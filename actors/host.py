@@ -11,13 +11,13 @@ from moray.actors.messages import HostConfig, HostReport
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import HostLostError, MorayError
-from moray.runtime.experts.shard_host import ShardHost
+from moray.runtime.experts.shard_host import HostStats, ShardHost
 from moray.runtime.store.store import Store
 from moray.runtime.topology import cores_of_host, on_cores, read_cores
 
 
 class ExpertHost:
-    """Loads its experts when it is made; serves them over the data plane until its process ends."""
+    """Fills its arena when it is made, and serves over the data plane meanwhile and until its process ends."""
 
     def __init__(
         self, config: HostConfig, node_id: Callable[[], str], survivor: Callable[[str], ArenaRef | None]
@@ -32,17 +32,26 @@ class ExpertHost:
             self._outcome = error  # Ray would turn an error of the constructor into text
 
     def report(self) -> HostReport:
-        """Answers once the host is ready. Raises what kept it from starting."""
+        """Answers once the host serves. Raises what kept it from starting."""
         if isinstance(self._outcome, MorayError):
             raise self._outcome
         return self._outcome
+
+    def stats(self) -> HostStats:
+        return self._host.stats()
+
+    def wait_filled(self) -> None:
+        """Wait until the arena is full or holds all. Raises what kept a shard from being loaded."""
+        self._host.wait_filled()
 
     def _start(self, config: HostConfig, node_id: str, survivor: ArenaRef | None) -> HostReport:
         started = perf_counter()
         store = Store.open(config.store_path)
         num_threads = min(config.num_threads, len(os.sched_getaffinity(0)))
-        self._host = ShardHost(store, config.keys, num_threads, _take_back(survivor))
-        self._host.load()
+        arena = _take_back(survivor)
+        self._host = ShardHost(
+            store, config.keys, num_threads, arena, num_slots=config.num_slots, policy=config.policy
+        )
         address = config.address
         self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)
         return HostReport(
@@ -51,8 +60,7 @@ class ExpertHost:
             pid=os.getpid(),
             num_experts=len(config.keys),
             arena=self._host.arena.ref,
-            loaded_bytes=self._host.loaded_bytes,
-            load_s=perf_counter() - started,
+            start_s=perf_counter() - started,
         )
 
 

@@ -23,6 +23,8 @@ class HostConfig:
     index: int
     num_hosts: int
     num_threads: int
+    num_slots: int  # experts in memory at once
+    policy: str
     owner: Owner | None  # end with this process of the same machine; None: live until told
 
 
@@ -35,8 +37,7 @@ class HostReport:
     pid: int
     num_experts: int
     arena: ArenaRef
-    loaded_bytes: int  # read from disk; less than the arena's if it took an arena back
-    load_s: float
+    start_s: float  # its arena fills in the background from then on
 
 
 @dataclass(frozen=True, slots=True)

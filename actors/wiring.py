@@ -87,7 +87,7 @@ def start_actors(
         addresses = [HostAddress(host_id, f"ipc://@moray-{name}-{host_id}", token) for host_id in host_ids]
         for index, address in enumerate(addresses):
             keys = tuple(placement[address.host_id])
-            config = HostConfig(address, store_path, keys, index, num_hosts, num_threads, owner)
+            config = HostConfig(address, store_path, keys, index, num_hosts, num_threads, len(keys), "lru", owner)
             host_options: dict[str, Any] = {"name": f"{name}-{address.host_id}", "max_restarts": -1} | here
             started.append(_remote(ExpertHost, **host_options).remote(config, _node_id, lookup))
         hosts = tuple(started[2:])
