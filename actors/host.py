@@ -49,9 +49,7 @@ class ExpertHost:
         store = Store.open(config.store_path)
         num_threads = min(config.num_threads, len(os.sched_getaffinity(0)))
         arena = _take_back(survivor)
-        self._host = ShardHost(
-            store, config.keys, num_threads, arena, num_slots=config.num_slots, policy=config.policy
-        )
+        self._host = ShardHost(store, config.keys, num_threads, arena, num_slots=config.num_slots, policy=config.policy)
         address = config.address
         self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)
         return HostReport(

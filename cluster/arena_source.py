@@ -168,8 +168,11 @@ class _ArenaFetch:
     def __init__(self, source: ArenaSource, layer: int, experts: Ints) -> None:
         self._source, self._layer, self._experts = source, layer, experts
         self._of_layer = source._layers[layer]
+        self._is_left = np.ones(len(experts), dtype=np.bool_)
         self._left = np.arange(len(experts))
         self._has_asked = False
+        if len(self._ready()) < len(experts):
+            self._need()
 
     @property
     def is_over(self) -> bool:
@@ -189,13 +192,16 @@ class _ArenaFetch:
             self._wait(arrivals)
 
     def finish(self, positions: Ints) -> None:
-        self._left = np.setdiff1d(self._left, positions)
+        self._is_left[positions] = False
+        self._left = np.flatnonzero(self._is_left)
         if not self._has_asked:
             return
         for index, host, mine in self._by_host(self._experts):
+            if len(mine) <= host.arena.num_slots:
+                continue
             done = self._experts[positions]
             done = done[self._of_layer.owners[done] == index]
-            if len(mine) > host.arena.num_slots and len(done):  # others wait for these slots
+            if len(done):  # others wait for these slots
                 host.client.send(Release(layer=self._layer, experts=done.tolist()))
 
     def _ready(self) -> Ints:

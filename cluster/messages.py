@@ -99,8 +99,7 @@ class Refused(Message):
 
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.__name__: kind
-    for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Refused)
+    kind.__name__: kind for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Refused)
 }
 
 

@@ -101,7 +101,7 @@ class DataPlaneServer:
         if isinstance(answer, Refused):
             self.stats.rejected += 1
         if answer is not None:
-            self._socket.send_multipart([identity, encode(request_id, answer), *buffers], copy=False)
+            self._socket.send_multipart([identity, encode(request_id, answer), *buffers], copy=not buffers)
 
     def _answer(self, identity: bytes, message: Message, buffers: list[bytes]) -> _Answer:
         if isinstance(message, Hello):

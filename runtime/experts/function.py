@@ -96,7 +96,7 @@ class ExpertsBinding:
             if lease.is_valid():
                 if len(here) < num_experts:
                     assert pairs is not None
-                    pairs.keep(here, y_PH)
+                    pairs.keep(y_PH)
                 fetch.finish(here)
         if pairs is None:
             return x_TH.new_zeros(x_TH.shape) if out is None else out, waited_s
@@ -198,30 +198,34 @@ class _Pairs:
     """Outputs of a layer's (token, expert) pairs, unweighted, collected until all are there."""
 
     def __init__(self, grouping: Grouping, x_TH: torch.Tensor) -> None:
-        self._grouping = grouping
-        self._y_PH = torch.empty(len(grouping.token_of_pair), x_TH.shape[1], dtype=torch.float32)
-        self._like = x_TH
+        self._grouping, self._like = grouping, x_TH
+        self._counts = np.diff(grouping.starts)
+        self._expert_of_pair = np.repeat(np.arange(len(grouping.active)), self._counts)
+        self._y_PH = np.empty((len(grouping.token_of_pair), x_TH.shape[1]), dtype=np.float32)
+        self._rows: Ints = np.empty(0, dtype=np.int64)
 
     def part(self, experts: Ints) -> tuple[Grouping, torch.Tensor]:
-        """A grouping of some experts' pairs alone, whose output is one row a pair, and its weights: ones."""
-        whole = self._grouping
-        counts = np.diff(whole.starts)[experts]
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        rows = self._rows(experts)
-        positions = np.arange(len(rows), dtype=np.int64)[:, None]
-        ones = torch.ones(len(rows), 1, dtype=torch.float32, device=self._like.device)
-        return Grouping(whole.active[experts], starts, whole.token_of_pair[rows], positions), ones
+        """A grouping of some experts' pairs alone, whose output is one row a pair, and its weights: ones.
 
-    def keep(self, experts: Ints, y_PH: torch.Tensor) -> None:
-        self._y_PH[self._rows(experts)] = y_PH.to("cpu", torch.float32)
+        ``experts``: sorted positions in the list of active ones.
+        """
+        whole = self._grouping
+        is_mine = np.zeros(len(whole.active), dtype=np.bool_)
+        is_mine[experts] = True
+        self._rows = np.flatnonzero(is_mine[self._expert_of_pair])
+        starts = np.zeros(len(experts) + 1, dtype=np.int64)
+        np.cumsum(self._counts[experts], out=starts[1:])
+        positions = np.arange(len(self._rows), dtype=np.int64)[:, None]
+        ones = torch.ones(len(self._rows), 1, dtype=torch.float32, device=self._like.device)
+        return Grouping(whole.active[experts], starts, whole.token_of_pair[self._rows], positions), ones
+
+    def keep(self, y_PH: torch.Tensor) -> None:
+        """What was computed of the last ``part``."""
+        self._y_PH[self._rows] = y_PH.to("cpu", torch.float32).numpy()
 
     def combine(self, weights_TK: torch.Tensor) -> torch.Tensor:
         weights = weights_TK.cpu().float().contiguous().numpy()
-        return torch.from_numpy(ops.combine(self._y_PH.numpy(), self._grouping, weights)).to(self._like)
-
-    def _rows(self, experts: Ints) -> Ints:
-        starts = self._grouping.starts
-        return np.concatenate([np.arange(starts[e], starts[e + 1]) for e in experts.tolist()])
+        return torch.from_numpy(ops.combine(self._y_PH, self._grouping, weights)).to(self._like)
 
 
 def _bytes_at(address: int, count: int) -> torch.Tensor:

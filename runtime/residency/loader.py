@@ -17,11 +17,12 @@ import xxhash
 from moray.runtime.arena import Arena
 from moray.runtime.errors import CorruptShardError, MorayError
 from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
+from moray.runtime.residency.depth import DEPTHS, DepthTuner
 from moray.runtime.residency.manager import Load, ResidencyManager, Urgency
 from moray.runtime.store.manifest import ShardEntry
 from moray.runtime.store.reader import PIECE_BYTES, ShardReader
 
-MAX_DEPTH = 4  # pieces in flight
+_HINT_DEPTH = 2  # predicted experts' pieces in flight: what a demand may have to wait for
 _ATTEMPTS = 2  # a shard that fails its checksum is read once more
 
 
@@ -66,6 +67,7 @@ class LoaderStats:
 
     bytes_read: int = 0
     busy_s: float = 0.0
+    depth: int = 0  # reads that the disk is given at once
     corrupt_reads: int = 0
 
 
@@ -82,14 +84,17 @@ class Loader:
     ) -> None:
         self._manager, self._arena, self._reader = manager, arena, reader
         self._keys, self._entries = keys, entries
-        self.lock = threading.Condition()
+        mutex = threading.RLock()
+        self.lock = threading.Condition(mutex)  # its waiters are told when a load has ended
+        self._work = threading.Condition(mutex)
         self.errors: dict[int, MorayError] = {}  # what kept an expert from being loaded, until it is told
         self.stats = LoaderStats()
         self._jobs: list[_Job] = []
-        self._started, self._reading, self._busy_since = 0, 0, 0.0
+        self._started, self._reading, self._changed_at = 0, 0, perf_counter()
+        self._depth = DepthTuner()
         self._is_closed = False
         self._threads = [
-            threading.Thread(target=self._run, name=f"moray-load-{i}", daemon=True) for i in range(MAX_DEPTH)
+            threading.Thread(target=self._run, name=f"moray-load-{i}", daemon=True) for i in range(max(DEPTHS))
         ]
         for thread in self._threads:
             thread.start()
@@ -98,13 +103,13 @@ class Loader:
         """Stop after the reads in flight."""
         with self.lock:
             self._is_closed = True
-            self.lock.notify_all()
+            self._work.notify_all()
         for thread in self._threads:
             thread.join()
 
     def wake(self) -> None:
         """The manager has new wishes. Call with ``lock`` held."""
-        self.lock.notify_all()
+        self._work.notify_all()
 
     @property
     def is_idle(self) -> bool:
@@ -118,7 +123,7 @@ class Loader:
                 while found is None:
                     if self._is_closed:
                         return
-                    self.lock.wait()
+                    self._work.wait()
                     found = self._find()
                 job, piece = found
                 job.in_flight += 1
@@ -129,6 +134,7 @@ class Loader:
                 job.in_flight -= 1
                 if error is None:
                     self.stats.bytes_read += len(job.piece(piece))
+                    self._depth.note_bytes(len(job.piece(piece)))
                     job.read.add(piece)
                 else:
                     job.error = error
@@ -136,7 +142,7 @@ class Loader:
 
     def _find(self) -> tuple[_Job, int] | None:
         """A piece to read: of the most urgent load that has one left, or of a new load if that is more urgent."""
-        if self._is_closed:
+        if self._is_closed or self._reading >= self._depth.depth:
             return None
         self._end_given_up()
         waiting = [job for job in self._jobs if job.next_piece < job.num_pieces and not self._is_over(job)]
@@ -149,7 +155,7 @@ class Loader:
                 load = self._manager.next_load(least)
             if load is not None:
                 best = self._begin(load)
-        if best is None:
+        if best is None or (self._reading >= _HINT_DEPTH and self._manager.urgency(best.load.expert) is Urgency.HINT):
             return None
         best.next_piece += 1
         return best, best.next_piece - 1
@@ -169,7 +175,7 @@ class Loader:
         job = _Job(load, self._entries[load.expert], memory, self._started, is_new_memory)
         self._started += 1
         self._jobs.append(job)
-        self.lock.notify_all()  # the others read its other pieces
+        self._work.notify(job.num_pieces - 1)  # the others read its other pieces
         return job
 
     def _read(self, job: _Job, piece: int) -> MorayError | None:
@@ -214,7 +220,7 @@ class Loader:
             self.stats.corrupt_reads += 1
             if job.attempt < _ATTEMPTS:
                 job.restart()
-                self.lock.notify_all()
+                self._work.notify_all()
                 return
             job.error, is_whole = _corrupt(self._reader.path(job.entry), self._keys[expert], job.entry), False
         self._jobs.remove(job)
@@ -227,14 +233,18 @@ class Loader:
                 self.errors[expert] = job.error
                 self._arena.mark_failed(expert)
             self._arena.end_write(slot, None)
+        self._work.notify()  # its slot may have been waited for
         self.lock.notify_all()
 
     def _note_reading(self, change: int) -> None:
         now = perf_counter()
-        if self._reading:
-            self.stats.busy_s += now - self._busy_since
-        self._busy_since = now
+        passed, self._changed_at = now - self._changed_at, now
+        self._depth.note(passed, self._reading)
+        self.stats.busy_s += passed if self._reading else 0.0
+        self.stats.depth = self._depth.depth
         self._reading += change
+        if change < 0:
+            self._work.notify()  # this one may have to hash first
 
 
 def _corrupt(path: object, key: ExpertKey, entry: ShardEntry) -> CorruptShardError:

@@ -38,7 +38,9 @@ class ShardReader:
             except OSError as error:
                 raise StoreError(f"cannot read {self.path(entry)} at offset {offset}: {error.strerror}") from error
             if count == 0:
-                raise StoreError(f"{self.path(entry)} ends at {offset}, expected {wanted - done} more bytes; copy it again")
+                raise StoreError(
+                    f"{self.path(entry)} ends at {offset}, expected {wanted - done} more bytes; copy it again"
+                )
             done += count
             if done < wanted and done % ALIGNMENT:  # O_DIRECT goes on at a whole block only
                 if count < ALIGNMENT:

@@ -47,7 +47,10 @@ def serving(address: HostAddress, host: ShardHost) -> Iterator[DataPlaneServer]:
 def cluster_of(store: Store, num_hosts: int, **options: Any) -> Iterator[list[tuple[HostAddress, ShardHost]]]:
     """All of a store's experts on so many hosts, as an engine places them."""
     names = [f"host-{index}" for index in range(num_hosts)]
-    hosts = [(new_address(name), make_host(store, keys, **options)) for name, keys in place_evenly(store.manifest, names).items()]
+    hosts = [
+        (new_address(name), make_host(store, keys, **options))
+        for name, keys in place_evenly(store.manifest, names).items()
+    ]
     servers = [DataPlaneServer(a.host_id, host, a.address, a.token) for a, host in hosts]
     try:
         yield hosts

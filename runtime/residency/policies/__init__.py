@@ -1,4 +1,5 @@
 """Temporary."""
+
 from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
