@@ -216,7 +216,7 @@ class _ArenaFetch:
         absent = self._of_layer.leases.generations[self._experts] < 0
         source._stats.misses += int(absent.sum())
         source._stats.missed_bytes += int(absent.sum()) * source._shard_bytes[layer]
-        for index, host, mine in self._by_host(experts):
+        for _, host, mine in self._by_host(experts):
             if (self._of_layer.leases.generations[mine] < 0).any():
                 host.client.send(Need(layer=layer, experts=mine.tolist(), uses=host.take_uses()))
 

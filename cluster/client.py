@@ -10,7 +10,6 @@ import zmq
 from moray.cluster.messages import MAX_MESSAGE_BYTES, Hello, Message, Refused, Welcome, decode, encode
 from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
 
-
 _ATTEMPT_S = 1.0  # before a message is taken for lost
 
 

@@ -48,7 +48,8 @@ class WorkingSet:
 @contextmanager
 def working_set(specs: Sequence[PackedSpec], count: int) -> Iterator[WorkingSet]:
     """A working set for the time of a ``with`` block, in an arena of its own. Raises ResourceError."""
-    arena = Arena.create(1, count * sum(spec.num_bytes for spec in specs))
+    arena = Arena.create(1, 1, count * sum(spec.num_bytes for spec in specs))
+    arena.require(0, 0, arena.slot_bytes)
     made = WorkingSet(arena, specs, count)
     yield made  # after an error the memory is left to the end of the process: a traceback may still hold views
     made.drop()

@@ -100,7 +100,7 @@ def check_memory() -> Iterator[Check]:
 def check_arena() -> Iterator[Check]:
     from moray.runtime.arena import Arena
 
-    arena = Arena.create(1, 1 << 20)
+    arena = Arena.create(1, 1, 1 << 20)
     try:
         Arena.attach(arena.ref).close()  # as another process of this user would
     finally:

@@ -1,8 +1,10 @@
 """Temporary."""
 
 from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+
 from moray.runtime.residency.policy import Policy
 
 
