@@ -97,6 +97,10 @@ class ArenaSource:
             raise
         self.wants_uses = not all(host.holds_all for host in self._hosts)
 
+    @property
+    def wants_hints(self) -> bool:
+        return self.wants_uses and any(host.arena.wants_hints for host in self._hosts)
+
     def fetch(self, layer: int, experts: Ints) -> Fetch:
         return _ArenaFetch(self, layer, experts)
 
@@ -124,7 +128,7 @@ class ArenaSource:
         absent = [e for e in experts if of_layer.leases.generations[e] < 0]
         for index, host in enumerate(self._hosts):
             mine = [e for e in absent if of_layer.owners[e] == index]
-            if mine:
+            if mine and host.arena.wants_hints:
                 host.client.send(Hint(layer=layer, experts=mine, uses=host.take_uses()))
 
     def describe(self) -> list[SourceInfo]:
@@ -171,6 +175,7 @@ class _ArenaFetch:
         self._is_left = np.ones(len(experts), dtype=np.bool_)
         self._left = np.arange(len(experts))
         self._has_asked = False
+        self.missed: Ints = experts[:0]
         if len(self._ready()) < len(experts):
             self._need()
 
@@ -213,9 +218,10 @@ class _ArenaFetch:
         self._has_asked = True
         source, layer = self._source, self._layer
         experts = np.arange(len(self._of_layer.owners)) if source._whole_layers else self._experts
-        absent = self._of_layer.leases.generations[self._experts] < 0
-        source._stats.misses += int(absent.sum())
-        source._stats.missed_bytes += int(absent.sum()) * source._shard_bytes[layer]
+        missed = self._experts[self._of_layer.leases.generations[self._experts] < 0]
+        self.missed = missed
+        source._stats.misses += len(missed)
+        source._stats.missed_bytes += len(missed) * source._shard_bytes[layer]
         for _, host, mine in self._by_host(experts):
             if (self._of_layer.leases.generations[mine] < 0).any():
                 host.client.send(Need(layer=layer, experts=mine.tolist(), uses=host.take_uses()))

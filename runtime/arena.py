@@ -5,6 +5,7 @@
     16         8 bytes   bytes in a slot
     24         8 bytes   offset of slot 0 (a multiple of 4096)
     32         8 bytes   number of experts
+    40         8 bytes   1 if hints do any good now, else 0
     64         8 bytes   arrivals: grows with each shard that has come; its lower half is a futex
     128        8 bytes   a slot: its generation
     ...        8 bytes   an expert of the host: its slot; -1: not here; -2: could not be loaded, ask the host why
@@ -37,7 +38,7 @@ from moray.runtime.layout.shard import ALIGNMENT, round_up
 from moray.runtime.memory import format_bytes, require_memory
 
 MAGIC = b"MORAYAR2"
-_ARRIVALS_AT = 64
+_WANTS_HINTS_AT, _ARRIVALS_AT = 40, 64
 _HEADER_BYTES = 128
 _FIRST_CONTENT = 2  # generation
 NOWHERE, FAILED = -1, -2  # in the directory
@@ -105,6 +106,15 @@ class Arena:
     def ref(self) -> ArenaRef:
         """Where another process finds this arena, for as long as this process lives."""
         return ArenaRef(os.getpid(), self._fd, self.num_bytes)
+
+    @property
+    def wants_hints(self) -> bool:
+        """Told by the host: whether it would load what is predicted."""
+        return bool(self._bytes[_WANTS_HINTS_AT])
+
+    @wants_hints.setter
+    def wants_hints(self, wants: bool) -> None:
+        self._bytes[_WANTS_HINTS_AT] = wants
 
     def slot(self, index: int) -> memoryview:
         start = self.first_slot + index * self.slot_bytes

@@ -13,7 +13,6 @@ outputs of single experts wait in a buffer until all are there, and are then sum
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.source import ExpertSource, Fetch, Ints
+from moray.runtime.experts.watch import LayerCall, LayerWatch
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
@@ -59,8 +59,8 @@ class ExpertsBinding:
         self._down_kernel = MatrixKernel.of(self._down.spec, numerics)
         gate = fused_gate(module)
         self._fused = None if gate is None else LayerKernel(self._up_kernel, self._down_kernel, gate)
-        self.prefetch: Callable[[int, torch.Tensor], None] | None = None
-        self._is_announced = False  # ``prefetch`` was called for the present input
+        self.watch: LayerWatch | None = None
+        self._is_announced = False  # ``watch`` has seen the present input
         self._used: Ints = np.zeros(1 + 2 * self.num_experts, dtype=np.int64)
 
     def forward(self, module: Any, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -72,8 +72,11 @@ class ExpertsBinding:
         out, waited_s = self._compute_as_they_come(module, x_TH, weights_TK, grouping, fetch)
         if self.meter is not None:
             self.meter.record(self.layer, grouping, grouped - started, waited_s, perf_counter() - grouped - waited_s)
-        if self.source.wants_uses:
-            self.source.used(self.layer, grouping.active.tolist())
+        if self.watch is not None:
+            active, tokens = grouping.active.tolist(), np.diff(grouping.starts).tolist()
+            times = waited_s, perf_counter() - grouped - waited_s
+            missed, num_bytes = fetch.missed.tolist(), len(fetch.missed) * self._layout.num_bytes
+            self.watch.after(LayerCall(self.layer, len(x_TH), active, tokens, missed, num_bytes, *times))
         return out
 
     def _compute_as_they_come(
@@ -120,18 +123,21 @@ class ExpertsBinding:
         count = x.numel() // kernel.router.spec.columns
         leases = (table.addresses, table.counters, table.generations)
         at, used = (x.data_ptr(), count, out.data_ptr()), self._used
+        started = perf_counter()
         done = self.meter.time_routed(
             self.layer, used, lambda counts, times: routed_at(kernel, leases, counts, *at, times, used)
         )
         self._is_announced = not done
-        if done and self.source.wants_uses:
-            self.source.used(self.layer, used[1 : 1 + used[0]].tolist())
+        if done and self.watch is not None:
+            number, first = int(used[0]), 1 + self.num_experts
+            active, tokens = used[1 : 1 + number].tolist(), used[first : first + number].tolist()
+            self.watch.after(LayerCall(self.layer, count, active, tokens, (), 0, 0.0, perf_counter() - started))
         return done
 
     def _announce(self, x: torch.Tensor) -> None:
         """Let the next layers' experts be predicted from this layer's input, once."""
-        if self.prefetch is not None and not self._is_announced:
-            self.prefetch(self.layer, x.reshape(-1, x.shape[-1]))
+        if self.watch is not None and not self._is_announced:
+            self.watch.before(self.layer, x.reshape(-1, x.shape[-1]))
         self._is_announced = False
 
     def _compute(

@@ -32,6 +32,8 @@ class Lease(Protocol):
 class Fetch(Protocol):
     """One layer call's experts on their way. Take, compute, finish what was valid, until nothing is left."""
 
+    missed: Ints  # experts that were not here at the beginning
+
     @property
     def is_over(self) -> bool: ...
 
@@ -71,7 +73,12 @@ class ExpertSource(Protocol):
 
     @property
     def wants_uses(self) -> bool:
-        """Whether ``used`` should be told of layer calls."""
+        """Whether ``used`` should be told of layer calls: not if everything stays in memory anyway."""
+        ...
+
+    @property
+    def wants_hints(self) -> bool:
+        """Whether ``hint`` does any good now."""
         ...
 
     def used(self, layer: int, experts: list[int]) -> None:
@@ -129,6 +136,7 @@ class FixedFetch:
 
     def __init__(self, addresses: Ints) -> None:
         self._addresses, self.is_over = addresses, False
+        self.missed: Ints = addresses[:0]
 
     def take(self) -> tuple[Ints, Lease]:
         return np.arange(len(self._addresses)), FixedLease(self._addresses)
@@ -140,7 +148,7 @@ class FixedFetch:
 class InProcessSource:
     """All shards of a store in this process's private memory: the smallest source, for tests and libraries."""
 
-    wants_uses = False
+    wants_uses = wants_hints = False
 
     def __init__(self, store: Store) -> None:
         self._store = store

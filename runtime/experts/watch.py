@@ -1,0 +1,73 @@
+"""What happens around a layer call besides its computing: predictions on the way in, records on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moray.runtime.experts.source import ExpertSource
+from moray.runtime.prefetch.predictor import Predictor
+from moray.runtime.trace.recorder import TraceRecorder
+from moray.runtime.trace.traffic import TrafficRecorder
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One call of a layer's experts. ``experts`` ascend; ``tokens`` is aligned with them; seconds."""
+
+    layer: int
+    num_tokens: int
+    experts: Sequence[int]
+    tokens: Sequence[int]
+    missed: Sequence[int]
+    missed_bytes: int
+    wait_s: float
+    compute_s: float
+
+
+class LayerWatch:
+    """Predicts and records for all layers of a model. Used by the step loop's thread."""
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        predictor: Predictor | None = None,
+        trace: TraceRecorder | None = None,
+        traffic: TrafficRecorder | None = None,
+    ) -> None:
+        self._source, self._predictor, self.trace, self.traffic = source, predictor, trace, traffic
+        self._step, self._last_layer = -1, -1
+        self._predicted: dict[int, Sequence[int]] = {}
+
+    def before(self, layer: int, x_TH: torch.Tensor) -> None:
+        """A layer is about to compute on x: hint at what the next ones will need."""
+        self._predicted = {}
+        if self._predictor is None or not (self._source.wants_hints or self.trace is not None):
+            return
+        for prediction in self._predictor.predict(layer, x_TH):
+            experts = prediction.ids.tolist()
+            self._predicted[prediction.layer - layer] = experts
+            if self._source.wants_hints:
+                self._source.hint(prediction.layer, experts)
+
+    def after(self, call: LayerCall) -> None:
+        """A layer has computed."""
+        if self._source.wants_uses:
+            self._source.used(call.layer, list(call.experts))
+        if self.traffic is not None:
+            self.traffic.add(call.layer, call.experts)
+        self._step += call.layer <= self._last_layer or self._step < 0
+        self._last_layer = call.layer
+        if self.trace is not None:
+            self.trace.record(
+                self._step, call.layer, call.num_tokens, call.experts, call.tokens, call.missed, self._predicted,
+                call.missed_bytes, int(1e6 * call.wait_s), int(1e6 * call.compute_s),
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Write what was recorded."""
+        for recorder in (self.trace, self.traffic):
+            if recorder is not None:
+                recorder.close()
