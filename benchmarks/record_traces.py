@@ -74,7 +74,8 @@ class MixtralObserver:
             if layer + distance < len(self._layers):
                 later = self._layers[layer + distance]
                 state_TH = later.post_attention_layernorm.forward(self._state).flatten(0, -2)
-                yield distance, torch.unique(later.mlp.gate.forward(state_TH)[2]).tolist()
+                ids_TK = later.mlp.gate.forward(state_TH)[2]  # the most likely first
+                yield distance, (ids_TK[0] if len(ids_TK) == 1 else torch.unique(ids_TK)).tolist()
 
 
 @torch.inference_mode()

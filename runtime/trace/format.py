@@ -5,15 +5,16 @@
     record  [step, layer, num_tokens, experts, tokens, missed, predicted, loaded_bytes, wait_us, compute_us, lanes]
 
 ``experts`` ascend and are numbered within their layer; ``tokens`` and ``lanes`` are aligned with them, or nil if all
-are 1 (tokens) or 0 (lanes). ``predicted`` maps a distance d to the experts that this layer's state predicted for
-layer + d of the same step, nil if nothing was predicted. Records are appended: a file that ends within one is read up
-to there.
+are 1 (tokens) or 0 (lanes). ``missed`` had to be loaded for this call. ``predicted`` maps a distance d to the experts
+that this layer's state predicted for layer + d of the same step, the most likely first; nil if nothing was predicted.
+Records are appended: a file that ends within one is read up to there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,8 +100,7 @@ class Trace:
         """The experts of each layer call, numbered over all layers in layer order, as policies number them."""
         first = np.concatenate([[0], np.cumsum(self.header.num_experts)])
         numbers = (self.experts_U + np.repeat(first[self.layers_C], np.diff(self.starts))).tolist()
-        starts = self.starts.tolist()
-        return [numbers[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [numbers[a:b] for a, b in pairwise(self.starts.tolist())]
 
 
 def read_trace(path: Path) -> Trace:
