@@ -95,16 +95,18 @@ def make_any_policy(name: str, num_experts: Sequence[int], num_slots: int, calls
 def best_policy(traces: Sequence[Trace], num_slots: int) -> str:
     """The policy with the most hits over all traces; of equal ones the first in POLICIES. Raises TraceError."""
     check_alike(traces)
-    return best_for_calls([trace.calls() for trace in traces], traces[0].header.num_experts, num_slots)
+    rates = hit_rates([trace.calls() for trace in traces], traces[0].header.num_experts, num_slots)
+    return max(rates, key=rates.__getitem__)
 
 
-def best_for_calls(traces: Sequence[Calls], num_experts: Sequence[int], num_slots: int) -> str:
-    """As ``best_policy``."""
-
-    def num_missed(name: str) -> int:
-        return sum(int(replay(calls, make_policy(name, num_experts, num_slots), num_slots).sum()) for calls in traces)
-
-    return min(POLICIES, key=num_missed)
+def hit_rates(traces: Sequence[Calls], num_experts: Sequence[int], num_slots: int) -> dict[str, float]:
+    """Of each of POLICIES, in their order, over all traces."""
+    num_uses = max(1, sum(len(active) for calls in traces for active in calls))
+    rates = {}
+    for name in POLICIES:
+        missed = (replay(calls, make_policy(name, num_experts, num_slots), num_slots).sum() for calls in traces)
+        rates[name] = 1 - int(sum(missed)) / num_uses
+    return rates
 
 
 def check_alike(traces: Sequence[Trace]) -> None:
