@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from moray.deploy.hub_commands import stay_offline, store_of_model
+from moray.deploy.trace_commands import make_trace_app
 from moray.runtime.errors import InputError, MorayError
 
 app = typer.Typer(
@@ -83,6 +84,9 @@ def command(
 def _fail(error: Exception, code: int) -> None:
     errors.print(f"error: {error}", style="red", markup=False, highlight=False)
     raise typer.Exit(code) from None
+
+
+app.add_typer(make_trace_app(command, console, errors), name="trace")
 
 
 # -------------------------------------------------------------------------------------- stores

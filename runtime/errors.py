@@ -11,7 +11,8 @@ MorayError
 │   │   └── CorruptShardError  a shard whose checksum fails
 │   ├── ResourceError          not enough memory or disk: says needed and free
 │   ├── RequestError           a generation request that cannot be served
-│   └── EvaluationError        a text that cannot be evaluated on, or stores that cannot be compared
+│   ├── EvaluationError        a text that cannot be evaluated on, or stores that cannot be compared
+│   └── TraceError             a trace that is missing, newer or damaged, or traces that do not go together
 ├── ClusterError               Ray or a node is not there
 │   └── HostLostError          an expert host does not answer
 └── ProtocolError              a data-plane peer sent something we do not accept
@@ -78,6 +79,10 @@ class RequestError(InputError):
 
 class EvaluationError(InputError):
     """A text cannot be evaluated on, or stores cannot be compared."""
+
+
+class TraceError(InputError):
+    """A trace is missing, newer than this version or damaged, or traces do not go together."""
 
 
 class ClusterError(MorayError):

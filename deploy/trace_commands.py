@@ -1,0 +1,52 @@
+"""``moray trace``: what recorded expert choices say about caches and prefetch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+TracesArgument = Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces of one model.")]
+BudgetOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Memory for experts: 3GiB, 40% of all experts, or '12 slots'; may be given again."),
+]
+PolicyOption = Annotated[
+    list[str] | None, typer.Option(help="lru, layer-lru, lfu or belady; may be given again; none: all.")
+]
+BandwidthOption = Annotated[str, typer.Option(help="What the disk gives a second.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The PNG to write; replaced if it is there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def make_trace_app(command: Callable[..., Any], console: Console, errors: Console) -> typer.Typer:
+    """The group of commands; ``command`` registers one as ``cli.command`` does."""
+    trace_app = typer.Typer(help="Replay and plot recorded expert choices.", no_args_is_help=True)
+
+    @command("moray trace replay chat.trace --budget 3GiB --budget 40%", "replay", trace_app)
+    def replay(
+        traces: TracesArgument,
+        budget: BudgetOption = None,
+        policy: PolicyOption = None,
+        bandwidth: BandwidthOption = "2GB",
+        as_json: JsonOption = False,
+    ) -> None:
+        """Hit rate, bytes and time of every cache policy, and Belady's bound, at budgets of your choice.
+
+        Without --budget: 25, 40, 60 and 80 % of the experts.
+        """
+        from moray.deploy.trace_report import run_replay
+
+        run_replay(traces, budget or [], policy or [], bandwidth, console, errors, as_json=as_json)
+
+    @command("moray trace plot chat.trace -o chat.png", "plot", trace_app)
+    def plot(traces: TracesArgument, output: OutputOption) -> None:
+        """Draw hit rate against budget for every policy, and the recall of prefetch n layers ahead."""
+        from moray.deploy.trace_plot import run_plot
+
+        run_plot(traces, output, console, errors)
+
+    return trace_app
