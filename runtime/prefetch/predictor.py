@@ -99,7 +99,7 @@ class Predictor:
         return any(step.layer == layer for plan in self._plans for step in plan)
 
     def _why_not(self, target: LayerRouting) -> str:
-        return target.reason or _reach(self.routings[target.layer - 1], target)
+        return _reach(self.routings[target.layer - 1], target)
 
     def _catch_what_is_needed(self, model: nn.Module) -> None:
         for source, plan in zip(self.routings, self._plans, strict=True):
@@ -178,7 +178,7 @@ def _affine(source: LayerRouting, target: LayerRouting) -> Affine | None:
 def _reach(source: LayerRouting, target: LayerRouting) -> str:
     """Why a layer cannot predict for a later one; "" if it can."""
     if source.reason or target.reason:
-        return source.reason or target.reason
+        return target.reason or f"of the layer before it: {source.reason}"
     assert source.residual is not None and target.residual is not None
     if source.residual.shape[-1] != target.residual.shape[-1]:
         return f"its residual has {target.residual.shape[-1]} columns, that of the layer before it another number"
