@@ -174,10 +174,12 @@ class _ArenaFetch:
         self._of_layer = source._layers[layer]
         self._is_left = np.ones(len(experts), dtype=np.bool_)
         self._left = np.arange(len(experts))
-        self._has_asked = False
+        self._asked: set[int] = set()  # hosts that know of this call
         self.missed: Ints = experts[:0]
         if len(self._ready()) < len(experts):
-            self._need()
+            self.missed = self._need()
+            source._stats.misses += len(self.missed)
+            source._stats.missed_bytes += len(self.missed) * source._shard_bytes[layer]
 
     @property
     def is_over(self) -> bool:
@@ -187,8 +189,8 @@ class _ArenaFetch:
         while True:
             arrivals = [int(host.arena.arrivals[0]) for host in self._source._hosts]
             ready = self._ready()
-            if len(ready) < len(self._left) and not self._has_asked:
-                self._need()
+            if len(ready) < len(self._left) and len(self._asked) < len(self._source._hosts):
+                self._need()  # something was evicted before a host knew that it is needed
             if len(ready) and not (self._source._whole_layers and len(ready) < len(self._left)):
                 leases, experts = self._of_layer.leases, self._experts[ready]
                 return ready, ArenaLease(
@@ -199,7 +201,7 @@ class _ArenaFetch:
     def finish(self, positions: Ints) -> None:
         self._is_left[positions] = False
         self._left = np.flatnonzero(self._is_left)
-        if not self._has_asked:
+        if not self._asked:
             return
         for index, host, mine in self._by_host(self._experts):
             if len(mine) <= host.arena.num_slots:
@@ -213,18 +215,15 @@ class _ArenaFetch:
         self._of_layer.refresh()
         return self._left[self._of_layer.leases.generations[self._experts[self._left]] >= 0]
 
-    def _need(self) -> None:
-        """Ask every host that lacks something; it keeps what it has while it loads the rest."""
-        self._has_asked = True
-        source, layer = self._source, self._layer
-        experts = np.arange(len(self._of_layer.owners)) if source._whole_layers else self._experts
-        missed = self._experts[self._of_layer.leases.generations[self._experts] < 0]
-        self.missed = missed
-        source._stats.misses += len(missed)
-        source._stats.missed_bytes += len(missed) * source._shard_bytes[layer]
-        for _, host, mine in self._by_host(experts):
-            if (self._of_layer.leases.generations[mine] < 0).any():
-                host.client.send(Need(layer=layer, experts=mine.tolist(), uses=host.take_uses()))
+    def _need(self) -> Ints:
+        """Ask every host that lacks something; it keeps what it has while it loads the rest. Returns what is missed."""
+        generations = self._of_layer.leases.generations
+        experts = np.arange(len(self._of_layer.owners)) if self._source._whole_layers else self._experts
+        for index, host, mine in self._by_host(experts):
+            if index not in self._asked and (generations[mine] < 0).any():
+                self._asked.add(index)
+                host.client.send(Need(layer=self._layer, experts=mine.tolist(), uses=host.take_uses()))
+        return self._experts[generations[self._experts] < 0]
 
     def _wait(self, arrivals: list[int]) -> None:
         """Sleep until something arrives. Raises what keeps it from arriving."""

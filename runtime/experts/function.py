@@ -13,16 +13,18 @@ outputs of single experts wait in a buffer until all are there, and are then sum
 from __future__ import annotations
 
 import ctypes
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moray.runtime.experts.meter import ExpertsMeter
-from moray.runtime.experts.source import ExpertSource, Fetch, Ints
+from moray.runtime.experts.source import Fetch, Ints, ShardSource
 from moray.runtime.experts.watch import LayerCall, LayerWatch
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize
@@ -43,7 +45,7 @@ class ExpertsBinding:
     """
 
     def __init__(
-        self, module: nn.Module, layer: int, layout: ShardLayout, source: ExpertSource, numerics: Numerics
+        self, module: nn.Module, layer: int, layout: ShardLayout, source: ShardSource, numerics: Numerics
     ) -> None:
         self.layer = layer
         self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
@@ -83,26 +85,22 @@ class ExpertsBinding:
         self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, fetch: Fetch
     ) -> tuple[torch.Tensor, float]:
         """The layer's output, and the seconds spent waiting for shards."""
-        num_experts, waited_s = len(grouping.active), 0.0
-        pairs: _Pairs | None = None
-        out: torch.Tensor | None = None
+        pairs, waited_s = _Pairs(grouping, x_TH), 0.0
         while not fetch.is_over:
             asked = perf_counter()
             here, lease = fetch.take()
             waited_s += perf_counter() - asked
-            if len(here) == num_experts:
+            if len(here) == len(grouping.active):
                 out = self._compute(module, x_TH, weights_TK, grouping, lease.addresses)
-            else:
-                pairs = pairs or _Pairs(grouping, x_TH)
-                part, ones = pairs.part(here)
-                y_PH = self._compute(module, x_TH, ones, part, lease.addresses)
+                if lease.is_valid():
+                    fetch.finish(here)
+                    return out, waited_s
+                continue
+            part, ones = pairs.part(here)
+            y_PH = self._compute(module, x_TH, ones, part, lease.addresses)
             if lease.is_valid():
-                if len(here) < num_experts:
-                    assert pairs is not None
-                    pairs.keep(y_PH)
+                pairs.keep(y_PH)
                 fetch.finish(here)
-        if pairs is None:
-            return x_TH.new_zeros(x_TH.shape) if out is None else out, waited_s
         return pairs.combine(weights_TK), waited_s
 
     def routed_kernel(self, router: FusedRouter) -> RoutedKernel | None:
@@ -205,10 +203,19 @@ class _Pairs:
 
     def __init__(self, grouping: Grouping, x_TH: torch.Tensor) -> None:
         self._grouping, self._like = grouping, x_TH
-        self._counts = np.diff(grouping.starts)
-        self._expert_of_pair = np.repeat(np.arange(len(grouping.active)), self._counts)
-        self._y_PH = np.empty((len(grouping.token_of_pair), x_TH.shape[1]), dtype=np.float32)
         self._rows: Ints = np.empty(0, dtype=np.int64)
+
+    @cached_property
+    def _counts(self) -> Ints:
+        return np.diff(self._grouping.starts)
+
+    @cached_property
+    def _expert_of_pair(self) -> Ints:
+        return np.repeat(np.arange(len(self._grouping.active)), self._counts)
+
+    @cached_property
+    def _y_PH(self) -> npt.NDArray[np.float32]:
+        return np.empty((len(self._grouping.token_of_pair), self._like.shape[1]), dtype=np.float32)
 
     def part(self, experts: Ints) -> tuple[Grouping, torch.Tensor]:
         """A grouping of some experts' pairs alone, whose output is one row a pair, and its weights: ones.

@@ -8,9 +8,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.layout.packed import Bytes
+from moray.runtime.layout.packed import VECTOR_BYTES, Bytes
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.memory import require_memory
+from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
 
 Ints = npt.NDArray[np.int64]
@@ -62,7 +63,7 @@ class LeaseTable:
     generations: Ints
 
 
-class ExpertSource(Protocol):
+class ShardSource(Protocol):
     """Gives shards to the step loop's thread, the only one that calls."""
 
     def fetch(self, layer: int, experts: Ints) -> Fetch: ...
@@ -70,6 +71,10 @@ class ExpertSource(Protocol):
     def table(self, layer: int) -> LeaseTable | None:
         """What is in memory now and needs no asking. None: there is no such table."""
         ...
+
+
+class ExpertSource(ShardSource, Protocol):
+    """One that can be told what is used, and what will be."""
 
     @property
     def wants_uses(self) -> bool:
@@ -143,6 +148,25 @@ class FixedFetch:
 
     def finish(self, positions: Ints) -> None:
         self.is_over = True
+
+
+class BlankSource:
+    """Zeros in place of every shard, one piece of memory for all: to try a model without reading experts."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._num_experts = [layer.num_experts for layer in manifest.layers]
+        room = np.zeros(manifest.slot_bytes + VECTOR_BYTES, dtype=np.uint8)
+        self._shard = room[-room.ctypes.data % VECTOR_BYTES :]
+        self._zero: Ints = np.zeros(1, dtype=np.int64)
+
+    def fetch(self, layer: int, experts: Ints) -> Fetch:
+        return FixedFetch(np.full(len(experts), self._shard.ctypes.data, dtype=np.int64))
+
+    def table(self, layer: int) -> LeaseTable:
+        def column(value: int) -> Ints:
+            return np.full(self._num_experts[layer], value, dtype=np.int64)
+
+        return LeaseTable(column(self._shard.ctypes.data), column(self._zero.ctypes.data), column(0))
 
 
 class InProcessSource:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from moray.runtime.experts.source import ExpertSource
+from moray.runtime.model.families import expert_modules
 from moray.runtime.prefetch.predictor import Predictor
+from moray.runtime.store.store import Store
+from moray.runtime.trace.format import TraceHeader
 from moray.runtime.trace.recorder import TraceRecorder
 from moray.runtime.trace.traffic import TrafficRecorder
+
+
+@dataclass(frozen=True, slots=True)
+class WatchOptions:
+    """What to predict and record."""
+
+    prefetch_depth: int = 0  # MoE layers ahead; 0: predict nothing
+    trace: str | None = None  # file to record into
+    num_slots: int | None = None  # of all hosts together, and their policy: noted in the trace
+    policy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +86,32 @@ class LayerWatch:
         for recorder in (self.trace, self.traffic):
             if recorder is not None:
                 recorder.close()
+
+
+def watch_layers(model: nn.Module, store: Store, source: ExpertSource, options: WatchOptions) -> LayerWatch | None:
+    """Watch all layers of a model whose experts are bound; None if there is nothing to predict or record.
+
+    Raises TraceError if the trace cannot be begun.
+    """
+    manifest = store.manifest
+    num_experts = tuple(layer.num_experts for layer in manifest.layers)
+    wants_predictions = options.prefetch_depth > 0 and (source.wants_uses or options.trace is not None)
+    predictor = Predictor(model, options.prefetch_depth) if wants_predictions else None
+    traffic = TrafficRecorder(store.fingerprint, num_experts) if source.wants_uses else None
+    if predictor is None and traffic is None and options.trace is None:
+        return None
+    trace = None
+    if options.trace is not None:
+        header = TraceHeader(
+            fingerprint=store.fingerprint,
+            family=manifest.family,
+            num_experts=num_experts,
+            shard_bytes=tuple(layer.layout.num_bytes for layer in manifest.layers),
+            num_slots=options.num_slots,
+            policy=options.policy,
+        )
+        trace = TraceRecorder(Path(options.trace), header)
+    watch = LayerWatch(source, predictor, trace, traffic)
+    for _, module in expert_modules(model):
+        module.moray.watch = watch  # type: ignore[union-attr]
+    return watch

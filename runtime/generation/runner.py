@@ -21,11 +21,12 @@ from moray.runtime.errors import MorayError, RequestError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.source import ExpertSource
+from moray.runtime.experts.watch import WatchOptions, watch_layers
 from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEvent, joined
 from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
 from moray.runtime.layout.packed import Numerics
-from moray.runtime.model.loader import bind_experts
+from moray.runtime.model.loader import bind_experts, blank_experts
 from moray.runtime.store.store import Store
 
 T = TypeVar("T")
@@ -70,12 +71,21 @@ class Runner:
     Closes neither the store nor the source.
     """
 
-    def __init__(self, store: Store, source: ExpertSource, model: PreTrainedModel, numerics: Numerics = "int8") -> None:
-        """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here."""
+    def __init__(
+        self,
+        store: Store,
+        source: ExpertSource,
+        model: PreTrainedModel,
+        numerics: Numerics = "int8",
+        watch: WatchOptions | None = None,
+    ) -> None:
+        """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here. Raises TraceError."""
         self.model = model
         self._meter = bind_experts(model, store, source, numerics)
         self.tokenizer = load_tokenizer(store.path)
-        cache_kind = _warm_up(model)
+        with blank_experts(model, store.manifest):
+            cache_kind = _warm_up(model)
+        self._watch = watch_layers(model, store, source, watch or WatchOptions())
         self._meter.reset()
         self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config), cache_kind)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -162,6 +172,8 @@ class Runner:
             self._is_closed = True
             self._inbox.put(None)
         self._thread.join()
+        if self._watch is not None:
+            self._watch.close()
 
     def _check_sequence(self, token_ids: list[int]) -> None:
         """Raise RequestError if the model cannot take these tokens: one more than a prompt may have."""

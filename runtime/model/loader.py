@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -10,7 +14,7 @@ from transformers import PreTrainedModel
 from moray.runtime.errors import StoreError
 from moray.runtime.experts.function import IMPLEMENTATION, ExpertsBinding
 from moray.runtime.experts.meter import ExpertsMeter
-from moray.runtime.experts.source import ExpertSource
+from moray.runtime.experts.source import BlankSource, ExpertSource
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.attention_modules import fuse_attention
 from moray.runtime.model.families import build_model, expert_modules, load_config
@@ -19,6 +23,7 @@ from moray.runtime.model.model_modules import fuse_model
 from moray.runtime.model.norm_modules import fuse_norms
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 from moray.runtime.model.router_modules import fuse_routers
+from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
 
 PACKED_SUFFIX = ".packed"
@@ -47,6 +52,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+@contextmanager
+def blank_experts(model: PreTrainedModel, manifest: Manifest) -> Iterator[None]:
+    """Let a model compute with zeros for experts for a while, so that none is read from anywhere."""
+    blank = BlankSource(manifest)
+    bindings: list[Any] = [module.moray for _, module in expert_modules(model)]
+    sources = [binding.source for binding in bindings]
+    for binding in bindings:
+        binding.source = blank
+    try:
+        yield
+    finally:
+        for binding, source in zip(bindings, sources, strict=True):
+            binding.source = source
 
 
 def bind_experts(model: PreTrainedModel, store: Store, source: ExpertSource, numerics: Numerics) -> ExpertsMeter:
