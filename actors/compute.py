@@ -105,7 +105,7 @@ class ComputeActor:
         return self._runner.score(token_ids, candidates)
 
     def stats(self) -> ComputeStats:
-        return ComputeStats(self._runner.stats(), tuple(self._source.describe()))
+        return ComputeStats(self._runner.stats(), tuple(self._source.describe()), self._source.stats())
 
 
 def _resolve(device: str) -> str:

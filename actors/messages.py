@@ -8,7 +8,8 @@ from moray.actors.guard import Owner
 from moray.cluster.client import HostAddress
 from moray.runtime.arena import ArenaRef
 from moray.runtime.experts.meter import ExpertsStats
-from moray.runtime.experts.source import SourceInfo
+from moray.runtime.experts.shard_host import HostStats
+from moray.runtime.experts.source import SourceInfo, SourceStats
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
 
@@ -71,3 +72,19 @@ class ComputeStats:
 
     experts: ExpertsStats
     sources: tuple[SourceInfo, ...]
+    fetches: SourceStats
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine has done so far."""
+
+    experts: ExpertsStats
+    sources: tuple[SourceInfo, ...]
+    fetches: SourceStats
+    hosts: tuple[HostStats, ...]
+
+    @property
+    def hits(self) -> int:
+        """Uses of experts by layer calls that found them in memory."""
+        return self.experts.uses - self.fetches.misses

@@ -29,6 +29,7 @@ from moray.runtime.layout.packed import Numerics
 T = TypeVar("T")
 
 _MAX_STREAMS = 64
+_HOST_CALLS = 4  # statistics while somebody waits for the arena to fill
 #: Concurrency group of short calls to the compute actor: they never wait behind streams.
 CONTROL = "control"
 _NODE_LABEL = "ray.io/node-id"  # every node has this label from Ray
@@ -88,7 +89,11 @@ def start_actors(
         for index, address in enumerate(addresses):
             keys = tuple(placement[address.host_id])
             config = HostConfig(address, store_path, keys, index, num_hosts, num_threads, len(keys), "lru", owner)
-            host_options: dict[str, Any] = {"name": f"{name}-{address.host_id}", "max_restarts": -1} | here
+            host_options: dict[str, Any] = {
+                "name": f"{name}-{address.host_id}",
+                "max_restarts": -1,
+                "max_concurrency": _HOST_CALLS,
+            } | here
             started.append(_remote(ExpertHost, **host_options).remote(config, _node_id, lookup))
         hosts = tuple(started[2:])
         host_reports = tuple(call(actor.report) for actor in hosts)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from moray.actors.guard import Owner
-from moray.actors.messages import ComputeStats
+from moray.actors.messages import ComputeStats, EngineStats
 from moray.actors.wiring import CONTROL, Actors, call, fetch, start_actors, stop_actors
 from moray.cluster import ray_session
 from moray.cluster.nodes import choose_compute_node
@@ -168,10 +168,19 @@ class Engine:
         # A copy: what Ray gives are views of its object store, which would fill up and does not outlive the engine.
         return copy.deepcopy(scores)
 
-    def stats(self) -> ComputeStats:
-        """What the experts did so far: tokens per expert, bytes by source, time by part."""
+    def stats(self) -> EngineStats:
+        """What the experts did so far: tokens per expert, bytes by source, hits and misses, loads, prefetch, times."""
         stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
-        return stats
+        hosts = tuple(call(host.stats) for host in self.actors.hosts)
+        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts)
+
+    def wait_filled(self) -> None:
+        """Wait until the hosts' memory is full, or holds all experts; generating need not wait.
+
+        Raises CorruptShardError or StoreError if a shard could not be loaded.
+        """
+        for host in self.actors.hosts:
+            call(host.wait_filled)
 
     def close(self) -> None:
         """Stop the actors, and Ray if this engine started it. May be called twice."""
