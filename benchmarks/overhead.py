@@ -32,7 +32,7 @@ Time of a layer: means over 64 decode steps that follow a prompt of 64 tokens, i
 Modules are timed with hooks, about 2 us each, in this process. Of an engine's other process only its own clocks are
 visible.
 
-Beside them: one *data-plane round trip*, a Need for two experts answered by a host process over ipc, and one
+Beside them: one *data-plane round trip*, an Ask for two experts answered by a host process over ipc, and one
 *Ray actor call* of the engine's host, without arguments; medians of 1000 and 300.
 """
 
@@ -64,7 +64,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import moray
 from moray.cluster.client import HostAddress, HostClient
-from moray.cluster.messages import Granted, Need
+from moray.cluster.messages import Ask, Coming
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.convert.converter import convert
 from moray.runtime.convert.recipe import Recipe
@@ -241,7 +241,7 @@ def _require_same_tokens(plan: Plan, found: dict[str, Sample]) -> None:
 
 
 def round_trip_s(store: Path, count: int) -> float:
-    """Median seconds of a Need for two experts, answered by another process over ipc."""
+    """Median seconds of an Ask for two experts, answered by another process over ipc."""
     context = multiprocessing.get_context("spawn")
     address = HostAddress("benchmark", f"ipc://@moray-benchmark-{secrets.token_hex(8)}", secrets.token_hex(32))
     ready, stop = context.Event(), context.Event()
@@ -251,25 +251,25 @@ def round_trip_s(store: Path, count: int) -> float:
     client = HostClient(address, "benchmark")
     try:
         client.greet()
-        return median(_timed_need(client) for _ in range(count))
+        return median(_timed_ask(client) for _ in range(count))
     finally:
         client.close()
         stop.set()
         process.join()
 
 
-def _timed_need(client: HostClient) -> float:
+def _timed_ask(client: HostClient) -> float:
     started = perf_counter()
-    reply, _ = client.request(Need(layer=0, experts=[0, 1]))
+    reply, _ = client.request(Ask(layer=0, experts=[0, 1]))
     seconds = perf_counter() - started
-    assert isinstance(reply, Granted)
+    assert reply == Coming()
     return seconds
 
 
 def _serve(path: Path, address: HostAddress, ready: Event, stop: Event) -> None:
     with Store.open(path) as store:
         host = ShardHost(store, [ExpertKey(0, 0), ExpertKey(0, 1)], 1)
-        host.load()
+        host.wait_filled()
         server = DataPlaneServer(address.host_id, host, address.address, address.token)
         ready.set()
         stop.wait()
@@ -326,12 +326,12 @@ def run(plan: Plan) -> None:
         times = {subject.name: subject.layer_times(prompt, plan.tokens) for subject in subjects}
         engine = next(subject.engine for subject in subjects if isinstance(subject, ThroughRay))
         call_s = actor_call_s(engine, 300)
-        need_s = round_trip_s(next(iter(plan.stores.values())), 1000)
+        ask_s = round_trip_s(next(iter(plan.stores.values())), 1000)
     print(f"\n## {plan.title}\n\n{plan.rounds} rounds, {_PROMPT_TOKENS} prompt tokens, {plan.tokens} decode steps\n")
     print_rates(samples)
     print()
     print_layer_times(times)
-    print(f"\ndata-plane round trip (Need over ipc): {1e6 * need_s:.0f} us; Ray actor call: {1e6 * call_s:.0f} us")
+    print(f"\ndata-plane round trip (Ask over ipc): {1e6 * ask_s:.0f} us; Ray actor call: {1e6 * call_s:.0f} us")
 
 
 # ------------------------------------------------------------------------------------------ main

@@ -45,12 +45,10 @@ def serving(address: HostAddress, host: ShardHost) -> Iterator[DataPlaneServer]:
 
 @contextmanager
 def cluster_of(store: Store, num_hosts: int, **options: Any) -> Iterator[list[tuple[HostAddress, ShardHost]]]:
-    """All of a store's experts on so many hosts, as an engine places them."""
+    """All of a store's experts on so many hosts, as an engine places them. ``options``: of each ShardHost."""
     names = [f"host-{index}" for index in range(num_hosts)]
-    hosts = [
-        (new_address(name), make_host(store, keys, **options))
-        for name, keys in place_evenly(store.manifest, names).items()
-    ]
+    placement = place_evenly(store.manifest, names)
+    hosts = [(new_address(name), make_host(store, keys, **options)) for name, keys in placement.items()]
     servers = [DataPlaneServer(a.host_id, host, a.address, a.token) for a, host in hosts]
     try:
         yield hosts

@@ -13,6 +13,7 @@ import pytest
 from helpers.reference import greedy, runner, stock_logits, stock_model
 
 import moray
+from moray.actors.wiring import call
 from moray.deploy.config import demo_store
 from moray.runtime.errors import ConfigError, CorruptShardError, RequestError
 from moray.runtime.generation.request import Message
@@ -96,6 +97,7 @@ def test_many_streams_at_once_do_not_disturb_each_other(local_tokens: list[int])
 def test_a_killed_host_costs_no_token_and_takes_its_arena_back(local_tokens: list[int]) -> None:
     with moray.launch(hosts=2) as engine:
         victim = engine.actors.host_reports[0]
+        call(engine.actors.hosts[0].wait_filled)
         events = engine.stream(PROMPT, max_new_tokens=64)
         tokens = [i for event in islice(events, 10) for i in event.token_ids]
         os.kill(victim.pid, signal.SIGKILL)
@@ -103,7 +105,9 @@ def test_a_killed_host_costs_no_token_and_takes_its_arena_back(local_tokens: lis
         assert tokens == local_tokens
         back = _report_of_restarted(engine.actors.hosts[0], victim.pid)
         assert back.pid != victim.pid
-        assert back.loaded_bytes == 0  # nothing was read from disk again
+        call(engine.actors.hosts[0].wait_filled)
+        stats = call(engine.actors.hosts[0].stats)
+        assert (stats.num_resident, stats.loader.bytes_read) == (24, 0)  # nothing was read from disk again
         assert list(engine.generate(PROMPT, max_new_tokens=64).token_ids) == local_tokens
 
 
@@ -119,8 +123,11 @@ def test_errors_of_actors_arrive_as_they_are(tmp_path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 4]))
-    with pytest.raises(CorruptShardError, match=r"experts-00002\.bin.*expert 3 of MoE layer 2 at offset 589824"):
-        moray.launch(damaged)
+    corrupt = pytest.raises(CorruptShardError, match=r"experts-00002\.bin.*expert 3 of MoE layer 2 at offset 589824")
+    with corrupt, moray.launch(damaged) as engine:  # it starts before all is read
+        call(engine.actors.hosts[0].wait_filled)
+    with corrupt, moray.launch(damaged) as engine:
+        engine.logits([*range(3, 300)])  # needs every expert
 
 
 def test_closing_frees_the_arena() -> None:

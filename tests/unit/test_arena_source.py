@@ -16,11 +16,12 @@ from helpers.reference import greedy
 
 from moray.cluster.arena_source import ArenaSource
 from moray.cluster.client import HostAddress
+from moray.cluster.messages import Ask
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena
 from moray.runtime.errors import ClusterError, HostLostError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
-from moray.runtime.experts.source import ExpertSource, InProcessSource, Ints, Lease, SourceInfo
+from moray.runtime.experts.source import ExpertSource, Fetch, InProcessSource, Ints, Lease, SourceInfo, SourceStats
 from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.model.loader import load_model
@@ -60,9 +61,12 @@ def generate(runner: Runner) -> list[int]:
     return greedy(runner, list(runner.encode(PROMPT)), NUM_TOKENS)
 
 
-def rewrite(host: ShardHost, slot: int, data: bytes) -> None:
-    with host.arena.writing(slot) as buffer:
-        buffer[: len(data)] = data
+def rewrite(host: ShardHost, key: ExpertKey, data: bytes) -> None:
+    """Write into the slot where an expert lies, and publish it there again."""
+    index = host.keys.index(key)
+    slot = int(host.arena.directory[index])
+    host.arena.begin_write(slot, index)[: len(data)] = data
+    host.arena.end_write(slot, index)
 
 
 def open_files() -> int:
@@ -87,13 +91,17 @@ def test_shards_are_used_where_they_lie(demo: Store) -> None:
     with cluster_of(demo, 2) as hosts, source_of(demo, [address for address, _ in hosts]) as source:
         for layer in range(len(demo.manifest.layers)):
             experts = np.array([6, 0, 3], dtype=np.int64)
-            lease = source.lease(layer, experts)
-            assert lease.is_valid()
+            fetch = source.fetch(layer, experts)
+            positions, lease = fetch.take()
+            assert positions.tolist() == [0, 1, 2] and lease.is_valid() and not fetch.is_over
             for address, expert in zip(lease.addresses.tolist(), experts.tolist(), strict=True):
                 shard = demo.read_shard(ExpertKey(layer, expert))
                 found = (ctypes.c_uint8 * len(shard)).from_address(address)
                 assert bytes(found) == shard.tobytes()
-            lease.release()
+            fetch.finish(positions[1:])
+            assert fetch.take()[0].tolist() == [0]
+            fetch.finish(positions[:1])
+            assert fetch.is_over
         for layer in range(len(demo.manifest.layers)):
             owners = source.owner_of(layer)
             for expert, owner in enumerate(owners.tolist()):
@@ -105,7 +113,7 @@ def test_the_hot_path_sends_nothing(demo: Store) -> None:
     with serving(address, host) as server, source_of(demo, [address]) as source, runner_of(demo, source) as runner:
         before = server.stats.requests
         generate(runner)
-        assert server.stats.requests == before == 1 + len(demo.manifest.layers)
+        assert server.stats.requests == before == 1  # Hello
     host.close()
 
 
@@ -158,43 +166,46 @@ def test_an_arena_that_cannot_be_reached_is_a_lost_host(demo: Store, monkeypatch
         assert open_files() == before
 
 
-# ------------------------------------------------------------------------------ generations, leases
+# -------------------------------------------------------------------------------------- generations
 
 
-def test_a_stale_lease_shows_and_is_leased_anew(demo: Store) -> None:
+def test_a_stale_lease_shows_and_is_taken_anew(demo: Store) -> None:
     with cluster_of(demo, 2) as hosts, source_of(demo, [address for address, _ in hosts]) as source:
         experts = np.arange(4)
-        first, unrelated = source.lease(0, experts), source.lease(1, experts)
+        fetch = source.fetch(0, experts)
+        (_, first), (_, unrelated) = fetch.take(), source.fetch(1, experts).take()
         _, host = hosts[0]
-        slot = host.keys.index(ExpertKey(0, 2))
-        with host.arena.writing(slot):
-            assert not first.is_valid()  # while it is written
+        index = host.keys.index(ExpertKey(0, 2))
+        host.arena.begin_write(index, index)
+        assert not first.is_valid()  # while it is written
+        host.arena.end_write(index, index)
         assert not first.is_valid() and unrelated.is_valid()
-        second = source.lease(0, experts)
-        assert second.is_valid() and not first.is_valid()
+        positions, second = fetch.take()
+        assert positions.tolist() == [0, 1, 2, 3] and second.is_valid() and not first.is_valid()
         np.testing.assert_array_equal(second.addresses, first.addresses)
-        assert source.lease(0, np.array([1, 3])).is_valid()
+        assert source.fetch(0, np.array([1, 3])).take()[1].is_valid()
 
 
 class MeddlingSource:
-    """Passes leases on; spoils a shard in its host's arena while each of the first ones is in use."""
+    """Passes fetches on; spoils a shard in its host's arena while each of the first leases is in use."""
+
+    wants_uses = False
 
     def __init__(self, source: ArenaSource, hosts: dict[str, ShardHost], times: int) -> None:
         self._source, self._hosts, self.times_left = source, hosts, times
         self._names = [info.name for info in source.describe()]
-        self.released = 0
 
-    def lease(self, layer: int, experts: Ints) -> Lease:
-        lease = self._source.lease(layer, experts)
+    def fetch(self, layer: int, experts: Ints) -> Fetch:
+        fetch = self._source.fetch(layer, experts)
         if not self.times_left:
-            return lease
+            return fetch
         self.times_left -= 1
         expert = int(experts[0])
         host = self._hosts[self._names[int(self._source.owner_of(layer)[expert])]]
-        return _SpoiledLease(self, lease, host, ExpertKey(layer, expert))
+        return _SpoiledFetch(fetch, host, ExpertKey(layer, expert))
 
     def table(self, layer: int) -> None:
-        """Every lease is asked for."""
+        """Everything is fetched."""
 
     def describe(self) -> list[SourceInfo]:
         return self._source.describe()
@@ -202,26 +213,43 @@ class MeddlingSource:
     def owner_of(self, layer: int) -> Ints:
         return self._source.owner_of(layer)
 
+    def stats(self) -> SourceStats:
+        return self._source.stats()
+
     def close(self) -> None:
         self._source.close()
 
 
+class _SpoiledFetch:
+    def __init__(self, fetch: Fetch, host: ShardHost, key: ExpertKey) -> None:
+        self._fetch, self._host, self._key, self._is_spoiled = fetch, host, key, False
+
+    @property
+    def is_over(self) -> bool:
+        return self._fetch.is_over
+
+    def take(self) -> tuple[Ints, Lease]:
+        positions, lease = self._fetch.take()
+        if self._is_spoiled:
+            return positions, lease
+        self._is_spoiled = True
+        return positions, _SpoiledLease(lease, self._host, self._key)
+
+    def finish(self, positions: Ints) -> None:
+        self._fetch.finish(positions)
+
+
 class _SpoiledLease:
-    def __init__(self, source: MeddlingSource, lease: Lease, host: ShardHost, key: ExpertKey) -> None:
+    def __init__(self, lease: Lease, host: ShardHost, key: ExpertKey) -> None:
         self.addresses = lease.addresses
-        self._source, self._lease, self._host, self._key = source, lease, host, key
-        self._slot = host.keys.index(key)
-        rewrite(host, self._slot, np.random.default_rng(0).bytes(host.arena.slot_bytes))
+        self._lease, self._host, self._key = lease, host, key
+        rewrite(host, key, np.random.default_rng(0).bytes(host.arena.slot_bytes))
 
     def is_valid(self) -> bool:
         valid = self._lease.is_valid()
         assert not valid
-        rewrite(self._host, self._slot, self._host.store.read_shard(self._key).tobytes())
+        rewrite(self._host, self._key, self._host.store.read_shard(self._key).tobytes())
         return valid
-
-    def release(self) -> None:
-        self._source.released += 1
-        self._lease.release()
 
 
 def test_what_was_computed_from_a_rewritten_slot_is_thrown_away(demo: Store, expected: list[int]) -> None:
@@ -230,7 +258,7 @@ def test_what_was_computed_from_a_rewritten_slot_is_thrown_away(demo: Store, exp
         with runner_of(demo, meddling) as runner:
             meddling.times_left = 50
             assert generate(runner) == expected
-            assert (meddling.times_left, meddling.released) == (0, 50)
+            assert meddling.times_left == 0
             stats = runner.stats()
         # What was thrown away is not counted.
         assert stats.layer_calls == len(demo.manifest.layers) * NUM_TOKENS
@@ -249,16 +277,18 @@ def test_a_host_restarted_with_its_arena_is_used_on(demo: Store, expected: list[
         # One slot was being written. The store lacks every file but the one that slot is loaded from.
         lost = ExpertKey(3, int(np.argmax(runner.stats().tokens_per_expert[3])))
         arena = Arena.attach(source.arena_refs()["phoenix"], writable=True)
-        arena.generations[keys.index(lost)] += 1
+        slot = int(arena.directory[keys.index(lost)])
+        arena.begin_write(slot, keys.index(lost))[:100] = bytes(100)
         store = stack.enter_context(Store.open(shutil.copytree(demo.path, tmp_path / "store")))
         for file in {entry.file for key, entry in store.manifest.shards.items() if key.layer != lost.layer}:
             (store.path / file).unlink()
-        second = ShardHost(store, keys, 1, arena)
-        second.load()
-        assert second.loaded_bytes == store.manifest.shards[lost].num_bytes
+        second = make_host(store, keys, 1, arena=arena)
+        assert second.stats().loader.bytes_read == store.manifest.shards[lost].num_bytes
         with serving(address, second) as restarted:
             wait()
             assert generate(runner) == expected
+            assert not restarted.stats.clients  # everything was there: nobody had to be asked
+            source._clients[0].insist(Ask(layer=0, experts=[0]))
             assert restarted.stats.clients == {f"compute-{os.getpid()}"}
         second.close()
 
@@ -268,12 +298,15 @@ def test_a_host_restarted_with_its_arena_is_used_on(demo: Store, expected: list[
 
 def test_experts_in_this_process_need_no_host(demo: Store) -> None:
     source = InProcessSource(demo)
-    lease = source.lease(2, np.array([7, 0]))
+    fetch = source.fetch(2, np.array([7, 0]))
+    positions, lease = fetch.take()
+    assert positions.tolist() == [0, 1]
     for address, expert in zip(lease.addresses.tolist(), (7, 0), strict=True):
         shard = demo.read_shard(ExpertKey(2, expert))
         assert bytes((ctypes.c_uint8 * len(shard)).from_address(address)) == shard.tobytes()
-    assert lease.is_valid()
-    lease.release()
+    assert lease.is_valid() and not fetch.is_over
+    fetch.finish(positions)
+    assert fetch.is_over
     assert source.describe() == [SourceInfo("memory", "process", 48, demo.manifest.expert_bytes)]
     assert source.owner_of(0).tolist() == [0] * 8
     source.close()

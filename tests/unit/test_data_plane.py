@@ -19,9 +19,10 @@ from moray.cluster.client import HelloRequiredError, HostAddress, HostClient
 from moray.cluster.messages import (
     MESSAGES,
     PROTOCOL_VERSION,
+    Ask,
+    Coming,
     Compute,
     Computed,
-    Granted,
     Hello,
     Hint,
     Message,
@@ -43,7 +44,7 @@ from moray.runtime.store.store import Store
 
 pytestmark = pytest.mark.timeout(60)  # what hangs fails soon
 
-KEYS = [ExpertKey(0, 3), ExpertKey(0, 5), ExpertKey(1, 0), ExpertKey(0, 1)]
+KEYS = [ExpertKey(0, 1), ExpertKey(0, 3), ExpertKey(0, 5), ExpertKey(1, 0)]
 HIDDEN = 256
 
 
@@ -147,7 +148,8 @@ def test_a_host_says_what_it_holds(client: HostClient, host: ShardHost, demo: St
         arena_pid=ref.pid,
         arena_fd=ref.fd,
         arena_bytes=ref.num_bytes,
-        experts=[[3, 5, 1], [0], [], [], [], []],
+        holds_all=True,
+        experts=[[1, 3, 5], [0], [], [], [], []],
     )
 
 
@@ -158,7 +160,7 @@ def test_a_wrong_token_is_refused_and_counted(server: DataPlaneServer, address: 
         with pytest.raises(ProtocolError, match="host-7: the session token is wrong; this host serves another engine"):
             intruder.greet()
         with pytest.raises(ProtocolError):  # still nobody
-            intruder.request(Need(layer=0, experts=[3]))
+            intruder.request(Ask(layer=0, experts=[3]))
     assert server.stats.rejected >= rejected + 2
     assert "intruder" not in server.stats.clients
 
@@ -166,44 +168,57 @@ def test_a_wrong_token_is_refused_and_counted(server: DataPlaneServer, address: 
 def test_a_request_before_hello_is_refused_and_counted(server: DataPlaneServer, address: HostAddress) -> None:
     rejected = server.stats.rejected
     with connected(address, "hasty") as hasty:
-        for message in (Need(layer=0, experts=[3]), Hint(layer=0, experts=[3]), Release(slots=[0])):
+        for kind in (Need, Ask, Hint, Release):
             with pytest.raises(HelloRequiredError, match="introduce yourself"):
-                hasty.receive(hasty.send(message))
-        assert server.stats.rejected == rejected + 3 and "hasty" not in server.stats.clients
-        reply, _ = hasty.request(Need(layer=0, experts=[3]))  # introduces itself
-        assert isinstance(reply, Granted) and "hasty" in server.stats.clients
+                hasty.receive(hasty.send(kind(layer=0, experts=[3])))
+        assert server.stats.rejected == rejected + 4 and "hasty" not in server.stats.clients
+        assert hasty.request(Ask(layer=0, experts=[3]))[0] == Coming()  # introduces itself
+        assert "hasty" in server.stats.clients
 
 
-def test_a_client_that_comes_back_loses_its_old_leases(
+def test_a_client_that_comes_back_loses_its_old_claims(
     host: ShardHost, address: HostAddress, client: HostClient
 ) -> None:
-    client.request(Need(layer=0, experts=[3, 5]))
-    assert host._leases["tester"]
+    client.request(Ask(layer=0, experts=[3, 5]))
+    assert host._manager._claims["tester"]
     with connected(address) as again:
         again.greet()
-        assert "tester" not in host._leases
+        assert "tester" not in host._manager._claims
         with pytest.raises(HelloRequiredError):  # the connection it had before is nobody's now
-            client.receive(client.send(Need(layer=0, experts=[3])))
+            client.receive(client.send(Ask(layer=0, experts=[3])))
 
 
-# --------------------------------------------------------------------------------- need and release
+# -------------------------------------------------------------------- need, ask, hint and release
 
 
-def test_a_need_is_granted(client: HostClient, host: ShardHost) -> None:
-    reply, buffers = client.request(Need(layer=0, experts=[1, 3]))
-    assert reply == Granted(slots=[3, 0], generations=[2, 2]) and buffers == []
-    assert client.request(Need(layer=2, experts=[]))[0] == Granted(slots=[], generations=[])
+def test_what_is_asked_for_is_coming(client: HostClient, host: ShardHost) -> None:
+    assert client.request(Ask(layer=0, experts=[1, 3])) == (Coming(), [])
+    assert host._manager._claims["tester"] == {0, 1}
+    assert client.request(Ask(layer=2, experts=[])) == (Coming(), [])
+    assert "tester" not in host._manager._claims
 
 
-def test_a_release_and_a_hint_have_no_reply(client: HostClient, host: ShardHost, server: DataPlaneServer) -> None:
+def test_a_need_a_release_and_a_hint_have_no_reply(
+    client: HostClient, host: ShardHost, server: DataPlaneServer
+) -> None:
     hints = server.stats.hints
-    client.request(Need(layer=0, experts=[1, 3]))
-    client.send(Release(slots=[3]))
-    client.send(Hint(layer=3, experts=[1]))
-    client.send(Release(slots=[3, 3, 77, -1]))  # more than was leased
-    reply, _ = client.request(Need(layer=1, experts=[0]))  # the next reply there is
-    assert isinstance(reply, Granted)
-    assert host._leases["tester"] == {0: 1, 2: 1} and server.stats.hints == hints + 1
+    client.send(Need(layer=0, experts=[1, 3, 5]))
+    client.send(Hint(layer=1, experts=[0]))
+    client.send(Release(layer=0, experts=[3]))
+    client.send(Release(layer=1, experts=[0]))  # was not claimed
+    failed = client.send(Ask(layer=5, experts=[0]))
+    with pytest.raises(ProtocolError):  # the next reply there is
+        client.receive(failed)
+    assert host._manager._claims["tester"] == {0, 2} and server.stats.hints == hints + 1
+
+
+def test_uses_come_with_needs_and_hints(monkeypatch: pytest.MonkeyPatch, client: HostClient, host: ShardHost) -> None:
+    told: list[list[int]] = []
+    monkeypatch.setattr(host._manager._policy, "used", lambda experts: told.append(experts))
+    client.send(Need(layer=0, experts=[5], uses=[[0, 3, 1], [1, 0]]))
+    client.send(Hint(layer=0, experts=[], uses=[[0, 5]]))
+    client.request(Ask(layer=0, experts=[]))
+    assert told == [[1, 0], [3], [2]]
 
 
 @pytest.mark.parametrize(
@@ -213,9 +228,14 @@ def test_an_expert_that_lives_elsewhere_is_refused_and_counted(
     client: HostClient, server: DataPlaneServer, layer: int, expert: int
 ) -> None:
     rejected = server.stats.rejected
-    with pytest.raises(ProtocolError, match="does not live here"):
-        client.request(Need(layer=layer, experts=[expert]))
-    assert server.stats.rejected == rejected + 1
+    kinds = (Need, Ask, Hint, Release)
+    for kind in kinds:
+        with pytest.raises(ProtocolError, match="does not live here"):
+            client.receive(client.send(kind(layer=layer, experts=[expert])))
+    for kind in (Need, Hint):
+        with pytest.raises(ProtocolError, match="does not live here"):
+            client.receive(client.send(kind(layer=0, experts=[3], uses=[[layer, expert]])))
+    assert server.stats.rejected == rejected + len(kinds) + 2
 
 
 # ---------------------------------------------------------------------------------------- compute
@@ -289,7 +309,9 @@ def test_a_compute_request_needs_one_buffer(client: HostClient, num_buffers: int
 # -------------------------------------------------------------------------------- malformed messages
 
 
-def header(kind: object = "Need", fields: object = None, request_id: object = 5, version: object = 1) -> bytes:
+def header(
+    kind: object = "Need", fields: object = None, request_id: object = 5, version: object = PROTOCOL_VERSION
+) -> bytes:
     fields = {"layer": 0, "experts": [3]} if fields is None else fields
     packed: bytes = msgpack.Packer().pack([version, request_id, kind, fields])
     return packed
@@ -305,7 +327,7 @@ MALFORMED = {
     "cut short": header()[:-1],
     "more after it": header() + b"\x00",
     "not a list": msgpack.packb({"layer": 0}),
-    "too short": msgpack.packb([1, 5, "Need"]),
+    "too short": msgpack.packb([2, 5, "Need"]),
     "older version": header(version=PROTOCOL_VERSION - 1),
     "newer version": header(version=PROTOCOL_VERSION + 1),
     "version is text": header(version="1"),
@@ -314,7 +336,9 @@ MALFORMED = {
     "unknown type": header("Shutdown"),
     "type is a list": header(["Need"]),
     "type is a base class": header("Message"),
-    "a host's message": header("Granted", {"slots": [], "generations": []}),
+    "a host's message": header("Coming", {}),
+    "uses are no lists": header(fields={"layer": 0, "experts": [3], "uses": [0, 3]}),
+    "a use of text": header(fields={"layer": 0, "experts": [3], "uses": [["0", 3]]}),
     "no fields": header(fields={}),
     "fields are a list": header(fields=[0, [3]]),
     "missing field": header(fields={"layer": 0}),
@@ -324,15 +348,15 @@ MALFORMED = {
     "yes as a number": header(fields={"layer": True, "experts": [3]}),
     "list of text": header(fields={"layer": 0, "experts": ["3"]}),
     "unknown numerics": header("Compute", {"layer": 0, "experts": [3], "counts": [1], "numerics": "fp8"}),
-    "a number as key": msgpack.packb([1, 5, "Need", {0: 1}]),
-    "a list as key": b"\x94\x01\x05\xa4Need\x81\x90\x01",
+    "a number as key": msgpack.packb([2, 5, "Need", {0: 1}]),
+    "a list as key": b"\x94\x02\x05\xa4Need\x81\x90\x01",
     "too long a list": header(fields={"layer": 0, "experts": [3] * ((1 << 20) + 1)}),
-    "announces a long list": b"\x94\x01\x05\xa4Need\xdd\xff\xff\xff\xff",
-    "announces long text": b"\x94\x01\x05\xdb\xff\xff\xff\xff",
+    "announces a long list": b"\x94\x02\x05\xa4Need\xdd\xff\xff\xff\xff",
+    "announces long text": b"\x94\x02\x05\xdb\xff\xff\xff\xff",
     "too many keys": header(fields={str(key): 0 for key in range(65)}),
     "too long a text": header("Hello", {"client": "x" * ((1 << 16) + 1), "token": ""}),
-    "not utf-8": b"\x94\x01\x05\xa4\xff\xff\xff\xff\x80",
-    "a bad timestamp": b"\x94\x01\x05\xc7\x03\xff\x00\x00\x00\x80",
+    "not utf-8": b"\x94\x02\x05\xa4\xff\xff\xff\xff\x80",
+    "a bad timestamp": b"\x94\x02\x05\xc7\x03\xff\x00\x00\x00\x80",
     "nested too deeply": b"\x91" * 3000 + b"\x00",
     "version nested deeply": header(version=NESTED),
     "id nested deeply": header(request_id=NESTED),
@@ -357,14 +381,14 @@ def test_a_malformed_message_is_refused_and_counted(
 
 
 def check_alive(peer: Peer, request_id: int = 99) -> None:
-    peer.send([encode(request_id, Need(layer=0, experts=[3]))])
+    peer.send([encode(request_id, Ask(layer=0, experts=[3]))])
     peer.replies_until(request_id)
 
 
 def test_a_peer_of_another_version_is_told_to_upgrade(stranger: Peer) -> None:
-    _, reply = stranger.ask([header(version=2)])
+    _, reply = stranger.ask([header(version=1)])
     assert isinstance(reply, Refused)
-    assert reply.message == "the peer speaks protocol 2, this moray speaks 1; upgrade both"
+    assert reply.message == "the peer speaks protocol 1, this moray speaks 2; upgrade both"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -389,7 +413,7 @@ fields = st.fixed_dictionaries(
         "experts": st.lists(st.integers(-1, 8), max_size=4) | values,
         "counts": st.lists(st.integers(-1, 3), max_size=4) | values,
         "numerics": st.sampled_from(["int8", "float"]) | values,
-        "slots": st.lists(numbers, max_size=4) | values,
+        "uses": st.lists(st.lists(st.integers(-1, 8), max_size=3), max_size=2) | values,
         "client": st.text(max_size=5) | values,
         "token": st.just(TOKEN) | values,
         "x": values,
@@ -402,7 +426,7 @@ fields = st.fixed_dictionaries(
     kind=st.sampled_from(sorted(MESSAGES)) | values,
     some=fields | values,
     request_id=st.integers(0, 90) | values,
-    version=st.just(1) | values,
+    version=st.just(PROTOCOL_VERSION) | values,
     buffers=st.lists(st.binary(max_size=8) | st.sampled_from([bytes(4 * HIDDEN), bytes(8 * HIDDEN)]), max_size=2),
 )
 def test_messages_that_are_nearly_right_never_stop_the_server(
@@ -421,17 +445,19 @@ def test_bytes_that_are_not_zeromq_never_stop_the_server(client: HostClient, add
         with socket.socket(socket.AF_UNIX) as raw:
             raw.connect("\0" + address.address.removeprefix("ipc://@"))
             raw.sendall(rng.bytes(num_bytes))
-    assert isinstance(client.request(Need(layer=0, experts=[3]))[0], Granted)
+    assert client.request(Ask(layer=0, experts=[3]))[0] == Coming()
 
 
-@pytest.mark.parametrize("message", [Need(layer=0, experts=[3]), Hello(client="ü", token="t"), Computed()])
+@pytest.mark.parametrize(
+    "message", [Need(layer=0, experts=[3], uses=[[1, 2], [3]]), Hello(client="ü", token="t"), Computed()]
+)
 def test_messages_survive_encoding(message: Message) -> None:
     assert decode(encode(7, message)) == (7, message)
 
 
 def test_every_message_survives_encoding() -> None:
-    text, number, many = {"str": "x", "int": 3, "list[int]": [1, 2]}, 2**64 - 1, [[0], []]
-    examples: dict[str, Any] = {"experts": [1], "reason": "shard", "numerics": "float", **text}
+    text, number, many = {"str": "x", "int": 3, "list[int]": [1, 2]}, 2**64 - 1, [[0], [1, 2]]
+    examples: dict[str, Any] = {"experts": [1], "reason": "shard", "numerics": "float", "holds_all": True, **text}
     for kind in MESSAGES.values():
         made = {}
         for name, field in kind.model_fields.items():
@@ -483,20 +509,20 @@ def test_a_silent_host_is_lost_after_the_deadline() -> None:
 
 def test_a_host_that_does_not_exist_is_lost_after_the_deadline() -> None:
     with connected(new_address("nobody"), timeout_s=0.05) as client, pytest.raises(HostLostError, match="nobody"):
-        client.request(Need(layer=0, experts=[0]))
+        client.request(Ask(layer=0, experts=[0]))
 
 
 def test_replies_to_older_requests_are_skipped() -> None:
-    old, new = Granted(slots=[1], generations=[2]), Granted(slots=[3], generations=[4])
+    old, new = Computed(), Coming()
     with QuietHost(encode(0, old), encode(7, old), encode(1, new)) as host, connected(host.address) as client:
-        assert client.receive(client.send(Need(layer=0, experts=[0]))) == (new, [])
+        assert client.receive(client.send(Ask(layer=0, experts=[0]))) == (new, [])
 
 
 def test_only_replies_to_older_requests_are_no_reply() -> None:
-    old = Granted(slots=[1], generations=[2])
+    old = Coming()
     lost = pytest.raises(HostLostError)
     with QuietHost(encode(0, old)) as host, connected(host.address, timeout_s=0.05) as client, lost:
-        client.receive(client.send(Need(layer=0, experts=[0])))
+        client.receive(client.send(Ask(layer=0, experts=[0])))
 
 
 def test_a_host_that_speaks_nonsense_is_a_protocol_error() -> None:
@@ -514,24 +540,26 @@ def test_a_shard_the_host_could_not_read_is_a_corrupt_shard() -> None:
     answer = encode(1, Refused(reason="shard", message="checksum"))
     refused = pytest.raises(CorruptShardError, match="expert host quiet: checksum")
     with QuietHost(answer) as host, connected(host.address) as client, refused:
-        client.receive(client.send(Need(layer=0, experts=[0])))
+        client.receive(client.send(Ask(layer=0, experts=[0])))
 
 
 def test_several_requests_may_be_under_way(client: HostClient) -> None:
-    ids = [client.send(Need(layer=0, experts=[expert])) for expert in (3, 5, 1)]
-    replies = [client.receive(request_id)[0] for request_id in ids]
-    assert replies == [Granted(slots=[slot], generations=[2]) for slot in (0, 1, 3)]
+    asks = [client.send(Ask(layer=0, experts=[expert])) for expert in (3, 5)]
+    compute = client.send(Compute(layer=0, experts=[3], counts=[2], numerics="float"), rows(2).data.cast("B"))
+    assert [client.receive(request_id)[0] for request_id in asks] == [Coming(), Coming()]
+    reply, (buffer,) = client.receive(compute)
+    assert reply == Computed() and len(buffer) == 8 * HIDDEN
 
 
 def test_a_client_works_on_after_its_host_was_restarted(host: ShardHost) -> None:
     address = new_address("phoenix")
     with connected(address) as client, ExitStack() as stack:
         with serving(address, host):
-            first = client.request(Need(layer=0, experts=[3]))
+            assert client.request(Ask(layer=0, experts=[3]))[0] == Coming()
             wait = stack.enter_context(watching(client))
         with serving(address, host) as restarted:
             wait()
-            assert client.request(Need(layer=0, experts=[3])) == first
+            assert client.request(Ask(layer=0, experts=[3]))[0] == Coming()
             assert restarted.stats.clients == {"tester"}
 
 
@@ -555,6 +583,6 @@ def test_what_a_host_cannot_do_is_told_to_its_client_alone(
     with monkeypatch.context() as patched:
         patched.setattr(host, "need", fail)
         with pytest.raises(ProtocolError, match="host-7: MemoryError: no room"):
-            client.request(Need(layer=0, experts=[3]))
+            client.request(Ask(layer=0, experts=[3]))
     assert server.stats.rejected == rejected + 1
-    assert isinstance(client.request(Need(layer=0, experts=[3]))[0], Granted)
+    assert client.request(Ask(layer=0, experts=[3]))[0] == Coming()

@@ -225,15 +225,19 @@ def test_a_block_in_one_call_has_the_bits_of_its_parts(recipe: str, tokens: int,
             x = torch.randn(1, tokens, block.experts.hidden_dim)
             fused = block(x)
             middle = made.stats()
+            used, size = block.experts.moray._used, block.experts.num_experts
+            assert used[1 : 1 + used[0]].tolist() == np.unique(block.gate(x)[-1]).tolist()
+            assert used[1 + size : 1 + size + used[0]].sum() == 2 * tokens
             assert torch.equal(fused, type(block).forward(block, x))
         after = made.stats()
     counts = [np.array(stats.tokens_per_expert) for stats in (before, after)]
     assert counts[1].sum() - counts[0].sum() == 2 * 2 * tokens * len(blocks)
+    assert after.uses - before.uses == 2 * np.count_nonzero(counts[1] - counts[0])
     assert middle.layer_calls - before.layer_calls == 2 * len(blocks) - 1
     assert after.compute_s > before.compute_s and after.bytes_by_source != before.bytes_by_source
 
 
-def test_a_block_whose_lease_has_moved_leases_it_anew(store: Callable[..., Path]) -> None:
+def test_a_block_whose_experts_have_moved_fetches_them(store: Callable[..., Path]) -> None:
     with runner(store("mixtral", "none"), "int8") as made, torch.inference_mode():
         block: Any = next(m for m in made.model.modules() if isinstance(vars(m).get("forward"), FusedBlock))
         binding, x = block.experts.moray, torch.randn(1, 2, block.experts.hidden_dim)
@@ -241,9 +245,9 @@ def test_a_block_whose_lease_has_moved_leases_it_anew(store: Callable[..., Path]
         table = binding.source.table(binding.layer)
         moved = type(table)(table.addresses, table.counters, table.generations + 2)
         asked: list[int] = []
-        lease = binding.source.lease
+        fetch = binding.source.fetch
         binding.source.table = lambda layer: moved
-        binding.source.lease = lambda layer, experts: (asked.append(layer), lease(layer, experts))[1]
+        binding.source.fetch = lambda layer, experts: (asked.append(layer), fetch(layer, experts))[1]
         assert torch.equal(block(x), expected)
         assert asked == [binding.layer]
         assert made.stats().layer_calls == before.layer_calls + 1  # what was thrown away is not counted

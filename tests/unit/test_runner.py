@@ -9,7 +9,7 @@ import torch
 from helpers.reference import greedy
 
 from moray.runtime.errors import HostLostError, MorayError, RequestError, StoreError
-from moray.runtime.experts.source import InProcessSource, Ints, Lease, SourceInfo
+from moray.runtime.experts.source import Fetch, InProcessSource, Ints, SourceInfo
 from moray.runtime.generation.request import GenerationRequest, SamplingParams, TokenEvent
 from moray.runtime.generation.runner import Runner
 from moray.runtime.model.loader import load_model
@@ -30,15 +30,15 @@ class BrittleSource(InProcessSource):
         self.gate = threading.Event()
         self.gate.set()
 
-    def lease(self, layer: int, experts: Ints) -> Lease:
+    def fetch(self, layer: int, experts: Ints) -> Fetch:
         self.gate.wait()
         self.calls_until_failure -= 1
         if self.calls_until_failure == -1:
             raise HostLostError("expert host host-3 did not answer")
-        return super().lease(layer, experts)
+        return super().fetch(layer, experts)
 
     def table(self, layer: int) -> None:  # type: ignore[override]
-        """Every lease is asked for."""
+        """Everything is fetched."""
 
 
 @pytest.fixture

@@ -2,25 +2,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.hosts import make_host
 from helpers.matrices import assert_same_bits
 from helpers.processes import child, read_line
 
-from moray.runtime.arena import Arena, ArenaRef
+from moray.runtime.arena import FAILED, NOWHERE, Arena, ArenaRef
 from moray.runtime.errors import CorruptShardError, HostLostError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.residency import loader
 from moray.runtime.store.store import Store
 
-KEYS = [ExpertKey(0, 3), ExpertKey(2, 1), ExpertKey(0, 0), ExpertKey(1, 7)]
+KEYS = [ExpertKey(0, 0), ExpertKey(0, 3), ExpertKey(1, 7), ExpertKey(2, 1)]
 
-# A host that announces its arena when it is loaded, and can be told to begin writing a slot and never end.
+# A host that announces its arena when it is filled, and can be told to begin writing a slot and never end.
 HOST = """
 import sys
 from moray.runtime.experts.shard_host import ShardHost
@@ -28,20 +30,17 @@ from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
 keys = [ExpertKey(*(int(x) for x in word.split(","))) for word in sys.argv[2:]]
 host = ShardHost(Store.open(sys.argv[1]), keys, 1)
-host.load()
+assert host.wait_filled(60)
 print(host.arena.ref.pid, host.arena.ref.fd, host.arena.ref.num_bytes, flush=True)
 for line in sys.stdin:
-    writing = host.arena.writing(int(line))  # kept, or it would end at once
-    buffer = writing.__enter__()
-    buffer[:100] = bytes(100)
+    host.arena.begin_write(int(line), int(line))[:100] = bytes(100)
     print("writing", flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def host(demo: Store) -> Iterator[ShardHost]:
-    made = ShardHost(demo, KEYS, 2)
-    made.load()
+    made = make_host(demo, KEYS)
     yield made
     made.close()
 
@@ -59,45 +58,88 @@ def survivor(demo: Store) -> Iterator[Arena]:
 
 def holds(host: ShardHost, slot: int, key: ExpertKey) -> bool:
     shard = host.store.read_shard(key)
-    return bytes(host.arena.slot(slot)[: len(shard)]) == shard.tobytes()
+    return (
+        host.arena.directory[host.keys.index(key)] == slot
+        and bytes(host.arena.slot(slot)[: len(shard)]) == shard.tobytes()
+    )
+
+
+def bytes_read(host: ShardHost) -> int:
+    """From disk, since the host was made."""
+    return host.stats().loader.bytes_read
+
+
+def size_of(host: ShardHost, keys: Sequence[ExpertKey]) -> int:
+    return sum(host.store.manifest.shards[key].num_bytes for key in keys)
 
 
 # ------------------------------------------------------------------------------------------- load
 
 
 def test_loading_fills_every_slot_from_the_store(demo: Store) -> None:
-    made = ShardHost(demo, KEYS, 1)
-    seen: list[int] = []
-    made.load(seen.append)
+    made = make_host(demo, KEYS, 1)
     try:
-        assert made.keys == KEYS
-        sizes = [demo.manifest.shards[key].num_bytes for key in KEYS]
-        assert seen == sizes and made.loaded_bytes == sum(sizes)
+        assert made.keys == KEYS and made.holds_all
+        assert bytes_read(made) == size_of(made, KEYS)
         assert made.arena.generations.tolist() == [2] * len(KEYS)
         assert all(holds(made, slot, key) for slot, key in enumerate(KEYS))
+        stats = made.stats()
+        assert (stats.num_experts, stats.num_resident, stats.num_slots) == (4, 4, 4)
+        assert (stats.residency.fill_loads, stats.residency.evictions) == (4, 0)
     finally:
         made.close()
 
 
-def test_a_corrupt_shard_stops_loading(demo: Store, tmp_path: Path) -> None:
+def test_fewer_slots_than_experts_hold_the_first_and_no_more(demo: Store) -> None:
+    made = make_host(demo, KEYS, 1, num_slots=2)
+    try:
+        assert not made.holds_all and made.arena.num_slots == 2
+        assert made.arena.directory.tolist() == [0, 1, NOWHERE, NOWHERE]
+        assert bytes_read(made) == size_of(made, KEYS[:2])
+        assert all(holds(made, slot, key) for slot, key in enumerate(KEYS[:2]))
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("piece_bytes", [16384, 65536, 1 << 20])
+def test_shards_are_whole_however_they_are_cut(demo: Store, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
+    monkeypatch.setattr(loader, "PIECE_BYTES", piece_bytes)
+    made = make_host(demo, KEYS, 1)
+    try:
+        assert all(holds(made, slot, key) for slot, key in enumerate(KEYS))
+        assert bytes_read(made) == size_of(made, KEYS)
+    finally:
+        made.close()
+
+
+def test_a_corrupt_shard_is_read_again_and_told(demo: Store, tmp_path: Path) -> None:
     path = Path(shutil.copytree(demo.path, tmp_path / "store"))
-    entry = demo.manifest.shards[KEYS[1]]
+    entry = demo.manifest.shards[KEYS[3]]
     with (path / entry.file).open("r+b") as file:
         file.seek(entry.offset + 5000)
         file.write(b"\xff\x00\xff")
     with Store.open(path) as store:
         made = ShardHost(store, KEYS, 1)
-        with pytest.raises(CorruptShardError, match=rf"{entry.file}.*expert 1 of MoE layer 2 at offset {entry.offset}"):
-            made.load()
+        try:
+            message = rf"{entry.file}.*expert 1 of MoE layer 2 at offset {entry.offset}"
+            with pytest.raises(CorruptShardError, match=message):
+                made.wait_filled(60)
+            assert made.stats().loader.corrupt_reads == 2
+            assert made.arena.directory.tolist() == [0, 1, 2, FAILED]
+            assert all(holds(made, slot, key) for slot, key in enumerate(KEYS[:3]))
+            assert str(made.failure(2, [1])).startswith(str(path)) and made.failure(0, [0, 3]) is None
+            with pytest.raises(CorruptShardError, match=message):
+                made.compute(2, [1], [1], np.zeros((1, 256), np.float32), "int8")
+        finally:
+            made.close()
 
 
 # ----------------------------------------------------------------------------- restart and take back
 
 
 def test_a_restarted_host_takes_its_arena_back_without_reading_the_disk(survivor: Arena, demo: Store) -> None:
-    made = ShardHost(demo, KEYS, 1, Arena.attach(survivor.ref, writable=True))
-    made.load()
-    assert made.loaded_bytes == 0
+    made = make_host(demo, KEYS, 1, arena=Arena.attach(survivor.ref, writable=True))
+    assert bytes_read(made) == 0
     assert survivor.generations.tolist() == [2] * len(KEYS)  # leases given before the restart stay good
     assert all(holds(made, slot, key) for slot, key in enumerate(KEYS))
     made.close()
@@ -112,10 +154,9 @@ def test_a_half_written_slot_is_loaded_again_and_no_other(demo: Store) -> None:
         assert read_line(process) == "writing"
         process.kill()
         process.wait()
-    assert survivor.generations.tolist() == [2, 2, 3, 2]
-    made = ShardHost(demo, KEYS, 1, Arena.attach(survivor.ref, writable=True))
-    made.load()
-    assert made.loaded_bytes == demo.manifest.shards[KEYS[2]].num_bytes
+    assert survivor.generations.tolist() == [2, 2, 3, 2] and survivor.directory.tolist() == [0, 1, NOWHERE, 3]
+    made = make_host(demo, KEYS, 1, arena=Arena.attach(survivor.ref, writable=True))
+    assert bytes_read(made) == size_of(made, KEYS[2:3])
     generations = survivor.generations.tolist()
     assert generations[:2] + generations[3:] == [2, 2, 2] and generations[2] > 3 and generations[2] % 2 == 0
     assert holds(made, 2, KEYS[2])
@@ -128,9 +169,8 @@ def test_a_slot_that_was_damaged_meanwhile_is_loaded_again(survivor: Arena, demo
     damaged = Arena.attach(survivor.ref, writable=True)
     num_bytes = demo.manifest.shards[KEYS[3]].num_bytes
     damaged.slot(3)[offset % num_bytes] ^= 1
-    made = ShardHost(demo, KEYS, 1, damaged)
-    made.load()
-    assert made.loaded_bytes == num_bytes and made.arena.generations.tolist() == [2, 2, 2, 4]
+    made = make_host(demo, KEYS, 1, arena=damaged)
+    assert bytes_read(made) == num_bytes and made.arena.generations.tolist() == [2, 2, 2, 4]
     assert holds(made, 3, KEYS[3])
     made.close()
 
@@ -145,57 +185,82 @@ def test_shards_of_another_store_are_not_taken_for_this_ones(
     convert(tiny_checkpoint("mixtral", tmp_path / "checkpoint", seed=1), tmp_path / "store")
     with Store.open(store("mixtral")) as before, Store.open(tmp_path / "store") as after:
         assert before.manifest.layers == after.manifest.layers
-        first = ShardHost(before, KEYS, 1)
-        first.load()
-        second = ShardHost(after, KEYS, 1, Arena.attach(first.arena.ref, writable=True))
-        second.load()
-        assert second.loaded_bytes == first.loaded_bytes
+        first = make_host(before, KEYS, 1)
+        second = make_host(after, KEYS, 1, arena=Arena.attach(first.arena.ref, writable=True))
+        assert bytes_read(second) == bytes_read(first)
         assert all(holds(second, slot, key) for slot, key in enumerate(KEYS))
         first.close()
         second.close()
 
 
 def test_an_arena_of_another_shape_is_refused(host: ShardHost, demo: Store) -> None:
-    with pytest.raises(HostLostError, match="the arena has 4 slots, this host has 3 experts"):
+    with pytest.raises(HostLostError, match="the arena has 4 slots for 4 experts, this host has 3 for 3"):
         ShardHost(demo, KEYS[:3], 1, host.arena)
+    with pytest.raises(HostLostError, match="the arena has 4 slots for 4 experts, this host has 2 for 4"):
+        ShardHost(demo, KEYS, 1, host.arena, num_slots=2)
 
 
-# ----------------------------------------------------------------------------------------- leases
+# ------------------------------------------------------------------------------------------ claims
 
 
-def test_a_need_is_answered_with_slots_and_generations(host: ShardHost) -> None:
-    assert host.need("me", 0, [0, 3]) == ([2, 0], [2, 2])
-    assert host.need("me", 1, []) == ([], [])
-    for layer, expert in [(0, 1), (1, 0), (5, 0), (-1, 3), (2**70, 0)]:
-        with pytest.raises(KeyError):
-            host.need("me", layer, [expert])
+def wait_for(host: ShardHost, *keys: ExpertKey) -> None:
+    """Until these are in memory."""
+    indices = [host.keys.index(key) for key in keys]
+    with host._loader.lock:
+        assert host._loader.lock.wait_for(lambda: (host.arena.directory[indices] >= 0).all(), 60)
 
 
-def test_leases_are_counted_for_each_client(demo: Store) -> None:
-    made = ShardHost(demo, KEYS, 1)
+def test_what_is_needed_comes_and_what_is_claimed_stays(demo: Store) -> None:
+    made = make_host(demo, KEYS, 1, num_slots=2)
+    try:
+        made.need("me", 2, [1])
+        wait_for(made, KEYS[3])
+        for layer, expert in [(0, 0), (0, 3), (1, 7), (0, 0), (1, 7)] * 3:
+            made.need("other", layer, [expert])
+            wait_for(made, ExpertKey(layer, expert), KEYS[3])
+        made.release("me", 2, [1])
+        made.need("other", 0, [0, 3])
+        wait_for(made, *KEYS[:2])
+        assert all(holds(made, int(made.arena.directory[index]), KEYS[index]) for index in (0, 1))
+        made._manager.validate()
+    finally:
+        made.close()
+
+
+def test_claims_are_each_clients_own(demo: Store) -> None:
+    made = make_host(demo, KEYS, 1)
     try:
         for client in ("a", "a", "b"):
             made.need(client, 0, [0])
-        made.release("a", [2])
-        assert made._leases == {"a": {2: 1}, "b": {2: 1}}
-        made.release("a", [2, 2, 0])  # more than it has
-        assert made._leases == {"a": {}, "b": {2: 1}}
+        assert made._manager._claims == {"a": {0}, "b": {0}}
+        made.release("a", 0, [0])
+        made.release("a", 0, [0, 3])  # more than it has
+        assert made._manager._claims == {"b": {0}}
+        made.need("b", 2, [1])  # and no longer what it needed before
+        assert made._manager._claims == {"b": {3}}
         made.drop_client("b")
         made.drop_client("nobody")
-        made.release("nobody", [1])
-        assert not any(made._leases.values())
+        made.release("nobody", 0, [0])
+        assert not made._manager._claims
+        made._manager.validate()
     finally:
         made.close()
 
 
-def test_an_unknown_expert_leases_nothing(demo: Store) -> None:
-    made = ShardHost(demo, KEYS, 1)
-    try:
-        with pytest.raises(KeyError):
-            made.need("a", 0, [0, 5])
-        assert not any(made._leases.values())
-    finally:
-        made.close()
+def test_an_expert_that_lives_elsewhere_is_refused_and_claims_nothing(host: ShardHost) -> None:
+    for layer, expert in [(0, 1), (1, 0), (5, 0), (-1, 3), (2**70, 0)]:
+        for ask in (
+            lambda of, e: host.need("me", of, [e]),
+            lambda of, e: host.need("me", of, [0, e]),
+            lambda of, e: host.hint(of, [e]),
+            lambda of, e: host.used(of, [e]),
+            lambda of, e: host.failure(of, [e]),
+            lambda of, e: host.release("me", of, [e]),
+        ):
+            with pytest.raises(KeyError):
+                ask(layer, expert)
+    host.need("me", 1, [])
+    assert not host._manager._claims
 
 
 # ---------------------------------------------------------------------------------------- compute
