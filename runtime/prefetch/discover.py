@@ -112,8 +112,7 @@ class _Finder:
         raise _NotUnderstoodError("no module returns the ids its experts are given")
 
     def _extras(self, call: Call, x_slot: Slot) -> list[Extra]:
-        given: dict[Slot, Any] = {**dict(enumerate(call.args)), **call.kwargs}
-        return [self._extra(slot, value, call) for slot, value in given.items() if slot != x_slot]
+        return [self._extra(slot, value, call) for slot, value in _given(call).items() if slot != x_slot]
 
     def _extra(self, slot: Slot, value: Any, call: Call) -> Extra:
         if value is None or isinstance(value, bool | int | float | str):
@@ -158,9 +157,12 @@ class _Finder:
             raise _NotUnderstoodError("its router chooses other experts when it is called again")
 
 
+def _given(call: Call) -> dict[Slot, Any]:
+    return dict(enumerate(call.args)) | call.kwargs
+
+
 def _hidden_states(call: Call) -> tuple[Slot, torch.Tensor]:
-    given: dict[Slot, Any] = {**dict(enumerate(call.args)), **call.kwargs}
-    for slot, value in given.items():
+    for slot, value in _given(call).items():
         if torch.is_tensor(value) and value.is_floating_point():
             return slot, value
     raise _NotUnderstoodError(f"its router, {type(call.module).__name__}, is given no hidden states")

@@ -105,17 +105,11 @@ class Predictor:
         for source, plan in zip(self.routings, self._plans, strict=True):
             if any(step.affine is None for step in plan):
                 self._caught.catch_residual(source)
-        extras = {
-            (e.kind, e.value[0] if e.kind == "output" else None)
-            for plan in self._plans
-            for step in plan
-            for e in step.router.extras
-        }
-        for kind, layer in extras:
-            if kind == "token_ids":
-                self._caught.catch_token_ids(model.get_input_embeddings())  # type: ignore[operator]
-            elif kind == "output":
-                self._caught.catch_returned(self.routings[layer])
+        extras = [extra for plan in self._plans for step in plan for extra in step.router.extras]
+        if any(extra.kind == "token_ids" for extra in extras):
+            self._caught.catch_token_ids(model.get_input_embeddings())  # type: ignore[operator]
+        for layer in sorted({extra.value[0] for extra in extras if extra.kind == "output"}):
+            self._caught.catch_returned(self.routings[layer])
 
     def _value(self, extra: Extra, returned: dict[int, Any]) -> Any:
         if extra.kind == "output":

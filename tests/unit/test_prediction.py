@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.reference import greedy, runner
 from torch import nn
 
 from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.experts.source import InProcessSource
 from moray.runtime.generation.text import load_tokenizer
+from moray.runtime.model import families
 from moray.runtime.model.families import expert_modules
 from moray.runtime.model.loader import bind_experts, load_model
 from moray.runtime.prefetch import discover as discovery
@@ -38,7 +39,7 @@ def model(demo: Store) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def routed(model: Any, demo: Store) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """What each layer's experts are given for a few hundred tokens of Python: x [T, H] and ids [T, K]."""
-    ids = load_tokenizer(demo.path).encode(Path(ast.__file__).read_text())[:NUM_TOKENS]
+    ids = load_tokenizer(demo.path).encode(Path(families.__file__).read_text()[:3000])[:NUM_TOKENS]
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     compute = ExpertsBinding.forward
 
@@ -107,6 +108,23 @@ def test_the_last_layers_predict_what_is_left(model: Any, routed: Routed) -> Non
         [],
     ]
     assert predictor.unpredictable == {}
+
+
+def test_tokens_are_the_same_while_it_predicts(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the step loop as it is used: layers and blocks in one launch each."""
+    with runner(demo.path, "int8") as made:
+        prompt = made.encode("def main(")
+        alone = greedy(made, list(prompt), 12)
+        predictor, seen = Predictor(made.model, depth=2), []
+        compute = ExpertsBinding.compute_routed
+
+        def compute_routed(self: ExpertsBinding, kernel: Any, x: torch.Tensor, out: torch.Tensor) -> bool:
+            seen.append((x.shape, [p.layer for p in predictor.predict(self.layer, x)]))
+            return compute(self, kernel, x, out)
+
+        monkeypatch.setattr(ExpertsBinding, "compute_routed", compute_routed)
+        assert greedy(made, list(prompt), 12) == alone
+    assert seen[-6:] == [((1, 1, 256), targets) for targets in ([1, 2], [2, 3], [3, 4], [4, 5], [5], [])]
 
 
 # ------------------------------------------------------------------------------- what is refused
