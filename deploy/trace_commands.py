@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -22,7 +22,12 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The PNG to w
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def make_trace_app(command: Callable[..., Any], console: Console, errors: Console) -> typer.Typer:
+Command = Callable[..., None]
+
+
+def make_trace_app(
+    command: Callable[[str, str, typer.Typer], Callable[[Command], Command]], console: Console, errors: Console
+) -> typer.Typer:
     """The group of commands; ``command`` registers one as ``cli.command`` does."""
     trace_app = typer.Typer(help="Replay and plot recorded expert choices.", no_args_is_help=True)
 

@@ -31,6 +31,8 @@ def run_plot(paths: Sequence[Path], output: Path, console: Console, errors: Cons
         raise InputError(
             f"plotting needs matplotlib, which is not installed ({error}); pip install 'moray-moe[plot]'"
         ) from error
+    if not output.absolute().parent.is_dir():
+        raise TraceError(f"cannot write {output}: no such directory; choose another file with -o")
     traces = read_traces(paths, errors)
     recalls = {
         path.stem: recall for path, trace in zip(paths, traces, strict=True) if (recall := recall_by_distance(trace))

@@ -25,8 +25,8 @@ ALL_POLICIES = (*POLICIES, BELADY)
 NOTES = (
     "hit rate: of all uses of an expert by a layer call, the share that found it in memory; memory is empty at first",
     "belady: the bound of all policies: it evicts what the trace needs again last",
-    "time: sum over layer calls of the larger of loading (bytes / disk bandwidth) and the recorded computing of experts,"
-    " to the sum of both; without what else a model computes",
+    "time: sum over layer calls of the larger of loading (bytes / disk bandwidth) and the recorded computing of "
+    "experts, to the sum of both; without what else a model computes",
 )
 
 
@@ -136,10 +136,10 @@ def _print(
         table.add_row("" if budget == shown else budget, outcome.policy, rate, loaded, times)
         shown = budget
     console.print(table, highlight=False)
-    for trace in traces:
+    for path, trace in zip(paths, traces, strict=True):
         if recall := recall_by_distance(trace):
-            values = ", ".join(f"{distance}: {value:.1%}" for distance, value in recall.items())
-            console.print(f"recall of prefetch by layers ahead: {values}", highlight=False)
+            values = ", ".join(f"{distance}: {100 * value:.1f} %" for distance, value in recall.items())
+            console.print(f"{path.stem}: recall of prefetch by layers ahead {values}", highlight=False, markup=False)
     console.print(f"disk bandwidth: {format_bytes(bytes_per_s)}/s\n" + "\n".join(NOTES), highlight=False)
 
 
@@ -149,7 +149,7 @@ def _describe(path: Path, trace: Trace) -> str:
     how = (
         "everything resident"
         if header.num_slots is None
-        else f"{header.num_slots} slots and policy {header.policy}: {recorded_hit_rate(trace):.1%} hits"
+        else f"{header.num_slots} slots and policy {header.policy}: {100 * recorded_hit_rate(trace):.1f} % hits"
     )
     return (
         f"{path}: {header.family}, {sum(header.num_experts)} experts in {len(header.num_experts)} layers; "

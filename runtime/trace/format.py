@@ -110,13 +110,14 @@ def read_trace(path: Path) -> Trace:
         with path.open("rb") as file:
             unpacker = msgpack.Unpacker(file, strict_map_key=False, max_buffer_size=max(size, 1))
             header = _decode_header(unpacker, path)
-            records = _Records(header)
+            records, end = _Records(header), unpacker.tell()
             for index, record in enumerate(unpacker):
                 try:
                     records.add(record)
                 except (ValueError, TypeError, AttributeError, IndexError) as error:
                     raise TraceError(f"{path} is damaged: record {index} ({error!r:.200}); record it again") from error
-            return records.trace(torn_bytes=size - unpacker.tell())
+                end = unpacker.tell()
+            return records.trace(torn_bytes=size - end)
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror}") from error
     except (msgpack.UnpackException, ValueError, OverflowError) as error:

@@ -105,7 +105,7 @@ def choose_policy(fingerprint: str, num_experts: Sequence[int], num_slots: int) 
     first = [0, *accumulate(num_experts)]
     numbered = [[first[layer] + expert for expert in experts] for layer, *experts in calls]
     rates = hit_rates([numbered], num_experts, num_slots)
-    found = ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items())
+    found = ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in rates.items())
     return Choice(max(rates, key=rates.__getitem__), f"hits over the last {len(calls)} layer calls: {found}")
 
 

@@ -53,9 +53,9 @@ def share_slots(num_experts_of_layers: Sequence[int], num_slots: int) -> list[in
     """Equal shares, the first layers taking what does not divide; none is larger than its layer."""
     shares = [0] * len(num_experts_of_layers)
     while num_slots and (open_layers := [i for i, n in enumerate(num_experts_of_layers) if shares[i] < n]):
-        share, rest = divmod(num_slots, len(open_layers))
-        for turn, layer in enumerate(open_layers):
-            more = min(share + (turn < rest), num_experts_of_layers[layer] - shares[layer])
+        share = num_slots // len(open_layers)
+        for layer in open_layers if share else open_layers[:num_slots]:
+            more = min(max(share, 1), num_experts_of_layers[layer] - shares[layer])
             shares[layer] += more
             num_slots -= more
     return shares
