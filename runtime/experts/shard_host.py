@@ -15,6 +15,8 @@ from moray.runtime.errors import HostLostError, MorayError, ProtocolError
 from moray.runtime.experts.source import Ints
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.prefetch.host import HostPrefetch, PrefetchMode
+from moray.runtime.prefetch.payoff import PrefetchStats
 from moray.runtime.residency.loader import Loader, LoaderStats
 from moray.runtime.residency.manager import ResidencyManager, ResidencyStats, State
 from moray.runtime.residency.policies import make_policy
@@ -38,6 +40,7 @@ class HostStats:
     policy: str
     residency: ResidencyStats
     loader: LoaderStats
+    prefetch: PrefetchStats
 
 
 class ShardHost:
@@ -55,6 +58,7 @@ class ShardHost:
         *,
         num_slots: int | None = None,
         policy: str = "lru",
+        prefetch: PrefetchMode = "auto",
     ) -> None:
         """``keys``: in layer order. ``arena``: the one this host had before it was restarted. ``num_slots``: experts
         that are in memory at once; None: all. Raises ResourceError.
@@ -72,10 +76,13 @@ class ShardHost:
                 f"{count} for {len(keys)}"
             )
         layers = [sum(key.layer == layer for key in self.keys) for layer in range(len(store.manifest.layers))]
-        self._manager = ResidencyManager([key.layer for key in self.keys], count, make_policy(policy, layers, count))
+        layer_of, entries = [key.layer for key in self.keys], [store.manifest.shards[key] for key in self.keys]
+        self._manager = ResidencyManager(layer_of, count, make_policy(policy, layers, count))
         self._adopt()
-        entries = [store.manifest.shards[key] for key in self.keys]
-        self._loader = Loader(self._manager, self.arena, ShardReader(store.path), self.keys, entries)
+        self._prefetch = HostPrefetch(prefetch, layer_of, [entry.num_bytes for entry in entries])
+        reader = ShardReader(store.path)
+        self._loader = Loader(self._manager, self.arena, reader, self.keys, entries, self._prefetch)
+        self.arena.wants_hints = prefetch != "off" and not self.holds_all
 
     @property
     def holds_all(self) -> bool:
@@ -92,7 +99,10 @@ class ShardHost:
             for index in indices:
                 if self._loader.errors.pop(index, None) is not None:
                     self.arena.directory[index] = NOWHERE  # try again
+            if indices:
+                self._prefetch.needed(indices, [self._loader.loaded_bytes(index) for index in indices])
             self._manager.need(client, indices)
+            self._tell_whether_hints_help()
             self._loader.wake()
 
     def failure(self, layer: int, experts: Sequence[int]) -> MorayError | None:
@@ -105,12 +115,17 @@ class ShardHost:
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """A client's layer call used these, found in memory or loaded for it."""
         with self._loader.lock:
-            self._manager.used(self._indices(layer, experts))
+            indices = self._indices(layer, experts)
+            self._manager.used(indices)
+            if indices:
+                self._prefetch.used(indices)
 
     def hint(self, layer: int, experts: Sequence[int]) -> None:
         """These will probably be needed, the likeliest first."""
         with self._loader.lock:
+            self._prefetch.hinted()
             self._manager.hint(self._indices(layer, experts))
+            self._tell_whether_hints_help()
             self._loader.wake()
 
     def release(self, client: str, layer: int, experts: Sequence[int]) -> None:
@@ -134,6 +149,7 @@ class ShardHost:
                 policy=self._policy_name,
                 residency=self._manager.stats,
                 loader=self._loader.stats,
+                prefetch=self._prefetch.stats(),
             )
 
     def wait_filled(self, timeout_s: float | None = None) -> bool:
@@ -177,6 +193,11 @@ class ShardHost:
     def close(self) -> None:
         self._loader.close()
         self.arena.close()
+
+    def _tell_whether_hints_help(self) -> None:
+        wants = self._prefetch.is_on and not self.holds_all
+        if wants != self.arena.wants_hints:
+            self.arena.wants_hints = wants
 
     def _indices(self, layer: int, experts: Sequence[int]) -> list[int]:
         return [self._index[ExpertKey(layer, expert)] for expert in experts]

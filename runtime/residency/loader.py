@@ -17,8 +17,9 @@ import xxhash
 from moray.runtime.arena import Arena
 from moray.runtime.errors import CorruptShardError, MorayError
 from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
+from moray.runtime.prefetch.host import HostPrefetch
 from moray.runtime.residency.depth import DEPTHS, DepthTuner
-from moray.runtime.residency.manager import Load, ResidencyManager, Urgency
+from moray.runtime.residency.manager import Load, ResidencyManager, State, Urgency
 from moray.runtime.store.manifest import ShardEntry
 from moray.runtime.store.reader import PIECE_BYTES, ShardReader
 
@@ -81,8 +82,9 @@ class Loader:
         reader: ShardReader,
         keys: Sequence[ExpertKey],
         entries: Sequence[ShardEntry],
+        prefetch: HostPrefetch,
     ) -> None:
-        self._manager, self._arena, self._reader = manager, arena, reader
+        self._manager, self._arena, self._reader, self._prefetch = manager, arena, reader, prefetch
         self._keys, self._entries = keys, entries
         mutex = threading.RLock()
         self.lock = threading.Condition(mutex)  # its waiters are told when a load has ended
@@ -92,6 +94,7 @@ class Loader:
         self._jobs: list[_Job] = []
         self._started, self._reading, self._changed_at = 0, 0, perf_counter()
         self._depth = DepthTuner()
+        self._told_busy_s = 0.0
         self._is_closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"moray-load-{i}", daemon=True) for i in range(max(DEPTHS))
@@ -116,6 +119,12 @@ class Loader:
         """Call with ``lock`` held."""
         return not self._jobs
 
+    def loaded_bytes(self, expert: int) -> int:
+        """How much of an expert is in memory. Call with ``lock`` held."""
+        if self._manager.state(expert) is State.RESIDENT:
+            return self._entries[expert].num_bytes
+        return next((self._bytes_of(job) for job in self._jobs if job.load.expert == expert), 0)
+
     def _run(self) -> None:
         while True:
             with self.lock:
@@ -133,8 +142,7 @@ class Loader:
                 self._note_reading(-1)
                 job.in_flight -= 1
                 if error is None:
-                    self.stats.bytes_read += len(job.piece(piece))
-                    self._depth.note_bytes(len(job.piece(piece)))
+                    self._note_read(len(job.piece(piece)))
                     job.read.add(piece)
                 else:
                     job.error = error
@@ -150,9 +158,9 @@ class Loader:
         urgency = Urgency.FILL + 1 if best is None else self._manager.urgency(best.load.expert)
         if urgency > Urgency.DEMAND:
             least = Urgency(urgency - 1)
-            load = self._manager.next_load(least)
+            load = self._manager.next_load(least, self._prefetch.admit)
             if load is None and self._end_given_up():  # a demand found every slot taken: those are free now
-                load = self._manager.next_load(least)
+                load = self._manager.next_load(least, self._prefetch.admit)
             if load is not None:
                 best = self._begin(load)
         if best is None or (self._reading >= _HINT_DEPTH and self._manager.urgency(best.load.expert) is Urgency.HINT):
@@ -171,6 +179,9 @@ class Loader:
         memory = self._arena.begin_write(load.slot, load.victim)
         if load.victim is not None:
             self._manager.evicted(load.victim)
+            self._prefetch.dropped(load.victim, self._entries[load.victim].num_bytes)
+        if load.urgency is Urgency.HINT:
+            self._prefetch.began(load.expert, load.victim)
         self.errors.pop(load.expert, None)
         job = _Job(load, self._entries[load.expert], memory, self._started, is_new_memory)
         self._started += 1
@@ -225,16 +236,32 @@ class Loader:
             job.error, is_whole = _corrupt(self._reader.path(job.entry), self._keys[expert], job.entry), False
         self._jobs.remove(job)
         if is_whole:
+            if self._manager.urgency(expert) is Urgency.HINT:
+                self._prefetch.loaded(expert)
             self._manager.loaded(expert)
             self._arena.end_write(slot, expert)
         else:
+            self._prefetch.dropped(expert, self._bytes_of(job))
             self._manager.failed(expert)
             if job.error is not None:
                 self.errors[expert] = job.error
                 self._arena.mark_failed(expert)
             self._arena.end_write(slot, None)
+        if not self._manager.has_demand:
+            self._prefetch.demand_ended()
         self._work.notify()  # its slot may have been waited for
         self.lock.notify_all()
+
+    def _bytes_of(self, job: _Job) -> int:
+        """Read of a load that is not complete."""
+        done = PIECE_BYTES * (job.next_piece - job.in_flight)
+        return max(0, min(done, job.entry.num_bytes - 1))
+
+    def _note_read(self, num_bytes: int) -> None:
+        self.stats.bytes_read += num_bytes
+        self._depth.note_bytes(num_bytes)
+        self._prefetch.read(num_bytes, self.stats.busy_s - self._told_busy_s)
+        self._told_busy_s = self.stats.busy_s
 
     def _note_reading(self, change: int) -> None:
         now = perf_counter()

@@ -14,7 +14,7 @@ evicted before it releases them or needs others.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
@@ -84,6 +84,11 @@ class ResidencyManager:
         return self._num_slots >= len(self._state)
 
     @property
+    def has_demand(self) -> bool:
+        """Whether a client waits for something."""
+        return bool(self._demands) or Urgency.DEMAND in self._urgency.values()
+
+    @property
     def num_resident(self) -> int:
         return sum(state is State.RESIDENT for state in self._state)
 
@@ -141,15 +146,20 @@ class ResidencyManager:
             self._given_up.discard(e)
         return new
 
-    def next_load(self, least: Urgency = Urgency.FILL) -> Load | None:
-        """What to load now, if something of urgency ``least`` or a higher one waits and there is a slot for it."""
+    def next_load(
+        self, least: Urgency = Urgency.FILL, admit: Callable[[int], bool] = lambda expert: True
+    ) -> Load | None:
+        """What to load now, if something of urgency ``least`` or a higher one waits and there is a slot for it.
+
+        ``admit``: whether an expert that is hinted at may take the place of another.
+        """
         self._demands = [e for e in self._demands if self._claimed[e] and self._state[e] is State.ABSENT]
         if self._demands:
             return self._begin(self._demands[0], Urgency.DEMAND)
         if least >= Urgency.HINT:
             for e in list(self._hints):
                 del self._hints[e]
-                if self._state[e] is State.ABSENT:
+                if self._state[e] is State.ABSENT and (self._free or admit(e)):
                     load = self._begin(e, Urgency.HINT)
                     if load is not None:
                         return load
