@@ -26,6 +26,7 @@ from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.loader import bind_experts
+from moray.runtime.planning.profile import GenerationLimits
 from moray.runtime.store.store import Store
 
 T = TypeVar("T")
@@ -70,14 +71,25 @@ class Runner:
     Closes neither the store nor the source.
     """
 
-    def __init__(self, store: Store, source: ExpertSource, model: PreTrainedModel, numerics: Numerics = "int8") -> None:
-        """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here."""
+    def __init__(
+        self,
+        store: Store,
+        source: ExpertSource,
+        model: PreTrainedModel,
+        numerics: Numerics = "int8",
+        limits: GenerationLimits | None = None,
+    ) -> None:
+        """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here.
+
+        ``limits`` None: the model's own context and no limit of memory.
+        """
         self.model = model
         self._meter = bind_experts(model, store, source, numerics)
         self.tokenizer = load_tokenizer(store.path)
         cache_kind = _warm_up(model)
         self._meter.reset()
-        self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config), cache_kind)
+        end_ids = end_token_ids(store.path, self.model.config)
+        self._loop = StepLoop(self.model, self.tokenizer, end_ids, cache_kind, limits)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
         self._early_cancels: deque[str] = deque(maxlen=_MAX_EARLY_CANCELS)

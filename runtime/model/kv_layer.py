@@ -39,6 +39,14 @@ class GrowingLayer(DynamicLayer):
         values[..., before:, :] = value_states
         return keys, values
 
+    def limit(self, capacity: int) -> None:
+        """Change the capacity, to no less than the tokens that are there; room beyond it is given back."""
+        self.capacity = capacity
+        if self.is_initialized and self._keys.shape[-2] > capacity:
+            length = self.get_seq_length()
+            self._keys, self._values = (_grown(old, length, capacity) for old in (self._keys, self._values))
+            self.keys, self.values = self._keys[..., :length, :], self._values[..., :length, :]
+
     def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make room for ``count`` tokens, whose keys and values the caller writes; returns all of them."""
         before = self.get_seq_length()
@@ -70,7 +78,5 @@ def new_cache(
         takes_config = "config" in inspect.signature(kind).parameters
         return kind(config=config) if takes_config else kind()
     cache = DynamicCache(config=config)
-    cache.layers = [
-        GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    cache.layers = [GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -41,8 +41,7 @@ def measure_profile(store: Store, dtype: torch.dtype) -> ModelProfile:
     """The profile of a store's model, computing in ``dtype``. Raises what ``load_config`` and ``build_model`` raise."""
     model = build_model(load_config(store.path), dtype, "meta")
     experts = [
-        _Experts(layer, module)
-        for layer, (_, module) in zip(store.manifest.layers, expert_modules(model), strict=True)
+        _Experts(layer, module) for layer, (_, module) in zip(store.manifest.layers, expert_modules(model), strict=True)
     ]
     trial = _Trial(model)
     sequence = _sequence_memory(trial)
@@ -69,7 +68,8 @@ class _Experts:
 
     def __init__(self, layer: ExpertsLayer, module: nn.Module) -> None:
         up, down = (
-            next(t.spec for t in layer.layout.tensors if t.spec and t.name.endswith(name)) for name in ("up_proj", "down_proj")
+            next(t.spec for t in layer.layout.tensors if t.spec and t.name.endswith(name))
+            for name in ("up_proj", "down_proj")
         )
         # Panels of activations, in the larger class, and results before and after the gate: ops.LayerKernel.
         self._pair_bytes = 4 * (up.columns + 2 * up.rows + 2 * down.columns + 2 * down.rows)
@@ -140,7 +140,11 @@ def _kind_of(layer: nn.Module) -> tuple[Any, ...]:
     """Everything that makes layers compute differently: classes, plain attributes, shapes."""
     plain = int | float | str | bool | type(None)
     modules = [
-        (name, type(module), *sorted((k, v) for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"))
+        (
+            name,
+            type(module),
+            *sorted((k, v) for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"),
+        )
         for name, module in layer.named_modules()
     ]
     return (*modules, *((name, *parameter.shape) for name, parameter in layer.named_parameters()))

@@ -72,6 +72,20 @@ class ModelProfile:
         return json.dumps(asdict(self))
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationLimits:
+    """What the step loop keeps to. ``kv_bytes``: of all KV caches, running and kept; None: no limit."""
+
+    context_length: int
+    chunk: int = CHUNK
+    kv_bytes: int | None = None
+    sequence: SequenceMemory = SequenceMemory(0, 0, (), can_chunk=True)
+
+    def sequence_bytes(self, tokens: int) -> int:
+        """What is reserved for a sequence of so many tokens."""
+        return self.sequence.kv_bytes(tokens, self.chunk)
+
+
 def decode_profile(text: str) -> ModelProfile:
     """Raises ValueError, KeyError or TypeError for anything but what ``encode`` made."""
     document: Mapping[str, Any] = json.loads(text)
