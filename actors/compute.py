@@ -52,7 +52,8 @@ class ComputeActor:
             raise self._failure
         self._source = ArenaSource(self._store, hosts)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
-            self._runner = Runner(self._store, self._source, self._model, self._config.numerics)
+            config = self._config
+            self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits)
         return ComputeReport(
             node_id=self._node_id,
             pid=os.getpid(),

@@ -11,6 +11,7 @@ from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.source import SourceInfo
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.planning.profile import GenerationLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class HostConfig:
     num_hosts: int
     num_threads: int
     owner: Owner | None  # end with this process of the same machine; None: live until told
+    num_slots: int  # of the arena: as planned, at most one for each expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class ComputeConfig:
     device: str
     num_threads: int
     owner: Owner | None
+    limits: GenerationLimits | None  # None: the model's own context and no limit of memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from moray.cluster.client import HostAddress
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.layout.packed import Numerics
+from moray.runtime.planning.plan import MemoryPlan
 
 T = TypeVar("T")
 
@@ -63,11 +64,13 @@ def start_actors(
     num_gpus: int,
     num_threads: int,
     owner: Owner | None,
+    plan: MemoryPlan | None = None,
 ) -> Actors:
     """Start an engine's actors and wait until they are ready. On failure none is left behind.
 
     All run on node ``node_id``: the hosts' arenas are used in place. ``num_gpus`` is what the compute actor
-    asks of Ray: 0 or 1. ``owner``: the process that the actors end with, however it ends.
+    asks of Ray: 0 or 1. ``owner``: the process that the actors end with, however it ends. ``plan``: sizes of arenas and
+    caches; None: a slot for each expert, and the model's own context.
     """
     name = f"engine-{secrets.token_hex(4)}"
     token = secrets.token_hex(32)
@@ -78,7 +81,7 @@ def start_actors(
         orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator", **here).remote(store_path, host_ids, owner)
         started.append(orchestrator)
         options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus} | here
-        compute_config = ComputeConfig(store_path, numerics, device, num_threads, owner)
+        compute_config = ComputeConfig(store_path, numerics, device, num_threads, owner, plan.limits if plan else None)
         compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, _node_id)
         started.append(compute)
         placement = call(orchestrator.placement)
@@ -87,7 +90,8 @@ def start_actors(
         addresses = [HostAddress(host_id, f"ipc://@moray-{name}-{host_id}", token) for host_id in host_ids]
         for index, address in enumerate(addresses):
             keys = tuple(placement[address.host_id])
-            config = HostConfig(address, store_path, keys, index, num_hosts, num_threads, owner)
+            num_slots = plan.slots[index] if plan else len(keys)
+            config = HostConfig(address, store_path, keys, index, num_hosts, num_threads, owner, num_slots)
             host_options: dict[str, Any] = {"name": f"{name}-{address.host_id}", "max_restarts": -1} | here
             started.append(_remote(ExpertHost, **host_options).remote(config, _node_id, lookup))
         hosts = tuple(started[2:])

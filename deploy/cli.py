@@ -40,6 +40,16 @@ DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 NumericsOption = Annotated[str | None, typer.Option(help="auto, int8 or float (docs/format.md).")]
 AddressOption = Annotated[str | None, typer.Option(help="HOST:PORT of a running Ray cluster; none: start Ray here.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads that compute; none: every core this process may use.")]
+HostMemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Memory for experts, e.g. 8GiB, or 80% of what is available; none: as much as is left."),
+]
+DeviceMemoryOption = Annotated[
+    str | None, typer.Option(help="Memory to use of the GPU, a size or a share of what is free; none: 90%.")
+]
+ContextOption = Annotated[
+    int | None, typer.Option(help="Most tokens of one sequence; none: as many as fit, at most the model's limit.")
+]
 ConfigOption = Annotated[Path | None, typer.Option(help="YAML file with the same names; flags win over it.")]
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens to generate.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -198,6 +208,9 @@ def generate(
     numerics: NumericsOption = None,
     address: AddressOption = None,
     threads: ThreadsOption = None,
+    host_memory: HostMemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
+    context: ContextOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -207,7 +220,9 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     store = store_of_model(store, model, revision, recipe, errors)
-    settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
+    settings = make_config(
+        _engine_values(store, hosts, device, numerics, address, threads, host_memory, device_memory, context), config
+    )
     options = {
         "temperature": temperature,
         "top_p": top_p,
@@ -235,6 +250,9 @@ def chat(
     numerics: NumericsOption = None,
     address: AddressOption = None,
     threads: ThreadsOption = None,
+    host_memory: HostMemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
+    context: ContextOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Talk to a model. Earlier turns are not computed again."""
@@ -242,7 +260,9 @@ def chat(
     from moray.deploy.terminal import run_chat
 
     store = store_of_model(store, model, revision, recipe, errors)
-    settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
+    settings = make_config(
+        _engine_values(store, hosts, device, numerics, address, threads, host_memory, device_memory, context), config
+    )
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     run_chat(settings, system, options | {"max_new_tokens": max_new_tokens}, console)
 
@@ -274,6 +294,9 @@ def evaluate(
     numerics: NumericsOption = None,
     address: AddressOption = None,
     threads: ThreadsOption = None,
+    host_memory: HostMemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
+    context: ContextOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -294,7 +317,9 @@ def evaluate(
     from moray.deploy.config import make_config
     from moray.deploy.evaluate import run_eval
 
-    settings = make_config(_engine_values(None, hosts, device, numerics, address, threads), config)
+    settings = make_config(
+        _engine_values(None, hosts, device, numerics, address, threads, host_memory, device_memory, context), config
+    )
     paths = stores or [settings.store_path]
     run_eval(settings, paths, text, reference, window, max_tokens, console, as_json=as_json)
 
@@ -341,13 +366,18 @@ def bench_decode(
     device: DeviceOption = None,
     numerics: NumericsOption = None,
     threads: ThreadsOption = None,
+    host_memory: HostMemoryOption = None,
+    device_memory: DeviceMemoryOption = None,
+    context: ContextOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure an engine on a store: tokens a second, time by part, bytes against the memory's bandwidth, idle CPU."""
     from moray.deploy.config import make_config
 
-    settings = make_config(_engine_values(store, hosts, device, numerics, None, threads), config)
+    settings = make_config(
+        _engine_values(store, hosts, device, numerics, None, threads, host_memory, device_memory, context), config
+    )
     from moray.deploy.bench.decode_report import run_decode
 
     run_decode(settings, prompt_tokens, new_tokens, repeat, console, as_json=as_json)
@@ -369,6 +399,9 @@ def _engine_values(
     numerics: str | None,
     address: str | None,
     threads: int | None,
+    host_memory: str | None,
+    device_memory: str | None,
+    context: int | None,
 ) -> dict[str, Any]:
     return {
         "store": store,
@@ -377,6 +410,9 @@ def _engine_values(
         "numerics": numerics,
         "address": address,
         "threads": threads,
+        "host_memory": host_memory,
+        "device_memory": device_memory,
+        "context": context,
     }
 
 

@@ -19,7 +19,8 @@ from moray.cluster import ray_session
 from moray.cluster.nodes import choose_compute_node
 from moray.cluster.ray_session import RaySession
 from moray.deploy.config import EngineConfig, make_config
-from moray.runtime.errors import ClusterError
+from moray.deploy.memory_plan import plan_engine
+from moray.runtime.errors import ClusterError, ConfigError, ResourceError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.generation.request import (
     FinishReason,
@@ -30,8 +31,7 @@ from moray.runtime.generation.request import (
     TokenEvent,
     Usage,
 )
-from moray.runtime.memory import require_memory
-from moray.runtime.store.store import Store
+from moray.runtime.planning.plan import MemoryPlan
 
 __all__ = ["Completion", "Engine", "Message", "launch"]
 
@@ -58,6 +58,9 @@ def launch(
     address: str | None = None,
     numerics: Literal["auto", "int8", "float"] = "auto",
     threads: int | None = None,
+    host_memory: str | None = None,
+    device_memory: str | None = None,
+    context: int | None = None,
 ) -> Engine:
     """Start an engine on a store; None is the embedded demonstration model. ``EngineConfig`` describes the options.
 
@@ -67,7 +70,8 @@ def launch(
             print(engine.generate("def main(", max_new_tokens=40).text)
     """
     values = {"store": store, "device": device, "hosts": hosts, "address": address}
-    return Engine(make_config(values | {"numerics": numerics, "threads": threads}))
+    memory = {"host_memory": host_memory, "device_memory": device_memory, "context": context}
+    return Engine(make_config(values | memory | {"numerics": numerics, "threads": threads}))
 
 
 class Engine:
@@ -76,11 +80,11 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         path = config.store_path.absolute()
-        check_store(path, config)
+        plan = None if config.address else plan_here(path, config)
         self._session = ray_session.join(config.address) if config.address else _start_local(config)
         self._actors: Actors | None = None
         try:
-            self._actors = self._start(str(path))
+            self._actors = self._start(path, plan)
         except BaseException:
             self.close()
             raise
@@ -180,12 +184,16 @@ class Engine:
             stop_actors(actors)
         ray_session.leave(self._session)
 
-    def _start(self, path: str) -> Actors:
+    def _start(self, path: Path, plan: MemoryPlan | None) -> Actors:
         config = self.config
         nodes, here = ray_session.living_nodes(), ray_session.this_node()
         node = choose_compute_node(nodes, here, needs_gpu=config.device == "cuda")
+        if plan is None and node.node_id == here:
+            plan = plan_here(path, config)
+        _refuse_what_is_elsewhere(config, plan)
         return start_actors(
-            path,
+            str(path),
+            plan=plan,
             node_id=node.node_id,
             num_hosts=config.num_hosts,
             numerics="float" if config.numerics == "float" else "int8",
@@ -196,12 +204,21 @@ class Engine:
         )
 
 
-def check_store(path: Path, config: EngineConfig) -> None:
-    """Refuse a bad store, or one that this machine's memory cannot hold, before Ray starts."""
-    with Store.open(path) as store:
-        manifest = store.manifest
-    if config.address is None:
-        require_memory(len(manifest.shards) * manifest.slot_bytes + manifest.trunk_bytes, f"the store {path}")
+def plan_here(path: Path, config: EngineConfig) -> MemoryPlan:
+    """Plan the memory of this machine. Raises MorayError: a bad store, or one that does not fit."""
+    plan = plan_engine(path, config)
+    if not plan.all_resident:  # DELETE THESE TWO LINES once hosts take fewer slots than experts
+        raise ResourceError(f"{path} does not fit: {plan.num_slots} of {plan.num_experts} experts; use more memory")
+    return plan
+
+
+def _refuse_what_is_elsewhere(config: EngineConfig, plan: MemoryPlan | None) -> None:
+    given = [name for name in ("host_memory", "device_memory", "context") if getattr(config, name) is not None]
+    if plan is None and given:
+        raise ConfigError(
+            f"{given[0]} is {getattr(config, given[0])!r}, and the engine runs on another node, whose memory is not "
+            "known here; start it on that node, or leave the option out"
+        )
 
 
 def _start_local(config: EngineConfig) -> RaySession:

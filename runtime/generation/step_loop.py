@@ -154,7 +154,7 @@ class StepLoop:
         return sum(sequence.kv.reserved_bytes for sequence in self._running.values())
 
     def _has_room(self, request: GenerationRequest) -> bool:
-        """Whether its KV cache fits beside those that run. The first in the queue waits until it does: none overtakes."""
+        """Whether its KV cache fits beside those that run. The first waits until it does: none overtakes."""
         needed = self._limits.sequence_bytes(self._num_tokens(request))
         return self._limits.kv_bytes is None or self._running_bytes + needed <= self._limits.kv_bytes
 

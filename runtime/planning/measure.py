@@ -67,10 +67,8 @@ class _Experts:
     """In place of a layer's experts: their result's shape, and the scratch that computing it takes."""
 
     def __init__(self, layer: ExpertsLayer, module: nn.Module) -> None:
-        up, down = (
-            next(t.spec for t in layer.layout.tensors if t.spec and t.name.endswith(name))
-            for name in ("up_proj", "down_proj")
-        )
+        specs = {t.name: t.spec for t in layer.layout.tensors if t.spec is not None}
+        up, down = specs["gate_up_proj"] if "gate_up_proj" in specs else specs["up_proj"], specs["down_proj"]
         # Panels of activations, in the larger class, and results before and after the gate: ops.LayerKernel.
         self._pair_bytes = 4 * (up.columns + 2 * up.rows + 2 * down.columns + 2 * down.rows)
         self.scratch_per_token = 0
@@ -139,14 +137,10 @@ def _again(results: dict[int, Any], index: int) -> Any:
 def _kind_of(layer: nn.Module) -> tuple[Any, ...]:
     """Everything that makes layers compute differently: classes, plain attributes, shapes."""
     plain = int | float | str | bool | type(None)
-    modules = [
-        (
-            name,
-            type(module),
-            *sorted((k, v) for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"),
-        )
-        for name, module in layer.named_modules()
-    ]
+    modules = []
+    for name, module in layer.named_modules():
+        values = {key: value for key, value in vars(module).items() if isinstance(value, plain) and key != "layer_idx"}
+        modules.append((name, type(module), *sorted(values.items())))
     return (*modules, *((name, *parameter.shape) for name, parameter in layer.named_parameters()))
 
 
@@ -245,7 +239,7 @@ class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations make and nobody has dropped yet."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._living: set[int] = set()
 
@@ -308,7 +302,8 @@ def _is_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any 
         few = [torch.zeros(*t.shape[:-2], 4, t.shape[-1], dtype=t.dtype) for t in (q, k, v)]
         mask = None if attn_mask is None else torch.ones(1, 1, 4, 4, dtype=torch.bool)
         is_causal = bool(kwargs.get("is_causal")) and mask is None
-        choice = torch._fused_sdp_choice(*few, mask, 0.0, is_causal, enable_gqa=bool(kwargs.get("enable_gqa")))
+        choose: Any = torch._fused_sdp_choice
+        choice = choose(*few, mask, 0.0, is_causal, enable_gqa=bool(kwargs.get("enable_gqa")))
     return int(choice) != 0
 
 
