@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from moray.runtime.evaluation import Ids, TokenScores
 
+_PREFETCH_DEPTH = 2  # MoE layers ahead
 _EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nobody reads more than 25 a second
 
 
@@ -46,13 +47,17 @@ class ComputeActor:
     def attach(self, hosts: Sequence[HostAddress]) -> ComputeReport:
         """Connect to the hosts, once they are ready. Raises ClusterError, or what kept the trunk from loading."""
         from moray.cluster.arena_source import ArenaSource
+        from moray.runtime.experts.watch import WatchOptions
         from moray.runtime.generation.runner import Runner
 
         if self._failure is not None:
             raise self._failure
-        self._source = ArenaSource(self._store, hosts)
+        config = self._config
+        self._source = ArenaSource(self._store, hosts, whole_layers=config.caching.whole_layers)
+        depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
+        watch = WatchOptions(depth, config.caching.trace, config.num_slots, config.caching.policy)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
-            self._runner = Runner(self._store, self._source, self._model, self._config.numerics)
+            self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits, watch)
         return ComputeReport(
             node_id=self._node_id,
             pid=os.getpid(),
@@ -103,6 +108,10 @@ class ComputeActor:
 
     def score(self, token_ids: list[int], candidates: Ids | None) -> TokenScores:
         return self._runner.score(token_ids, candidates)
+
+    def finish(self) -> None:
+        """End generation and write what was recorded of it."""
+        self._runner.close()
 
     def stats(self) -> ComputeStats:
         return ComputeStats(self._runner.stats(), tuple(self._source.describe()), self._source.stats())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 from moray.actors.guard import exit_with
 from moray.actors.messages import HostConfig, HostReport
@@ -49,7 +50,9 @@ class ExpertHost:
         store = Store.open(config.store_path)
         num_threads = min(config.num_threads, len(os.sched_getaffinity(0)))
         arena = _take_back(survivor)
-        self._host = ShardHost(store, config.keys, num_threads, arena, num_slots=config.num_slots, policy=config.policy)
+        caching = config.caching
+        options: dict[str, Any] = {"policy": caching.policy, "prefetch": caching.prefetch}
+        self._host = ShardHost(store, config.keys, num_threads, arena, num_slots=config.num_slots, **options)
         address = config.address
         self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)
         return HostReport(

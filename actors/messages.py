@@ -12,6 +12,18 @@ from moray.runtime.experts.shard_host import HostStats
 from moray.runtime.experts.source import SourceInfo, SourceStats
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.planning.profile import GenerationLimits
+from moray.runtime.prefetch.host import PrefetchMode
+
+
+@dataclass(frozen=True, slots=True)
+class Caching:
+    """What happens when not all experts fit in memory."""
+
+    policy: str
+    prefetch: PrefetchMode
+    whole_layers: bool  # load whole layers only, to compare with
+    trace: str | None  # file of the compute actor's node to record layer calls into
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +36,8 @@ class HostConfig:
     index: int
     num_hosts: int
     num_threads: int
-    num_slots: int  # experts in memory at once
-    policy: str
+    num_slots: int  # of the arena: as planned, at most one for each expert
+    caching: Caching
     owner: Owner | None  # end with this process of the same machine; None: live until told
 
 
@@ -50,6 +62,9 @@ class ComputeConfig:
     device: str
     num_threads: int
     owner: Owner | None
+    caching: Caching
+    num_slots: int | None  # of all hosts; None: one for each expert
+    limits: GenerationLimits | None  # None: the model's own context and no limit of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,7 @@ class EngineStats:
     sources: tuple[SourceInfo, ...]
     fetches: SourceStats
     hosts: tuple[HostStats, ...]
+    policy: str  # of eviction, and why it was chosen
 
     @property
     def hits(self) -> int:

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from moray.actors.compute import ComputeActor
 from moray.actors.guard import Owner
 from moray.actors.host import ExpertHost
-from moray.actors.messages import ComputeConfig, ComputeReport, HostConfig, HostReport
+from moray.actors.messages import Caching, ComputeConfig, ComputeReport, HostConfig, HostReport
 from moray.actors.orchestrator import Orchestrator
 from moray.cluster.client import HostAddress
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.layout.packed import Numerics
+from moray.runtime.planning.plan import MemoryPlan
 
 T = TypeVar("T")
 
 _MAX_STREAMS = 64
+_FINISH_S = 10.0
 _HOST_CALLS = 4  # statistics while somebody waits for the arena to fill
 #: Concurrency group of short calls to the compute actor: they never wait behind streams.
 CONTROL = "control"
@@ -64,11 +67,14 @@ def start_actors(
     num_gpus: int,
     num_threads: int,
     owner: Owner | None,
+    caching: Caching,
+    plan: MemoryPlan | None = None,
 ) -> Actors:
     """Start an engine's actors and wait until they are ready. On failure none is left behind.
 
     All run on node ``node_id``: the hosts' arenas are used in place. ``num_gpus`` is what the compute actor
-    asks of Ray: 0 or 1. ``owner``: the process that the actors end with, however it ends.
+    asks of Ray: 0 or 1. ``owner``: the process that the actors end with, however it ends. ``plan``: sizes of arenas and
+    caches; None: a slot for each expert, and the model's own context.
     """
     name = f"engine-{secrets.token_hex(4)}"
     token = secrets.token_hex(32)
@@ -79,7 +85,8 @@ def start_actors(
         orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator", **here).remote(store_path, host_ids, owner)
         started.append(orchestrator)
         options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus} | here
-        compute_config = ComputeConfig(store_path, numerics, device, num_threads, owner)
+        slots, limits = (plan.num_slots, plan.limits) if plan else (None, None)
+        compute_config = ComputeConfig(store_path, numerics, device, num_threads, owner, caching, slots, limits)
         compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, _node_id)
         started.append(compute)
         placement = call(orchestrator.placement)
@@ -88,7 +95,8 @@ def start_actors(
         addresses = [HostAddress(host_id, f"ipc://@moray-{name}-{host_id}", token) for host_id in host_ids]
         for index, address in enumerate(addresses):
             keys = tuple(placement[address.host_id])
-            config = HostConfig(address, store_path, keys, index, num_hosts, num_threads, len(keys), "lru", owner)
+            num_slots = plan.slots[index] if plan else len(keys)
+            config = HostConfig(address, store_path, keys, index, num_hosts, num_threads, num_slots, caching, owner)
             host_options: dict[str, Any] = {
                 "name": f"{name}-{address.host_id}",
                 "max_restarts": -1,
@@ -103,6 +111,12 @@ def start_actors(
         _kill(started)
         raise
     return Actors(compute, hosts, orchestrator, compute_report, host_reports)
+
+
+def finish_actors(actors: Actors) -> None:
+    """Let the compute actor write what it recorded; an engine that is broken is ended all the same."""
+    with suppress(MorayError, GetTimeoutError, RayTaskError):
+        fetch(lambda: ray.get(actors.compute.finish.options(concurrency_group=CONTROL).remote(), timeout=_FINISH_S))
 
 
 def stop_actors(actors: Actors) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moray.deploy.engine_options import EngineFlags, HostsOption, ThreadsOption, takes_engine
 from moray.deploy.hub_commands import stay_offline, store_of_model
 from moray.deploy.trace_commands import make_trace_app
 from moray.runtime.errors import InputError, MorayError
@@ -36,12 +37,6 @@ StoreArgument = Annotated[
     Path | None,
     typer.Argument(help="A store made by `moray convert`; none: the embedded demonstration model."),
 ]
-HostsOption = Annotated[int | None, typer.Option(help="Expert hosts here; by default one for each NUMA node.")]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-NumericsOption = Annotated[str | None, typer.Option(help="auto, int8 or float (docs/format.md).")]
-AddressOption = Annotated[str | None, typer.Option(help="HOST:PORT of a running Ray cluster; none: start Ray here.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads that compute; none: every core this process may use.")]
-ConfigOption = Annotated[Path | None, typer.Option(help="YAML file with the same names; flags win over it.")]
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens to generate.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")]
@@ -185,6 +180,7 @@ def store_diff(
 
 
 @command("moray generate 'import os' --max-new-tokens 60")
+@takes_engine()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     store: Annotated[Path | None, typer.Option(help="A store; none: the embedded demonstration model.")] = None,
@@ -197,21 +193,17 @@ def generate(
     top_k: TopKOption = 0,
     seed: SeedOption = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given again.")] = None,
-    hosts: HostsOption = None,
-    device: DeviceOption = None,
-    numerics: NumericsOption = None,
-    address: AddressOption = None,
-    threads: ThreadsOption = None,
-    config: ConfigOption = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Tell hits, misses, loads and prefetch afterwards.")] = False,
     as_json: JsonOption = False,
+    *,
+    engine: EngineFlags,
 ) -> None:
     """Continue a text, streaming it."""
-    from moray.deploy.config import make_config
     from moray.deploy.terminal import run_generate
 
     text = sys.stdin.read() if prompt == "-" else prompt
     store = store_of_model(store, model, revision, recipe, errors)
-    settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
+    settings = engine.settings(store)
     options = {
         "temperature": temperature,
         "top_p": top_p,
@@ -219,10 +211,11 @@ def generate(
         "seed": seed,
         "stop": tuple(stop or ()),
     }
-    run_generate(settings, text, options | {"max_new_tokens": max_new_tokens}, console, as_json=as_json)
+    run_generate(settings, text, options | {"max_new_tokens": max_new_tokens}, console, stats=stats, as_json=as_json)
 
 
 @command("moray chat --store ./mixtral-instruct-hqq4 --temperature 0.7")
+@takes_engine()
 def chat(
     store: Annotated[Path | None, typer.Option(help="A store; none: the embedded demonstration model.")] = None,
     model: ModelOption = None,
@@ -234,19 +227,14 @@ def chat(
     top_k: TopKOption = 0,
     seed: SeedOption = None,
     system: Annotated[str | None, typer.Option(help="A system message for the chat template.")] = None,
-    hosts: HostsOption = None,
-    device: DeviceOption = None,
-    numerics: NumericsOption = None,
-    address: AddressOption = None,
-    threads: ThreadsOption = None,
-    config: ConfigOption = None,
+    *,
+    engine: EngineFlags,
 ) -> None:
     """Talk to a model. Earlier turns are not computed again."""
-    from moray.deploy.config import make_config
     from moray.deploy.terminal import run_chat
 
     store = store_of_model(store, model, revision, recipe, errors)
-    settings = make_config(_engine_values(store, hosts, device, numerics, address, threads), config)
+    settings = engine.settings(store)
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     run_chat(settings, system, options | {"max_new_tokens": max_new_tokens}, console)
 
@@ -264,6 +252,7 @@ def demo(hosts: HostsOption = 2, max_new_tokens: MaxTokensOption = 120) -> None:
 
 
 @command("moray eval ./mixtral-hqq4 ./mixtral-q3 --text book.txt --reference ./mixtral-none", "eval")
+@takes_engine()
 def evaluate(
     text: Annotated[list[Path], typer.Option(help="A file of UTF-8 text; may be given again.")],
     stores: Annotated[
@@ -273,13 +262,9 @@ def evaluate(
     reference: Annotated[Path | None, typer.Option(help="A store to compare with, such as one of recipe none.")] = None,
     window: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Evaluate only so many first tokens of all texts.")] = None,
-    hosts: HostsOption = None,
-    device: DeviceOption = None,
-    numerics: NumericsOption = None,
-    address: AddressOption = None,
-    threads: ThreadsOption = None,
-    config: ConfigOption = None,
     as_json: JsonOption = False,
+    *,
+    engine: EngineFlags,
 ) -> None:
     """Measure perplexity on text, and agreement with a reference store.
 
@@ -295,10 +280,9 @@ def evaluate(
 
     All stores must have one tokenizer. They are evaluated one after the other, the reference first.
     """
-    from moray.deploy.config import make_config
     from moray.deploy.evaluate import run_eval
 
-    settings = make_config(_engine_values(None, hosts, device, numerics, address, threads), config)
+    settings = engine.settings(None)
     paths = stores or [settings.store_path]
     run_eval(settings, paths, text, reference, window, max_tokens, console, as_json=as_json)
 
@@ -336,22 +320,18 @@ def bench_kernels(
 
 
 @command("moray bench decode ./mixtral-hqq4 --repeat 5", "decode", bench)
+@takes_engine("address")
 def bench_decode(
     store: StoreArgument = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens before those that are decoded.")] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each repeat.")] = 64,
     repeat: Annotated[int, typer.Option(help="How often everything is measured, in turns.")] = 5,
-    hosts: HostsOption = None,
-    device: DeviceOption = None,
-    numerics: NumericsOption = None,
-    threads: ThreadsOption = None,
-    config: ConfigOption = None,
     as_json: JsonOption = False,
+    *,
+    engine: EngineFlags,
 ) -> None:
     """Measure an engine on a store: tokens a second, time by part, bytes against the memory's bandwidth, idle CPU."""
-    from moray.deploy.config import make_config
-
-    settings = make_config(_engine_values(store, hosts, device, numerics, None, threads), config)
+    settings = engine.settings(store)
     from moray.deploy.bench.decode_report import run_decode
 
     run_decode(settings, prompt_tokens, new_tokens, repeat, console, as_json=as_json)
@@ -364,24 +344,6 @@ def doctor(store: StoreArgument = None, as_json: JsonOption = False) -> None:
 
     if not run_doctor(store, console, as_json=as_json):
         raise typer.Exit(1)
-
-
-def _engine_values(
-    store: Path | None,
-    hosts: int | None,
-    device: str | None,
-    numerics: str | None,
-    address: str | None,
-    threads: int | None,
-) -> dict[str, Any]:
-    return {
-        "store": store,
-        "hosts": hosts,
-        "device": device,
-        "numerics": numerics,
-        "address": address,
-        "threads": threads,
-    }
 
 
 def main() -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from moray.runtime.cpu import usable_cores
 from moray.runtime.errors import ConfigError
+from moray.runtime.planning.sizes import parse_bytes
 from moray.runtime.topology import numa_nodes, read_cores
 
 
@@ -30,6 +31,27 @@ class EngineConfig(BaseModel):
     numerics: Literal["auto", "int8", "float"] = "auto"
     #: Threads that compute; none: one for each core this process may use, fewer under a container's CPU limit.
     threads: int | None = Field(None, ge=1, le=1024)
+    #: Memory of all arenas of a node: a size (8GiB), or a share of what is available (80%). None: as much as is left.
+    host_memory: str | None = None
+    #: Memory to use of the GPU: a size, or a share of what is free. None: 90%.
+    device_memory: str | None = None
+    #: Most tokens of one sequence. None: as many as fit, at most the model's own limit.
+    context: int | None = Field(None, ge=2, le=1 << 30)
+
+    #: What is evicted when not all experts fit: auto picks by the store's recorded traffic. whole-layers: no cache, and
+    #: every layer is loaded whole, to compare with.
+    policy: Literal["auto", "lfu", "layer-lru", "lru", "whole-layers"] = "auto"
+    #: Load experts ahead of need, predicted by the next layers' routers. auto: as long as it pays.
+    prefetch: Literal["auto", "on", "off"] = "auto"
+    #: File to record every layer call into (moray trace).
+    trace: Path | None = None
+
+    @field_validator("host_memory", "device_memory")
+    @classmethod
+    def _is_size(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None:
+            parse_bytes(text, 1 << 40, info.field_name or "size")  # its share is taken when the memory is known
+        return text
 
     @property
     def store_path(self) -> Path:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from moray.actors.guard import Owner
-from moray.actors.messages import ComputeStats, EngineStats
-from moray.actors.wiring import CONTROL, Actors, call, fetch, start_actors, stop_actors
+from moray.actors.messages import Caching, ComputeStats, EngineStats
+from moray.actors.wiring import CONTROL, Actors, call, fetch, finish_actors, start_actors, stop_actors
 from moray.cluster import ray_session
 from moray.cluster.nodes import choose_compute_node
 from moray.cluster.ray_session import RaySession
 from moray.deploy.config import EngineConfig, make_config
-from moray.runtime.errors import ClusterError
+from moray.deploy.memory_plan import plan_engine
+from moray.runtime.errors import ClusterError, ConfigError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.generation.request import (
     FinishReason,
@@ -30,8 +31,9 @@ from moray.runtime.generation.request import (
     TokenEvent,
     Usage,
 )
-from moray.runtime.memory import require_memory
+from moray.runtime.planning.plan import MemoryPlan
 from moray.runtime.store.store import Store
+from moray.runtime.trace.traffic import choose_policy
 
 __all__ = ["Completion", "Engine", "Message", "launch"]
 
@@ -57,7 +59,13 @@ def launch(
     hosts: int | None = None,
     address: str | None = None,
     numerics: Literal["auto", "int8", "float"] = "auto",
+    policy: Literal["auto", "lfu", "layer-lru", "lru", "whole-layers"] = "auto",
+    prefetch: Literal["auto", "on", "off"] = "auto",
+    trace: str | Path | None = None,
     threads: int | None = None,
+    host_memory: str | None = None,
+    device_memory: str | None = None,
+    context: int | None = None,
 ) -> Engine:
     """Start an engine on a store; None is the embedded demonstration model. ``EngineConfig`` describes the options.
 
@@ -66,8 +74,10 @@ def launch(
         with moray.launch() as engine:
             print(engine.generate("def main(", max_new_tokens=40).text)
     """
-    values = {"store": store, "device": device, "hosts": hosts, "address": address}
-    return Engine(make_config(values | {"numerics": numerics, "threads": threads}))
+    values = {"store": store, "device": device, "hosts": hosts, "address": address, "numerics": numerics}
+    memory = {"host_memory": host_memory, "device_memory": device_memory, "context": context}
+    caching = {"policy": policy, "prefetch": prefetch, "trace": trace}
+    return Engine(make_config(values | memory | caching | {"threads": threads}))
 
 
 class Engine:
@@ -76,11 +86,11 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         path = config.store_path.absolute()
-        check_store(path, config)
+        plan = None if config.address else plan_engine(path, config)
         self._session = ray_session.join(config.address) if config.address else _start_local(config)
         self._actors: Actors | None = None
         try:
-            self._actors = self._start(str(path))
+            self._actors = self._start(path, plan)
         except BaseException:
             self.close()
             raise
@@ -172,7 +182,7 @@ class Engine:
         """What the experts did so far: tokens per expert, bytes by source, hits and misses, loads, prefetch, times."""
         stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
         hosts = tuple(call(host.stats) for host in self.actors.hosts)
-        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts)
+        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts, self._policy)
 
     def wait_filled(self) -> None:
         """Wait until the hosts' memory is full, or holds all experts; generating need not wait.
@@ -186,15 +196,22 @@ class Engine:
         """Stop the actors, and Ray if this engine started it. May be called twice."""
         actors, self._actors = self._actors, None
         if actors is not None:
+            finish_actors(actors)
             stop_actors(actors)
         ray_session.leave(self._session)
 
-    def _start(self, path: str) -> Actors:
+    def _start(self, path: Path, plan: MemoryPlan | None) -> Actors:
         config = self.config
         nodes, here = ray_session.living_nodes(), ray_session.this_node()
         node = choose_compute_node(nodes, here, needs_gpu=config.device == "cuda")
+        if plan is None and node.node_id == here:
+            plan = plan_engine(path, config)
+        _refuse_what_is_elsewhere(config, plan)
+        caching, self._policy = _choose_caching(path, config, plan)
         return start_actors(
-            path,
+            str(path),
+            plan=plan,
+            caching=caching,
             node_id=node.node_id,
             num_hosts=config.num_hosts,
             numerics="float" if config.numerics == "float" else "int8",
@@ -205,12 +222,28 @@ class Engine:
         )
 
 
-def check_store(path: Path, config: EngineConfig) -> None:
-    """Refuse a bad store, or one that this machine's memory cannot hold, before Ray starts."""
-    with Store.open(path) as store:
-        manifest = store.manifest
-    if config.address is None:
-        require_memory(len(manifest.shards) * manifest.slot_bytes + manifest.trunk_bytes, f"the store {path}")
+def _choose_caching(path: Path, config: EngineConfig, plan: MemoryPlan | None) -> tuple[Caching, str]:
+    """How the hosts keep experts, and why so in words."""
+    trace = None if config.trace is None else str(config.trace.absolute())
+    whole_layers = config.policy == "whole-layers"
+    policy: str = "lru" if whole_layers else config.policy
+    reason = "as configured"
+    if policy == "auto":
+        with Store.open(path) as store:
+            num_experts = [layer.num_experts for layer in store.manifest.layers]
+            num_slots = plan.num_slots if plan else sum(num_experts)
+            policy, reason = choose_policy(store.fingerprint, num_experts, num_slots)
+    prefetch = "off" if whole_layers else config.prefetch
+    return Caching(policy, prefetch, whole_layers, trace), f"{policy}: {reason}"
+
+
+def _refuse_what_is_elsewhere(config: EngineConfig, plan: MemoryPlan | None) -> None:
+    given = [name for name in ("host_memory", "device_memory", "context") if getattr(config, name) is not None]
+    if plan is None and given:
+        raise ConfigError(
+            f"{given[0]} is {getattr(config, given[0])!r}, and the engine runs on another node, whose memory is not "
+            "known here; start it on that node, or leave the option out"
+        )
 
 
 def _start_local(config: EngineConfig) -> RaySession:

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moray.deploy.config import EngineConfig
-from moray.deploy.engine import Engine, check_store
+from moray.deploy.engine import Engine
 from moray.deploy.evaluation_report import Report, StoreResult, Text, print_report, short_names
+from moray.deploy.memory_plan import plan_engine
 from moray.deploy.terminal import running_engine
 from moray.runtime.errors import EvaluationError
 from moray.runtime.evaluation import Evaluation, TokenScores, cut_windows
@@ -55,7 +56,10 @@ def run_eval(
         _require_at_least_2("--max-tokens", max_tokens)
     paths = [*([reference] if reference else []), *stores]
     for path in paths:
-        check_store(path, config)
+        with Store.open(path):  # refuse what is no store before anything starts
+            pass
+        if config.address is None:
+            plan_engine(path, config)
     documents = _check_comparable(paths, files, window)
     texts, windows = _cut(files, documents, window, max_tokens)
     names = dict(zip(paths, short_names(paths), strict=True))

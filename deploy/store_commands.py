@@ -20,12 +20,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from moray.deploy.config import demo_store
+from moray.deploy.config import demo_store, make_config
 from moray.deploy.hub_commands import is_hub_id
+from moray.deploy.memory_plan import plan_engine, plan_rows
 from moray.runtime.convert.converter import convert
 from moray.runtime.convert.needs import Needs
 from moray.runtime.convert.recipe import Recipe
-from moray.runtime.errors import ConfigError
+from moray.runtime.errors import ConfigError, MorayError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.memory import format_bytes
 from moray.runtime.store.manifest import Manifest
@@ -109,10 +110,19 @@ def show_store(path: Path | None, *, verify: bool, as_json: bool, console: Conso
         facts = _describe(store.path, store.manifest) | {"fingerprint": store.fingerprint}
         if verify:
             facts["verified"] = "every byte"
+        plan = _plan(store.path)
     if as_json:
-        console.print_json(json.dumps(facts))
+        console.print_json(json.dumps(facts | {"memory": plan}))
     else:
-        console.print(_table(facts), highlight=False)
+        console.print(_table(facts | {f"memory: {name}": line for name, line in plan.items()}), highlight=False)
+
+
+def _plan(path: Path) -> dict[str, str]:
+    """What an engine would hold in this machine's memory, in words; or why it cannot be."""
+    try:
+        return plan_rows(plan_engine(path, make_config({})))
+    except MorayError as error:
+        return {"plan": f"none: {error}"}
 
 
 def _verify(store: Store, console: Console, quiet: bool) -> None:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moray.deploy.bench.options import parse_size
 from moray.runtime.errors import StoreError
+from moray.runtime.planning.sizes import parse_bytes
 from moray.runtime.store.diff import Difference, compare, describe
 from moray.runtime.store.inspection import Checked, inspect, read_manifest, repair_command
 from moray.runtime.store.receipt import RECEIPT_NAME
@@ -72,7 +72,7 @@ def repack_store(path: Path, target: Path | None, file_size: str | None, console
         done = repack_in_place(path)
         console.print(f"{path}: {', '.join(done) or 'nothing to do'}", highlight=False, soft_wrap=True)
         return
-    file_bytes = parse_size(file_size, "--file-size") if file_size is not None else None
+    file_bytes = parse_bytes(file_size, option="--file-size") if file_size is not None else None
     manifest = read_manifest(path)
     with _progress(console, manifest.expert_bytes + manifest.trunk_bytes, False) as (progress, task):
         repacked = repack(

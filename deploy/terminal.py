@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.table import Table
 from moray.deploy.config import EngineConfig
 from moray.deploy.engine import Engine
 from moray.deploy.first_use import compile_for
+from moray.deploy.stats_report import print_stats
 from moray.runtime.generation.request import Finished, Message, TokenEvent
 from moray.runtime.memory import format_bytes
 
@@ -24,16 +25,21 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 def run_generate(
-    config: EngineConfig, prompt: str, options: dict[str, Any], console: Console, *, as_json: bool
+    config: EngineConfig, prompt: str, options: dict[str, Any], console: Console, *, stats: bool, as_json: bool
 ) -> None:
     with running_engine(config, console, quiet=as_json) as (engine, start_s):
         if as_json:
             completion = engine.generate(prompt, **options)
-            console.print_json(json.dumps({"prompt": prompt, "completion": asdict(completion)}))
+            document = {"prompt": prompt, "completion": asdict(completion)}
+            if stats:
+                document["stats"] = asdict(engine.stats())
+            console.print_json(json.dumps(document))
             return
         _write(console, prompt, style="dim")
         finished = _stream(engine.stream(prompt, **options), console)
         _summarize(engine, finished, start_s, console)
+        if stats:
+            print_stats(engine.stats(), console)
 
 
 def run_demo(config: EngineConfig, max_new_tokens: int, console: Console) -> None:
@@ -80,6 +86,16 @@ def run_doctor(store: Path | None, console: Console, *, as_json: bool) -> bool:
     if as_json:
         console.print_json(json.dumps([asdict(check) for check in checks]))
     return all(check.status != "problem" for check in checks)
+
+
+def run_record(config: EngineConfig, prompts: Sequence[str], max_new_tokens: int, console: Console) -> None:
+    """Generate after each prompt, recording every layer call into ``config.trace``."""
+    with running_engine(config, console) as (engine, _):
+        for prompt in prompts:
+            _write(console, prompt, style="dim")
+            finished = _stream(engine.stream(prompt, max_new_tokens=max_new_tokens), console)
+            _report_turn(finished, console)
+    console.print(f"recorded {config.trace}", highlight=False)
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from moray.deploy.engine_options import EngineFlags, takes_engine
+from moray.runtime.errors import ConfigError
+
 TracesArgument = Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces of one model.")]
 BudgetOption = Annotated[
     list[str] | None,
@@ -30,6 +33,25 @@ def make_trace_app(
 ) -> typer.Typer:
     """The group of commands; ``command`` registers one as ``cli.command`` does."""
     trace_app = typer.Typer(help="Replay and plot recorded expert choices.", no_args_is_help=True)
+
+    @command("moray trace record ./mixtral-hqq4 --text book.txt -o book.trace", "record", trace_app)
+    @takes_engine("address")
+    def record(
+        output: Annotated[Path, typer.Option("--output", "-o", help="The trace to write; replaced if it is there.")],
+        store: Annotated[Path | None, typer.Argument(help="A store; none: the embedded demonstration model.")] = None,
+        prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+        text: Annotated[list[Path] | None, typer.Option(help="A file with a prompt; may be given again.")] = None,
+        max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.")] = 256,
+        *,
+        engine: EngineFlags,
+    ) -> None:
+        """Generate after prompts, recording which experts every layer call used, missed and predicted."""
+        from moray.deploy.terminal import run_record
+
+        prompts = [*(prompt or []), *(read_text(path) for path in text or [])]
+        if not prompts:
+            raise ConfigError("there is nothing to record; give a prompt with --prompt or --text")
+        run_record(engine.settings(store, trace=output), prompts, max_new_tokens, console)
 
     @command("moray trace replay chat.trace --budget 3GiB --budget 40%", "replay", trace_app)
     def replay(
@@ -55,3 +77,11 @@ def make_trace_app(
         run_plot(traces, output, console, errors)
 
     return trace_app
+
+
+def read_text(path: Path) -> str:
+    """Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moray.deploy.bench.options import parse_size
 from moray.runtime.errors import ConfigError
 from moray.runtime.memory import format_bytes
+from moray.runtime.planning.sizes import parse_bytes
 from moray.runtime.residency.policies import POLICIES
 from moray.runtime.trace.format import Trace, TraceHeader, read_trace
 from moray.runtime.trace.recall import recall_by_distance
@@ -42,7 +42,7 @@ def run_replay(
 ) -> None:
     """Raises TraceError, ConfigError."""
     traces = read_traces(paths, errors)
-    header, bytes_per_s = traces[0].header, parse_size(bandwidth, "--bandwidth")
+    header, bytes_per_s = traces[0].header, parse_bytes(bandwidth, option="--bandwidth")
     texts = list(budgets or DEFAULT_BUDGETS)
     slots = [parse_budget(text, header) for text in texts]
     if unknown := set(policies) - set(ALL_POLICIES):
@@ -79,7 +79,7 @@ def parse_budget(text: str, header: TraceHeader) -> int:
     elif match := re.fullmatch(r"(\d+) *slots?", text.strip(), re.ASCII):
         slots = int(match[1])
     else:
-        slots = parse_size(text, "--budget") // max(slot_bytes, 1)
+        slots = parse_bytes(text, option="--budget") // max(slot_bytes, 1)
     if not slots:
         raise ConfigError(
             f"--budget {text} holds no expert; one takes {format_bytes(slot_bytes)}, "

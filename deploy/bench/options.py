@@ -8,11 +8,11 @@ from typing import cast, get_args
 
 from moray.runtime.errors import ConfigError
 from moray.runtime.layout.packed import ENCODINGS, METAS, Encoding, Meta, Numerics, PackedSpec
+from moray.runtime.planning.sizes import parse_bytes
 
 DEFAULT_ENCODINGS = "q8,q4,q3,q2,q4:64:u8,q3:64:u8,q2:16:u8,bf16"
 _DEFAULT_GROUPS: dict[Encoding, int] = {"q8": 64, "q4": 64, "q3": 64, "q2": 16, "fp4": 32}
 _DEFAULT_METAS: dict[Encoding, Meta] = {"fp4": "e8m0"}
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 # What kernels should reach: of the memory's bandwidth at batch 1, and times dequantizing and torch's product.
 BATCH_1_TARGETS: dict[Encoding, float] = {"q8": 0.85, "q4": 0.85, "q3": 0.70, "q2": 0.70}
@@ -119,7 +119,7 @@ def make_options(
         rows=rows,
         columns=columns,
         threads=_at_least_1("--threads", threads),
-        working_set_bytes=parse_size(working_set or ("4MB" if quick else "512MB")),
+        working_set_bytes=parse_bytes(working_set or ("4MB" if quick else "512MB"), option="--working-set"),
         pairs=_at_least_1("--pairs", (2 if quick else 5) if pairs is None else pairs),
         numerics=_parse_numerics(numerics),
         quick=quick,
@@ -145,15 +145,6 @@ def parse_shape(text: str) -> tuple[int, int]:
     if match is None or not int(match[1]) or not int(match[2]):
         raise ConfigError(f"--shape is {text!r}, expected ROWSxCOLUMNS, e.g. 14336x4096")
     return int(match[1]), int(match[2])
-
-
-def parse_size(text: str, option: str = "--working-set") -> int:
-    """``512MB``, ``1GiB`` or bytes. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", text.strip().lower(), re.ASCII)
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if not size:
-        raise ConfigError(f"{option} is {text!r}, expected a size such as 512MB or 1GiB")
-    return size
 
 
 def _parse_coding(text: str) -> Coding:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from moray.runtime.model.kv_layer import new_cache
+from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 
 
 @dataclass(slots=True)
@@ -16,10 +16,18 @@ class KVCache:
 
     cache: DynamicCache
     ids: list[int]
+    reserved_bytes: int = 0  # what the cache may grow to
 
     @classmethod
     def empty(cls, config: PretrainedConfig, kind: type[DynamicCache] = DynamicCache) -> KVCache:
         return cls(new_cache(config, kind), [])
+
+    def reserve(self, tokens: int, num_bytes: int) -> None:
+        """Let the cache grow to so many tokens, which take so many bytes."""
+        self.reserved_bytes = num_bytes
+        for layer in self.cache.layers:
+            if isinstance(layer, GrowingLayer):
+                layer.limit(tokens)
 
     @property
     def can_chunk(self) -> bool:
@@ -77,9 +85,18 @@ class KeptCaches:
         best.crop(best.reusable_prefix(prompt))
         return best
 
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(kv.reserved_bytes for kv in self._kept)
+
     def keep(self, kv: KVCache) -> None:
         self._kept.append(kv)
         del self._kept[: -self._capacity]
+
+    def shrink(self, num_bytes: int) -> None:
+        """Drop the oldest until all together have at most so many bytes reserved."""
+        while self.reserved_bytes > num_bytes:
+            del self._kept[0]
 
 
 def _can_go_on(layer: object) -> bool:

@@ -27,6 +27,7 @@ from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.loader import bind_experts, blank_experts
+from moray.runtime.planning.profile import GenerationLimits
 from moray.runtime.store.store import Store
 
 T = TypeVar("T")
@@ -77,9 +78,13 @@ class Runner:
         source: ExpertSource,
         model: PreTrainedModel,
         numerics: Numerics = "int8",
+        limits: GenerationLimits | None = None,
         watch: WatchOptions | None = None,
     ) -> None:
-        """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here. Raises TraceError."""
+        """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here. Raises TraceError.
+
+        ``limits`` None: the model's own context and no limit of memory.
+        """
         self.model = model
         self._meter = bind_experts(model, store, source, numerics)
         self.tokenizer = load_tokenizer(store.path)
@@ -87,7 +92,8 @@ class Runner:
             cache_kind = _warm_up(model)
         self._watch = watch_layers(model, store, source, watch or WatchOptions())
         self._meter.reset()
-        self._loop = StepLoop(self.model, self.tokenizer, end_token_ids(store.path, self.model.config), cache_kind)
+        end_ids = end_token_ids(store.path, self.model.config)
+        self._loop = StepLoop(self.model, self.tokenizer, end_ids, cache_kind, limits)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
         self._early_cancels: deque[str] = deque(maxlen=_MAX_EARLY_CANCELS)

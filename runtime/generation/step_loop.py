@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from transformers import DynamicCache, PreTrainedModel
 from moray.runtime.errors import RequestError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.generation.detokenizer import Detokenizer, Tokenizer
-from moray.runtime.generation.kv import KeptCaches
+from moray.runtime.generation.kv import KeptCaches, KVCache
 from moray.runtime.generation.request import GenerationRequest, TokenEvent
 from moray.runtime.generation.sampler import Sampler
 from moray.runtime.generation.scoring import score_logits
 from moray.runtime.generation.sequence import Sequence
 from moray.runtime.model.families import context_length
+from moray.runtime.planning.profile import GenerationLimits
 
-PREFILL_CHUNK = 512  # prompt tokens in one forward pass: bounds activations, and how long a decode waits
 MAX_RUNNING = 8
 KEPT_CACHES = 4
 _SMALL_ATTENTION = 128 << 10  # pairs of a token and a key, of one head
@@ -38,9 +39,12 @@ class StepLoop:
         tokenizer: Tokenizer | None,
         end_ids: frozenset[int],
         cache_kind: type[DynamicCache] = DynamicCache,
+        limits: GenerationLimits | None = None,
     ) -> None:
+        """``limits`` None: the model's own context and no limit of memory."""
         self._model = model
         self._config = model.config.get_text_config()
+        self._limits = limits or GenerationLimits(context_length(self._config))
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._waiting: deque[GenerationRequest] = deque()
@@ -51,7 +55,12 @@ class StepLoop:
 
     @property
     def context_length(self) -> int:
-        return context_length(self._config)
+        return min(context_length(self._config), self._limits.context_length)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What all KV caches, running and kept, may grow to: never more than the limit."""
+        return self._running_bytes + self._kept.reserved_bytes
 
     @property
     def vocabulary_size(self) -> int:
@@ -65,10 +74,7 @@ class StepLoop:
         """Raise RequestError if the request can never be served. Thread-safe: reads constants only."""
         length = len(request.prompt_ids)
         if length >= self.context_length:
-            raise RequestError(
-                f"the prompt has {length} tokens, the model's context holds {self.context_length} with at least one "
-                "to generate; shorten the prompt"
-            )
+            raise RequestError(self._too_long(length))
         self.check_ids(request.prompt_ids)
         if request.stop and self._tokenizer is None:
             raise RequestError("this store has no tokenizer, so a text cannot stop a request; leave out stop")
@@ -94,7 +100,7 @@ class StepLoop:
     def step(self) -> list[TokenEvent]:
         """Advance. Returns what happened, in the order of arrival of the requests."""
         events = self._drop_cancelled()
-        while self._waiting and len(self._running) < MAX_RUNNING:
+        while self._waiting and len(self._running) < MAX_RUNNING and self._has_room(self._waiting[0]):
             self._admit(self._waiting.popleft())
         prefilled = False
         for sequence in list(self._running.values()):
@@ -128,22 +134,48 @@ class StepLoop:
         logits = self._model(input_ids=ids, use_cache=False).logits[0, :-1]
         return score_logits(logits, np.array(token_ids[1:], dtype=np.int32), candidates)
 
+    def _too_long(self, length: int) -> str:
+        own, planned = context_length(self._config), self.context_length
+        if planned == own:
+            holds, remedy = f"the model's context holds {own}", "shorten the prompt"
+        else:
+            holds = f"the context planned for this machine's memory holds {planned} (the model's own {own})"
+            remedy = (
+                f"shorten the prompt, or start the engine with a larger --context, up to {own}, and the memory for it"
+            )
+        return f"the prompt has {length} tokens, {holds} with at least one to generate; {remedy}"
+
+    def _num_tokens(self, request: GenerationRequest) -> int:
+        """Most tokens of the request's sequence."""
+        return min(len(request.prompt_ids) + request.max_new_tokens, self.context_length)
+
+    @property
+    def _running_bytes(self) -> int:
+        return sum(sequence.kv.reserved_bytes for sequence in self._running.values())
+
+    def _has_room(self, request: GenerationRequest) -> bool:
+        """Whether its KV cache fits beside those that run. The first waits until it does: none overtakes."""
+        needed = self._limits.sequence_bytes(self._num_tokens(request))
+        return self._limits.kv_bytes is None or self._running_bytes + needed <= self._limits.kv_bytes
+
     def _admit(self, request: GenerationRequest) -> None:
-        room = self.context_length - len(request.prompt_ids)
-        if request.max_new_tokens > room:
-            request = GenerationRequest(request.request_id, request.prompt_ids, room, request.sampling, request.stop)
-        self._running[request.request_id] = Sequence(
-            request,
-            self._kept.take(request.prompt_ids, self._config),
-            Detokenizer(self._tokenizer, request.prompt_ids, request.stop),
-            Sampler(request.sampling),
-            self._end_ids,
-        )
+        """Start a request that has room, at the cost of the oldest kept caches."""
+        tokens = self._num_tokens(request)
+        kv, needed = self._kept.take(request.prompt_ids, self._config), self._limits.sequence_bytes(tokens)
+        if self._limits.kv_bytes is not None:
+            self._kept.shrink(self._limits.kv_bytes - self._running_bytes - needed)
+        kv.reserve(tokens, needed)
+        request = replace(request, max_new_tokens=tokens - len(request.prompt_ids))
+        self._running[request.request_id] = self._sequence(request, kv)
+
+    def _sequence(self, request: GenerationRequest, kv: KVCache) -> Sequence:
+        detokenizer = Detokenizer(self._tokenizer, request.prompt_ids, request.stop)
+        return Sequence(request, kv, detokenizer, Sampler(request.sampling), self._end_ids)
 
     def _advance(self, sequence: Sequence) -> list[TokenEvent]:
         """One forward pass of one sequence; an event if it reached the end of the known tokens."""
         pending = sequence.pending
-        chunk = pending[:PREFILL_CHUNK] if sequence.kv.can_chunk else pending
+        chunk = pending[: self._limits.chunk] if sequence.kv.can_chunk else pending
         ids = torch.tensor([chunk], device=self._model.device)
         self._give_torch_threads(len(chunk), len(sequence.kv.ids) + len(chunk))
         output = self._model(input_ids=ids, past_key_values=sequence.kv.cache, use_cache=True, logits_to_keep=1)
@@ -169,7 +201,7 @@ class StepLoop:
         events = []
         for request in [r for r in self._waiting if r.request_id in cancelled]:
             self._waiting.remove(request)
-            self._admit(request)
+            events.append(self._sequence(request, KVCache.empty(self._config)).cancel())
         for request_id in [r for r in self._running if r in cancelled]:
             sequence = self._running[request_id]
             events.append(sequence.cancel())

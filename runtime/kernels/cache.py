@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from moray.runtime import paths
 from moray.runtime.kernels.isa import INSTRUCTION_SET
 from moray.runtime.layout.packed import Numerics, PackedSpec
 from moray.runtime.store.manifest import Manifest
@@ -27,14 +26,7 @@ def cache_folder() -> Path:
     digest = hashlib.sha256(f"{version('numba')} {INSTRUCTION_SET} {cpu}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    name = f"kernels-{digest.hexdigest()[:16]}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moray" / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home: compile once for each boot
-        folder = Path(tempfile.gettempdir()) / f"moray-{os.getuid()}" / name
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return paths.cache_folder(f"kernels-{digest.hexdigest()[:16]}")
 
 
 def needed_kernels(manifest: Manifest) -> list[PackedSpec]:

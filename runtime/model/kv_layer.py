@@ -13,7 +13,14 @@ _LEAST = 256  # tokens of room for the first ones
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [1, V, N, D] are views of buffers that have room for a quarter more."""
+    """Keys and values [1, V, N, D] are views of buffers that have room for a quarter more, up to ``capacity`` tokens.
+
+    ``capacity`` None: no limit. More tokens than that must not be appended.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity = capacity
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -32,12 +39,23 @@ class GrowingLayer(DynamicLayer):
         values[..., before:, :] = value_states
         return keys, values
 
+    def limit(self, capacity: int) -> None:
+        """Change the capacity, to no less than the tokens that are there; room beyond it is given back."""
+        self.capacity = capacity
+        if self.is_initialized and self._keys.shape[-2] > capacity:
+            length = self.get_seq_length()
+            self._keys, self._values = (_grown(old, length, capacity) for old in (self._keys, self._values))
+            self.keys, self.values = self._keys[..., :length, :], self._values[..., :length, :]
+
     def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make room for ``count`` tokens, whose keys and values the caller writes; returns all of them."""
         before = self.get_seq_length()
         length = before + count
         if length > self._keys.shape[-2]:
             room = max(_LEAST, length + length // 4)
+            if self.capacity is not None:
+                assert length <= self.capacity, f"{length} tokens in a cache of {self.capacity}"
+                room = min(room, self.capacity)
             self._keys, self._values = (_grown(old, before, room) for old in (self._keys, self._values))
         self.keys, self.values = self._keys[..., :length, :], self._values[..., :length, :]
         return self.keys, self.values
@@ -49,8 +67,10 @@ def _grown(old: torch.Tensor, length: int, room: int) -> torch.Tensor:
     return new
 
 
-def new_cache(config: PretrainedConfig, kind: type[DynamicCache] = DynamicCache) -> DynamicCache:
-    """An empty cache for a model; layers that keep everything grow in place.
+def new_cache(
+    config: PretrainedConfig, kind: type[DynamicCache] = DynamicCache, capacity: int | None = None
+) -> DynamicCache:
+    """An empty cache for a model; layers that keep everything grow in place, up to ``capacity`` tokens.
 
     ``kind``: what the model itself makes (``Runner`` finds it). A family's own kind is left as it is.
     """
@@ -58,8 +78,5 @@ def new_cache(config: PretrainedConfig, kind: type[DynamicCache] = DynamicCache)
         takes_config = "config" in inspect.signature(kind).parameters
         return kind(config=config) if takes_config else kind()
     cache = DynamicCache(config=config)
-    cache.layers = [
-        GrowingLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]
-        for layer in cache.layers
-    ]
+    cache.layers = [GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

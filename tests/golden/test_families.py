@@ -12,6 +12,7 @@ from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_
 
 from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.model.catalog import SAMPLE
+from moray.runtime.planning.profile import GenerationLimits
 
 PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 
@@ -93,13 +94,12 @@ def test_the_path_of_devices_without_kernels_computes_the_same(
 
 @pytest.mark.parametrize("family", ["mixtral", "jamba", "gpt_oss", "deepseek_v2"])
 def test_long_prompts_and_second_turns_equal_transformers(
-    family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path]
 ) -> None:
     """Prompts in chunks and kept caches, over full, sliding, compressed and linear attention."""
-    monkeypatch.setattr("moray.runtime.generation.step_loop.PREFILL_CHUNK", 16)
     model = stock_model(checkpoint(family))
     prompt = [3 + (7 * i * i) % 180 for i in range(70)]
-    with runner(store(family, "none"), "float") as made:
+    with runner(store(family, "none"), "float", GenerationLimits(1 << 20, chunk=16)) as made:
         first = greedy(made, prompt, 8)
         assert first == stock_greedy(model, prompt, 8)[: len(first)]
         turn = [*prompt, *first, 9, 8, 7]

@@ -12,6 +12,7 @@ from helpers.reference import greedy, runner, stock_generate, stock_logits, stoc
 from moray.runtime.convert.converter import convert
 from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.model.catalog import EXCEPTIONS, list_families
+from moray.runtime.planning.profile import GenerationLimits
 
 PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 LONG = [3 + (7 * i * i) % 180 for i in range(70)]
@@ -33,8 +34,7 @@ def test_logits_tokens_and_turns_equal_transformers(
     model = stock_model(checkpoint)
     expected = stock_logits(model, PROMPT)
     assert expected.std() > 0.1  # a model whose logits are all alike would pass anything
-    monkeypatch.setattr("moray.runtime.generation.step_loop.PREFILL_CHUNK", 16)
-    with runner(tmp_path / "store", "float") as made:
+    with runner(tmp_path / "store", "float", GenerationLimits(1 << 20, chunk=16)) as made:
         assert (made.logits(PROMPT) - expected).abs().max() < 1e-5
         with monkeypatch.context() as patch:  # the equality is not vacuous: the experts matter
             patch.setattr(ExpertsBinding, "_compute", lambda self, module, x, *args: torch.zeros_like(x))

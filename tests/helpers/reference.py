@@ -17,6 +17,7 @@ from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.architectures import find_architecture
 from moray.runtime.model.loader import load_model
+from moray.runtime.planning.profile import GenerationLimits
 from moray.runtime.store.store import Store
 
 
@@ -56,11 +57,11 @@ def stock_greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int
 
 
 @contextmanager
-def runner(path: Path, numerics: Numerics) -> Iterator[Runner]:
+def runner(path: Path, numerics: Numerics, limits: GenerationLimits | None = None) -> Iterator[Runner]:
     """A store generating in this process."""
     with Store.open(path) as store:
         source = InProcessSource(store)
-        made = Runner(store, source, load_model(store, numerics, torch.device("cpu")), numerics)
+        made = Runner(store, source, load_model(store, numerics, torch.device("cpu")), numerics, limits)
         try:
             yield made
         finally:

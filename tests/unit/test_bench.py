@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from moray.deploy.bench.decode import Generated, Prompts, Spent, TokenCost
 from moray.deploy.bench.kernels import is_supported
 from moray.deploy.bench.kernels_report import verdict
-from moray.deploy.bench.options import LAYERS, Coding, make_options, parse_codings, parse_shape, parse_size
+from moray.deploy.bench.options import LAYERS, Coding, make_options, parse_codings, parse_shape
 from moray.deploy.bench.pairs import Spread, busy_warning, ratios, time_in_turns
 from moray.deploy.bench.working_set import describe_pages, working_set
 from moray.deploy.cli import app
@@ -28,6 +28,7 @@ from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.layout.packed import ENCODINGS, PackedSpec
 from moray.runtime.model.families import build_model, load_config
 from moray.runtime.model.weights_read import trunk_bytes_read
+from moray.runtime.planning.sizes import parse_bytes
 from moray.runtime.store.store import Store
 
 
@@ -62,14 +63,14 @@ def test_codings_in_words() -> None:
 
 
 def test_sizes_and_shapes() -> None:
-    assert [parse_size(text) for text in ("512MB", "1GiB", "1.5 KB", "77")] == [512 * 10**6, 1 << 30, 1500, 77]
+    assert [parse_bytes(text) for text in ("512MB", "1GiB", "1.5 KB", "77")] == [512 * 10**6, 1 << 30, 1500, 77]
     assert parse_shape("14336x4096") == (14336, 4096)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5MB", "much", "5XB", "MB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--working-set"):
-        parse_size(text)
+        parse_bytes(text)
 
 
 def test_a_quick_run_is_small_unless_told() -> None:

@@ -16,6 +16,7 @@ from moray.runtime.generation import step_loop
 from moray.runtime.generation.request import Finished, GenerationRequest, SamplingParams, Timings, TokenEvent, Usage
 from moray.runtime.generation.runner import Runner
 from moray.runtime.generation.step_loop import MAX_RUNNING, StepLoop
+from moray.runtime.planning.profile import GenerationLimits
 
 PROMPTS = [
     "import os\nimport sys\n\n\ndef main(argv=None):\n",
@@ -35,7 +36,12 @@ PROMPTS = [
 @pytest.fixture
 def make_loop(demo_runner: Runner) -> Callable[..., StepLoop]:
     """A new loop, without kept caches, over the one model. No token ends a text unless asked for."""
-    return lambda end_ids=(): StepLoop(demo_runner.model, demo_runner.tokenizer, frozenset(end_ids))
+    return lambda end_ids=(), **limits: StepLoop(
+        demo_runner.model,
+        demo_runner.tokenizer,
+        frozenset(end_ids),
+        limits=GenerationLimits(**{"context_length": 2048} | limits),
+    )
 
 
 @pytest.fixture
@@ -226,9 +232,9 @@ def test_requests_that_join_later_change_nothing(
 
 
 def test_a_step_gives_every_decoding_request_a_token_while_a_long_prompt_is_computed(
-    loop: StepLoop, request_of: Callable[..., GenerationRequest], monkeypatch: pytest.MonkeyPatch
+    make_loop: Callable[..., StepLoop], request_of: Callable[..., GenerationRequest]
 ) -> None:
-    monkeypatch.setattr(step_loop, "PREFILL_CHUNK", 8)
+    loop = make_loop(chunk=8)
     loop.add(request_of("x", 50, "a"))
     loop.add(request_of("y", 50, "b"))
     while len(loop.step()) < 2:
@@ -288,9 +294,9 @@ def test_a_cancelled_request_gives_up_text_it_held_back(
 
 
 def test_requests_are_cancelled_before_they_run_and_in_the_middle_of_a_prompt(
-    loop: StepLoop, request_of: Callable[..., GenerationRequest], monkeypatch: pytest.MonkeyPatch
+    make_loop: Callable[..., StepLoop], request_of: Callable[..., GenerationRequest]
 ) -> None:
-    monkeypatch.setattr(step_loop, "PREFILL_CHUNK", 8)
+    loop = make_loop(chunk=8)
     loop.add(request_of([7] * 40, 5, "prompt"))
     loop.step()
     loop.cancel("prompt")
@@ -300,8 +306,9 @@ def test_requests_are_cancelled_before_they_run_and_in_the_middle_of_a_prompt(
     loop.cancel("waiting")
     (event,) = loop.step()
     assert event.finished is not None and event.finished.reason == "cancelled"
-    assert event.finished.usage == Usage(40, 8, 0)  # what was computed of the first prompt is of use
+    assert event.finished.usage == Usage(40, 0, 0)
     assert loop.is_idle
+    assert end_of(run(loop, request_of([7] * 40, 5))).usage.cached_tokens == 8  # the first prompt's are of use
 
 
 def test_cancelling_what_is_not_there_changes_nothing(
@@ -407,13 +414,11 @@ def test_what_a_cache_has_forgotten_is_computed_again(family: str, cached: int, 
 def test_a_prompt_in_chunks_gives_the_same_tokens(
     make_loop: Callable[..., StepLoop],
     request_of: Callable[..., GenerationRequest],
-    monkeypatch: pytest.MonkeyPatch,
     chunk: int,
 ) -> None:
     request = request_of("\n".join(PROMPTS), 12)
     whole = run(make_loop(), request)
-    monkeypatch.setattr(step_loop, "PREFILL_CHUNK", chunk)
-    loop = make_loop()
+    loop = make_loop(chunk=chunk)
     loop.add(request)
     silent = 0
     while not (events := loop.step()):
