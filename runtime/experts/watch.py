@@ -12,6 +12,7 @@ from torch import nn
 from moray.runtime.experts.source import ExpertSource
 from moray.runtime.model.families import expert_modules
 from moray.runtime.prefetch.predictor import Predictor
+from moray.runtime.prefetch.replayed import ReplayedPredictor, replayed_file
 from moray.runtime.store.store import Store
 from moray.runtime.trace.format import TraceHeader
 from moray.runtime.trace.recorder import TraceRecorder
@@ -48,7 +49,7 @@ class LayerWatch:
     def __init__(
         self,
         source: ExpertSource,
-        predictor: Predictor | None = None,
+        predictor: Predictor | ReplayedPredictor | None = None,
         trace: TraceRecorder | None = None,
         traffic: TrafficRecorder | None = None,
     ) -> None:
@@ -88,6 +89,11 @@ class LayerWatch:
                 recorder.close()
 
 
+def _make_predictor(model: nn.Module, depth: int) -> Predictor | ReplayedPredictor:
+    file = replayed_file()
+    return Predictor(model, depth) if file is None else ReplayedPredictor(model, file, depth)
+
+
 def watch_layers(model: nn.Module, store: Store, source: ExpertSource, options: WatchOptions) -> LayerWatch | None:
     """Watch all layers of a model whose experts are bound; None if there is nothing to predict or record.
 
@@ -96,7 +102,7 @@ def watch_layers(model: nn.Module, store: Store, source: ExpertSource, options: 
     manifest = store.manifest
     num_experts = tuple(layer.num_experts for layer in manifest.layers)
     wants_predictions = options.prefetch_depth > 0 and (source.wants_uses or options.trace is not None)
-    predictor = Predictor(model, options.prefetch_depth) if wants_predictions else None
+    predictor = _make_predictor(model, options.prefetch_depth) if wants_predictions else None
     traffic = TrafficRecorder(store.fingerprint, num_experts) if source.wants_uses else None
     if predictor is None and traffic is None and options.trace is None:
         return None

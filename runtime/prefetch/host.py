@@ -88,6 +88,8 @@ class HostPrefetch:
 
     def dropped(self, expert: int, read_bytes: int) -> None:
         """Any expert was evicted, or its load given up."""
+        if read_bytes < self._bytes_of[expert]:
+            self._budget.refund(self._bytes_of[expert] - read_bytes)
         self._payoff.dropped(expert, read_bytes)
         self._loaded.get(self._layer_of[expert], set()).discard(expert)
 
