@@ -215,6 +215,10 @@ def layer_norm(gain: torch.Tensor, shift: torch.Tensor) -> Callable[[torch.Tenso
     return lambda s: nn.functional.layer_norm(s, gain.shape, gain, shift)
 
 
+def in_half(norm: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda s: norm(s.float()).bfloat16()
+
+
 @pytest.fixture
 def vectors() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -237,6 +241,16 @@ def test_one_norm_follows_from_another_of_its_kind(vectors: list[torch.Tensor], 
         affine = find_affine(source, target, residual)
         assert agrees(affine, source, target, residual)
         assert not torch.allclose(source(residual), target(residual), atol=0.1)  # there was something to do
+
+
+def test_half_precision_is_allowed_its_rounding(vectors: list[torch.Tensor], residual: torch.Tensor) -> None:
+    a, b, _, _ = vectors
+    half = [in_half(rms_norm(gain)) for gain in (a, b)]
+    affine = find_affine(half[0], half[1], residual.bfloat16())
+    assert affine is not None and affine.scale is not None and affine.scale.dtype == torch.bfloat16
+    wanted = half[1](residual.bfloat16())
+    assert torch.allclose(affine(half[0](residual.bfloat16())), wanted, rtol=0.05, atol=0.05)
+    assert find_affine(half[0], in_half(rms_norm(b, 1.0)), 0.3 * residual.bfloat16()) is None
 
 
 def test_norms_of_another_kind_or_epsilon_do_not_follow(vectors: list[torch.Tensor], residual: torch.Tensor) -> None:
