@@ -121,7 +121,11 @@ class _Finder:
             if (value.data_ptr(), value.numel(), value.dtype) in self._constants:
                 return Extra(slot, "constant", value)
             ids = self._trace.token_ids
-            if not value.is_floating_point() and value.numel() == ids.numel() and bool((value.view(-1) == ids).all()):
+            if (
+                not value.is_floating_point()
+                and value.numel() == ids.numel()
+                and bool((value.reshape(-1) == ids).all())
+            ):
                 return Extra(slot, "token_ids")
             for layer, other in self._router_calls.items():
                 if other is not call and other.returns(value):

@@ -77,7 +77,7 @@ class Predictor:
                 x = residual if step.norm is None else step.norm.forward(residual)
             else:
                 continue  # a fused layer that does not call its norm
-            if any(e.kind == "output" and returned.get(e.value[0]) is None for e in step.router.extras):
+            if step.router.extras and not self._knows(step.router.extras, returned):
                 continue
             returned[step.layer] = made = step.router.returned(x, lambda extra: self._value(extra, returned))
             predictions.append(Prediction(step.layer, _ranked(*step.router.choice(made), step.router.num_experts)))
@@ -110,6 +110,13 @@ class Predictor:
             self._caught.catch_token_ids(model.get_input_embeddings())  # type: ignore[operator]
         for layer in sorted({extra.value[0] for extra in extras if extra.kind == "output"}):
             self._caught.catch_returned(self.routings[layer])
+
+    def _knows(self, extras: tuple[Extra, ...], returned: dict[int, Any]) -> bool:
+        return all(
+            (extra.kind != "output" or returned.get(extra.value[0]) is not None)
+            and (extra.kind != "token_ids" or self._caught.token_ids is not None)
+            for extra in extras
+        )
 
     def _value(self, extra: Extra, returned: dict[int, Any]) -> Any:
         if extra.kind == "output":
@@ -166,7 +173,10 @@ def _affine(source: LayerRouting, target: LayerRouting) -> Affine | None:
     if source.norm is None or target.norm is None:
         return None
     assert source.residual is not None
-    return find_affine(source.norm.forward, target.norm.forward, source.residual)
+    try:
+        return find_affine(source.norm.forward, target.norm.forward, source.residual)
+    except Exception:  # a norm that cannot be measured: it is run on the residual instead
+        return None
 
 
 def _reach(source: LayerRouting, target: LayerRouting) -> str:

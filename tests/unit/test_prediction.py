@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.reference import greedy, runner
+from helpers.reference import greedy
 from torch import nn
 
 from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.experts.source import InProcessSource
+from moray.runtime.generation.runner import Runner
 from moray.runtime.generation.text import load_tokenizer
 from moray.runtime.model import families
 from moray.runtime.model.families import expert_modules
@@ -29,11 +30,8 @@ NUM_TOKENS = 400
 
 
 @pytest.fixture(scope="module")
-def model(demo: Store) -> Iterator[Any]:
-    with closing(InProcessSource(demo)) as source:
-        model = load_model(demo, "float", torch.device("cpu"))
-        bind_experts(model, demo, source, "float")
-        yield model
+def model(demo_runner: Runner) -> Any:
+    return demo_runner.model
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +108,19 @@ def test_the_last_layers_predict_what_is_left(model: Any, routed: Routed) -> Non
     assert predictor.unpredictable == {}
 
 
-def test_tokens_are_the_same_while_it_predicts(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_the_same_while_it_predicts(demo_runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the step loop as it is used: layers and blocks in one launch each."""
-    with runner(demo.path, "int8") as made:
-        prompt = made.encode("def main(")
-        alone = greedy(made, list(prompt), 12)
-        predictor, seen = Predictor(made.model, depth=2), []
-        compute = ExpertsBinding.compute_routed
+    prompt = list(demo_runner.encode("def main("))
+    alone = greedy(demo_runner, prompt, 12)
+    predictor, seen = Predictor(demo_runner.model, depth=2), []
+    compute = ExpertsBinding.compute_routed
 
-        def compute_routed(self: ExpertsBinding, kernel: Any, x: torch.Tensor, out: torch.Tensor) -> bool:
-            seen.append((x.shape, [p.layer for p in predictor.predict(self.layer, x)]))
-            return compute(self, kernel, x, out)
+    def compute_routed(self: ExpertsBinding, kernel: Any, x: torch.Tensor, out: torch.Tensor) -> bool:
+        seen.append((x.shape, [p.layer for p in predictor.predict(self.layer, x)]))
+        return compute(self, kernel, x, out)
 
-        monkeypatch.setattr(ExpertsBinding, "compute_routed", compute_routed)
-        assert greedy(made, list(prompt), 12) == alone
+    monkeypatch.setattr(ExpertsBinding, "compute_routed", compute_routed)
+    assert greedy(demo_runner, prompt, 12) == alone
     assert seen[-6:] == [((1, 1, 256), targets) for targets in ([1, 2], [2, 3], [3, 4], [4, 5], [5], [])]
 
 
@@ -218,6 +215,10 @@ def layer_norm(gain: torch.Tensor, shift: torch.Tensor) -> Callable[[torch.Tenso
     return lambda s: nn.functional.layer_norm(s, gain.shape, gain, shift)
 
 
+def in_half(norm: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda s: norm(s.float()).bfloat16()
+
+
 @pytest.fixture
 def vectors() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -240,6 +241,16 @@ def test_one_norm_follows_from_another_of_its_kind(vectors: list[torch.Tensor], 
         affine = find_affine(source, target, residual)
         assert agrees(affine, source, target, residual)
         assert not torch.allclose(source(residual), target(residual), atol=0.1)  # there was something to do
+
+
+def test_half_precision_is_allowed_its_rounding(vectors: list[torch.Tensor], residual: torch.Tensor) -> None:
+    a, b, _, _ = vectors
+    half = [in_half(rms_norm(gain)) for gain in (a, b)]
+    affine = find_affine(half[0], half[1], residual.bfloat16())
+    assert affine is not None and affine.scale is not None and affine.scale.dtype == torch.bfloat16
+    wanted = half[1](residual.bfloat16())
+    assert torch.allclose(affine(half[0](residual.bfloat16())), wanted, rtol=0.05, atol=0.05)
+    assert find_affine(half[0], in_half(rms_norm(b, 1.0)), 0.3 * residual.bfloat16()) is None
 
 
 def test_norms_of_another_kind_or_epsilon_do_not_follow(vectors: list[torch.Tensor], residual: torch.Tensor) -> None:
