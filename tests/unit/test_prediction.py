@@ -194,7 +194,7 @@ def test_discovery_reads_no_experts_and_changes_nothing(model: Any, monkeypatch:
     def read(*args: Any) -> None:
         raise AssertionError("experts were read")
 
-    monkeypatch.setattr(InProcessSource, "lease", read)
+    monkeypatch.setattr(InProcessSource, "fetch", read)
     monkeypatch.setattr(InProcessSource, "table", read)
     before = [dict(vars(module)) for module in model.modules()]
     routings = discover(model)
