@@ -132,14 +132,14 @@ def read_trace(path: Path) -> Trace:
             return records.trace(torn_bytes=size - end)
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror}") from error
-    except (msgpack.UnpackException, ValueError, OverflowError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError, OverflowError) as error:
         raise TraceError(f"{path} is damaged ({error!r:.200}); record it again") from error
 
 
 def _decode_header(unpacker: Any, path: Path) -> TraceHeader:
     try:
         document = unpacker.unpack()
-    except (msgpack.UnpackException, ValueError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError) as error:
         raise TraceError(f"{path} is not a trace; record one with `moray trace record`") from error
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise TraceError(f"{path} is not a trace; record one with `moray trace record`")
