@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.runtime.errors import TraceError
+from moray.runtime.store.manifest import Manifest
 
 FORMAT_VERSION = 1
 KIND = "moray-trace"
@@ -44,6 +45,17 @@ class TraceHeader:
     policy: str = ""
     note: str = ""
     lanes: tuple[str, ...] = ("arena",)  # the names of the lanes that records number
+
+    @classmethod
+    def of(cls, manifest: Manifest, fingerprint: str, **known: Any) -> TraceHeader:
+        """Of a store; ``known``: the fields that its manifest does not tell."""
+        return cls(
+            fingerprint=fingerprint,
+            family=manifest.family,
+            num_experts=tuple(layer.num_experts for layer in manifest.layers),
+            shard_bytes=tuple(layer.layout.num_bytes for layer in manifest.layers),
+            **known,
+        )
 
     def encode(self) -> dict[str, Any]:
         return {
@@ -120,14 +132,14 @@ def read_trace(path: Path) -> Trace:
             return records.trace(torn_bytes=size - end)
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror}") from error
-    except (msgpack.UnpackException, ValueError, OverflowError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError, OverflowError) as error:
         raise TraceError(f"{path} is damaged ({error!r:.200}); record it again") from error
 
 
 def _decode_header(unpacker: Any, path: Path) -> TraceHeader:
     try:
         document = unpacker.unpack()
-    except (msgpack.UnpackException, ValueError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError) as error:
         raise TraceError(f"{path} is not a trace; record one with `moray trace record`") from error
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise TraceError(f"{path} is not a trace; record one with `moray trace record`")

@@ -61,7 +61,8 @@ class TraceRecorder:
         copied, so the caller must not change them afterwards.
 
         ``step`` numbers the model's forward passes. ``experts`` ascend. ``tokens`` and ``lanes`` are aligned with them;
-        None: 1 each, lane 0 each. ``missed``: those that had to be loaded. ``predicted``: distance -> experts.
+        None: 1 each, lane 0 each. ``missed``: those that had to be loaded. ``predicted``: distance -> experts, of
+        layers that there are.
         """
         if self.error is not None or self._is_closed:
             return

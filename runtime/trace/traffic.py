@@ -93,7 +93,7 @@ def read_traffic(fingerprint: str, num_experts: Sequence[int]) -> list[list[int]
 def choose_policy(fingerprint: str, num_experts: Sequence[int], num_slots: int) -> Choice:
     """The policy that would have had the most hits on a store's recent traffic with so many slots.
 
-    Takes up to some seconds. Without enough traffic: the first of POLICIES, whose lead is the largest over all traces.
+    Takes up to some seconds. Without enough traffic: the first of POLICIES.
     """
     default = POLICIES[0]
     if num_slots >= sum(num_experts):

@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moray.runtime.errors import TraceError
@@ -234,6 +234,8 @@ def test_damaged_records_are_refused(tmp_path: Path, field: int, value: object) 
 
 
 @given(st.binary(max_size=80), st.integers(0, 2))
+@example(b"\x81\x90\x00", 0)  # a map with a list as a key
+@example(b"\x81\x90\x00", 1)
 def test_no_bytes_end_in_another_error(tmp_path_factory: pytest.TempPathFactory, data: bytes, after: int) -> None:
     path = tmp_path_factory.mktemp("traces") / "a.trace"
     head = [b"", msgpack.packb(HEADER.encode()), msgpack.packb(HEADER.encode()) + bytes([0x90 + RECORD_FIELDS])]
