@@ -75,7 +75,7 @@ class ResidencyManager:
         self._demands: list[int] = []
         self._hints: dict[int, None] = {}  # in order
         self._unused_hints: set[int] = set()  # loaded or loading by a hint, not yet used
-        self._next_fill = 0
+        self._fills = self._in_turn(list(layer_of))[::-1]
         self.stats = ResidencyStats()
 
     @property
@@ -164,10 +164,10 @@ class ResidencyManager:
                     if load is not None:
                         return load
         if least >= Urgency.FILL and self._free:
-            while self._next_fill < len(self._state):
-                self._next_fill += 1
-                if self._state[self._next_fill - 1] is State.ABSENT:
-                    return self._begin(self._next_fill - 1, Urgency.FILL)
+            while self._fills:
+                e = self._fills.pop()
+                if self._state[e] is State.ABSENT:
+                    return self._begin(e, Urgency.FILL)
         return None
 
     def evicted(self, expert: int) -> None:
@@ -203,6 +203,17 @@ class ResidencyManager:
         claims = Counter(e for claimed in self._claims.values() for e in claimed)
         assert claims == +self._claimed, "claims do not add up"
         assert all(self._state[e] in (State.LOADING, State.RESIDENT) for e in self._unused_hints)
+
+    def _in_turn(self, layer_of: list[int]) -> list[int]:
+        """In which order to fill: layer by layer if there is room for all, else one expert of each layer in turn."""
+        if self.holds_all:
+            return list(range(len(layer_of)))
+        seen: Counter[int] = Counter()
+        ranks = []
+        for e, layer in enumerate(layer_of):
+            ranks.append((seen[layer], layer, e))
+            seen[layer] += 1
+        return [e for _, _, e in sorted(ranks)]
 
     def _claim(self, client: str, experts: set[int]) -> None:
         before = self._claims.get(client, set())

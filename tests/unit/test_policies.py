@@ -170,10 +170,42 @@ def test_lfu_keeps_what_was_just_prefetched() -> None:
 
 
 def test_policies_by_name() -> None:
-    kinds = [type(make_policy(name, LAYERS, 4)) for name in POLICIES]
+    kinds = [type(make_policy(name, LAYERS, 4)._policy) for name in POLICIES]
     assert kinds == [LFU, LayerLRU, LRU]
     with pytest.raises(ConfigError, match=r"unknown cache policy 'fifo', expected lfu, layer-lru, lru"):
         make_policy("fifo", LAYERS, 4)
+
+
+# -------------------------------------------------------------------------------------- scans
+
+
+def scans(policy: Policy, num_slots: int, rounds: int) -> list[int]:
+    """Misses of each round of calls that use all experts of six layers of 4."""
+    calls = [list(range(first, first + 4)) for first in range(0, 24, 4)] * rounds
+    missed = replay(calls, policy, num_slots)
+    return missed.reshape(rounds, 6).sum(axis=1).tolist()
+
+
+def test_a_scan_larger_than_the_cache_finds_most_of_the_cache_again() -> None:
+    assert scans(LRU(), 18, 4) == [24, 24, 24, 24]
+    for name in POLICIES:
+        first, *later = scans(make_policy(name, (4,) * 6, 18), 18, 4)
+        assert first == 24 and all(6 <= missed <= 12 for missed in later), (name, later)
+
+
+def test_a_scan_is_no_use_and_its_loads_go_first() -> None:
+    policy = make_policy("lru", (4, 4), 4)
+    for expert in (0, 1, 2, 3):
+        policy.loaded(expert)
+        policy.used([expert])
+    policy.used([0, 1, 2, 3])  # all of a layer
+    assert policy.victim(4, lambda _: True) == 0  # still the one that was used first
+    policy.evicted(0)
+    policy.loaded(4)
+    policy.used([4, 5, 6])  # 5 and 6 were not kept
+    assert policy.victim(7, lambda _: True) == 4
+    policy.used([4])  # by a single token
+    assert policy.victim(7, lambda _: True) == 1
 
 
 # ------------------------------------------------------------------------------------- Belady

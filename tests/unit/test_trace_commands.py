@@ -79,7 +79,7 @@ def test_a_torn_trace_is_replayed_and_said(tmp_path: Path) -> None:
         ([TRACES[0], "--budget", "1%"], "--budget 1% holds no expert; one takes 676.0 KiB, all 48 take 31.7 MiB"),
         ([TRACES[0], "--budget", "many"], "--budget is 'many', expected"),
         ([TRACES[0], "--policy", "fifo"], "--policy is 'fifo', expected one of lfu, layer-lru, lru, belady"),
-        ([TRACES[0], "--bandwidth", "0"], "--bandwidth is '0', expected a size"),
+        ([TRACES[0], "--bandwidth", "0"], "--bandwidth is '0', which is no memory at all"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[object], message: str) -> None:

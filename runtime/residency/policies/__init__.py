@@ -8,6 +8,7 @@ from moray.runtime.errors import ConfigError
 from moray.runtime.residency.policies.layer_lru import LayerLRU
 from moray.runtime.residency.policies.lfu import LFU
 from moray.runtime.residency.policies.lru import LRU
+from moray.runtime.residency.policies.scan import ScanResistant
 from moray.runtime.residency.policy import Policy
 
 #: Those that can run; the first is taken where nothing speaks for another.
@@ -16,6 +17,10 @@ POLICIES = ("lfu", "layer-lru", "lru")
 
 def make_policy(name: str, num_experts_of_layers: Sequence[int], num_slots: int) -> Policy:
     """A policy for the experts of these layers, numbered in layer order. Raises ConfigError."""
+    return ScanResistant(_make_plain(name, num_experts_of_layers, num_slots), num_experts_of_layers)
+
+
+def _make_plain(name: str, num_experts_of_layers: Sequence[int], num_slots: int) -> Policy:
     if name == "lru":
         return LRU()
     if name == "layer-lru":
