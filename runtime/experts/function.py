@@ -9,7 +9,6 @@ Registered with transformers' experts interface under the name "moray". Each exp
 
 from __future__ import annotations
 
-import ctypes
 from time import perf_counter
 from typing import Any
 
@@ -18,10 +17,12 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
+from moray.runtime.device.experts import DeviceExperts, LayerParts
+from moray.runtime.device.tier import DeviceTier
+from moray.runtime.device.transfer import bytes_at
 from moray.runtime.experts.meter import ExpertsMeter
-from moray.runtime.experts.source import ExpertSource, Ints
+from moray.runtime.experts.source import ExpertSource, Ints, Lease
 from moray.runtime.kernels import ops
-from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
 from moray.runtime.kernels.ops_fused import RoutedKernel, routed_at
 from moray.runtime.layout.packed import Numerics
@@ -45,6 +46,7 @@ class ExpertsBinding:
         self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
         self.source = source
         self.meter: ExpertsMeter | None = None
+        self.device: DeviceExperts | None = None
         self._layout = layout
         self._up = layout["gate_up_proj" if module.has_gate else "up_proj"]
         self._down = layout["down_proj"]
@@ -64,7 +66,7 @@ class ExpertsBinding:
             lease = self.source.lease(self.layer, grouping.active)
             leased = perf_counter()
             try:
-                out = self._compute(module, x_TH, weights_TK, grouping, lease.addresses)
+                out = self._compute(module, x_TH, weights_TK, grouping, lease)
                 valid = lease.is_valid()
             finally:
                 lease.release()
@@ -75,8 +77,8 @@ class ExpertsBinding:
         return out
 
     def routed_kernel(self, router: FusedRouter) -> RoutedKernel | None:
-        """For ``compute_routed``; None if the gate is not fused."""
-        if self._fused is None:
+        """For ``compute_routed``; None if the gate is not fused, or a device has a part in it."""
+        if self._fused is None or self.device is not None:
             return None
         biases = [-1 if bias is None else bias.offset for bias in (self._up_bias, self._down_bias)]
         routing = [router.weight_at, router.bias_at, router.kind, router.num_experts, router.top_k]
@@ -94,10 +96,11 @@ class ExpertsBinding:
         return self.meter.time_routed(self.layer, lambda counts, times: routed_at(kernel, leases, counts, *at, times))
 
     def _compute(
-        self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, shards_E: Ints
+        self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, lease: Lease
     ) -> torch.Tensor:
-        if x_TH.device.type != "cpu":
-            return self._on_device(module, x_TH, weights_TK, grouping, shards_E)
+        if self.device is not None:
+            return self.device.compute(module, x_TH, weights_TK, grouping, lease)
+        shards_E = lease.addresses
         x_TH, weights_TK = x_TH.contiguous(), weights_TK.float().contiguous()
         up_at, down_at = shards_E + self._up.offset, shards_E + self._down.offset
         if self._fused is not None:
@@ -118,28 +121,13 @@ class ExpertsBinding:
             y_PH = module.post_expert_norm(y_PH)
         return torch.from_numpy(ops.combine(y_PH.contiguous().numpy(), grouping, weights))
 
-    def _on_device(
-        self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, shards_E: Ints
-    ) -> torch.Tensor:
-        """Copy each active shard to the device, dequantize it there and use torch's matrix products."""
-        device, dtype = x_TH.device, x_TH.dtype
-        up_biases, down_biases = (
-            self._biases(self._up_bias, shards_E),
-            self._biases(self._down_bias, shards_E),
-        )
-        token_of_pair = torch.from_numpy(grouping.token_of_pair).to(device)
-        y_PH = torch.empty(len(token_of_pair), x_TH.shape[1], device=device, dtype=torch.float32)
-        for i, address in enumerate(shards_E.tolist()):
-            shard = _bytes_at(address, self._layout.num_bytes).to(device)
-            pairs = slice(int(grouping.starts[i]), int(grouping.starts[i + 1]))
-            up = x_TH[token_of_pair[pairs]] @ _matrix(shard, self._up, dtype).T
-            h = self._activate(module, up + up_biases[i].to(device, dtype))
-            y = h @ _matrix(shard, self._down, dtype).T + down_biases[i].to(device, dtype)
-            y_PH[pairs] = (module.post_expert_norm(y) if module.has_post_expert_norm else y).float()
-        positions = torch.from_numpy(grouping.positions).to(device)
-        used = (positions >= 0)[..., None]
-        y_TKH = y_PH[positions.clamp(min=0)] * weights_TK.float()[..., None]
-        return (y_TKH * used).sum(dim=1).to(dtype)
+    def use_device(self, tier: DeviceTier) -> None:
+        """From now on some experts are computed on a device, or all of them."""
+        parts = LayerParts(
+            self._layout, self._up, self._down, self._up_bias, self._down_bias, self._up_kernel, self._down_kernel,
+            self._fused,
+        )  # fmt: skip
+        self.device = DeviceExperts(tier, self.layer, parts)
 
     def _activate(self, module: Any, up: torch.Tensor) -> torch.Tensor:
         h: torch.Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
@@ -149,18 +137,8 @@ class ExpertsBinding:
         """float32 [E, R], or zeros [E, 1] that broadcast."""
         if bias is None:
             return torch.zeros(len(shards_E), 1)
-        rows = [_bytes_at(a + bias.offset, bias.num_bytes).view(torch.float32) for a in shards_E.tolist()]
+        rows = [bytes_at(a + bias.offset, bias.num_bytes).view(torch.float32) for a in shards_E.tolist()]
         return torch.stack(rows)
-
-
-def _bytes_at(address: int, count: int) -> torch.Tensor:
-    """uint8 [count] over memory that a lease keeps alive."""
-    return torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address)))
-
-
-def _matrix(shard: torch.Tensor, tensor: ShardTensor, dtype: torch.dtype) -> torch.Tensor:
-    assert tensor.spec is not None
-    return dequantize(shard[tensor.offset : tensor.offset + tensor.num_bytes], tensor.spec, dtype)
 
 
 def experts_forward(
