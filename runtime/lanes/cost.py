@@ -73,7 +73,7 @@ def choose(work: Sequence[Work], rates: Rates) -> Assignment:
         if len(item.lanes) > 1 or len(item.remotes) > 1:
             break
     else:
-        return _assignment(work, [(item.lanes[0], item.remotes[0] if item.remotes else -1) for item in work])
+        return _assignment(work, [_only_lane(item.lanes[0], item.remotes) for item in work])
     classes: dict[_Class, list[int]] = {}
     for i, (_, tokens, num_bytes, lanes, reuse, remotes) in enumerate(work):
         level = min(max(frexp(reuse)[1], _LOWEST_REUSE), _HIGHEST_REUSE) if reuse > 0 else _LOWEST_REUSE
@@ -84,6 +84,10 @@ def choose(work: Sequence[Work], rates: Rates) -> Assignment:
         for i, pick in zip(members, chosen, strict=True):
             picks[i] = pick
     return _assignment(work, picks)
+
+
+def _only_lane(lane: Lane, remotes: tuple[int, ...]) -> tuple[Lane, int]:
+    return lane, remotes[0] if lane >= Lane.REMOTE_COMPUTE else -1
 
 
 def _chosen_before(classes: dict[_Class, list[int]], rates: Rates) -> list[list[tuple[Lane, int]]]:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from moray.runtime.lanes.lane import Resource
 
-_SMOOTHING = 0.05  # of the newest observation, once there are more than 1 / _SMOOTHING
-_TOLERANCE = 0.05
+_SMOOTHING = 0.05  # weight of the newest observation
+_INERTIA = 0.01  # weight of what was believed before, where observations leave it open
+_LEAST_WORKED = 0.1  # of the time that a piece of work took: what is not its fixed cost
+_TOLERANCE = 0.05  # of a rate, before choices follow
 _LARGEST_CHANGE = 4.0  # an observation counts as at most so many times too slow or too fast: a process that was stopped
 
 
@@ -31,6 +33,7 @@ _STARTING = {
     Resource.LINK: Rate(1e-5, 1 / 10e9, 0.0),
     Resource.DISK: Rate(1e-4, 1 / 2e9, 0.0),
 }
+_SMALLEST = Rate(0.0, 1e-15, 1e-8)  # s; below, a term would never grow again
 _NETWORK = Rate(5e-4, 1 / 0.1e9, 0.0)
 
 
@@ -54,6 +57,34 @@ class RatesSnapshot:
         return next(resource for resource in self.resources if resource.name == name)
 
 
+class _Fit:
+    """Seconds of a byte and of a token by least squares of relative errors, older observations counting less.
+
+    What the observations leave open (decoding has always as many bytes a token) stays in the proportions it had.
+    """
+
+    def __init__(self) -> None:
+        self._bb = self._bt = self._tt = self._b = self._t = self._weight = 0.0  # the normal equations
+
+    def update(self, rate: Rate, num_bytes: int, tokens: int, seconds: float) -> Rate:
+        worked_s = max(seconds - rate.fixed_s, _LEAST_WORKED * seconds)
+        b, t, keep = num_bytes / worked_s, tokens / worked_s, 1 - _SMOOTHING
+        self._bb, self._bt, self._tt = keep * self._bb + b * b, keep * self._bt + b * t, keep * self._tt + t * t
+        self._b, self._t, self._weight = keep * self._b + b, keep * self._t + t, keep * self._weight + 1
+        stay_b = _INERTIA * self._weight / max(rate.byte_s, _SMALLEST.byte_s) ** 2
+        stay_t = _INERTIA * self._weight / max(rate.token_s, _SMALLEST.token_s) ** 2
+        bb, tt = self._bb + stay_b, self._tt + stay_t
+        right_b, right_t = self._b + stay_b * rate.byte_s, self._t + stay_t * rate.token_s
+        determinant = bb * tt - self._bt * self._bt
+        byte_s = (right_b * tt - right_t * self._bt) / determinant
+        token_s = (right_t * bb - right_b * self._bt) / determinant
+        if token_s < 0:
+            byte_s, token_s = right_b / bb, 0.0
+        elif byte_s < _SMALLEST.byte_s:
+            token_s = right_t / tt
+        return Rate(rate.fixed_s, max(byte_s, _SMALLEST.byte_s), token_s)
+
+
 class Rates:
     """A rate for each resource, alone and together with others. Written and read by the step loop's thread.
 
@@ -72,6 +103,7 @@ class Rates:
         self.choices: dict[Any, Any] = {}  # made by ``alone`` and ``together``; emptied when they change
         self._measured = (list(starting), list(starting))  # alone, together
         self._counts = [[0, 0] for _ in starting]
+        self._fits = ([_Fit() for _ in starting], [_Fit() for _ in starting])
 
     @property
     def num_resources(self) -> int:
@@ -80,23 +112,21 @@ class Rates:
     def observe(self, resource: int, num_bytes: int, tokens: int, seconds: float, concurrent: bool) -> None:
         """A completed piece of work: its bytes, its (token, expert) pairs and how long the resource worked on it.
 
-        ``concurrent``: another resource on the memory bus was busy meanwhile. Each term of the rate moves by its share
-        of what was expected, so a mix of small and large batches tells the cost of bytes from that of tokens.
+        ``concurrent``: another resource on the memory bus was busy meanwhile.
         """
-        if seconds <= 0:
-            return
         counts, table = self._counts[resource], self._measured[concurrent]
         rate = table[resource]
         expected = rate.seconds(num_bytes, tokens)
+        if seconds <= 0 or expected <= rate.fixed_s:
+            return
         if counts[concurrent] == 0:
-            table[resource] = Rate(*[term * seconds / expected for term in rate])
-            if counts[not concurrent] == 0:  # nothing better is known about the other
-                self._measured[not concurrent][resource] = table[resource]
+            scale = max(seconds - rate.fixed_s, _LEAST_WORKED * seconds) / (expected - rate.fixed_s)
+            rate = Rate(rate.fixed_s, scale * rate.byte_s, scale * rate.token_s)
         else:
-            change = min(max(seconds / expected, 1 / _LARGEST_CHANGE), _LARGEST_CHANGE) - 1
-            step = max(1 / (counts[concurrent] + 1), _SMOOTHING) * change / expected
-            parts = (rate.fixed_s, num_bytes * rate.byte_s, tokens * rate.token_s)
-            table[resource] = Rate(*[term * (1 + step * part) for term, part in zip(rate, parts, strict=True)])
+            seconds = min(max(seconds, expected / _LARGEST_CHANGE), expected * _LARGEST_CHANGE)
+        table[resource] = self._fits[concurrent][resource].update(rate, num_bytes, tokens, seconds)
+        if counts[not concurrent] == 0:  # nothing better is known about the other
+            self._measured[not concurrent][resource] = table[resource]
         counts[concurrent] += 1
         self._publish(resource)
 
@@ -121,7 +151,7 @@ class Rates:
         for resource, (alone, together) in enumerate(zip(self.alone, self.together, strict=True)):
             assert alone.byte_s > 0 and min(alone) >= 0, alone
             assert all(t >= a for a, t in zip(alone, together, strict=True)), (alone, together)
-            assert not _differ(alone, self._measured[False][resource])
+            assert not _differ(self._measured[False][resource], alone)
 
     def _publish(self, resource: int) -> None:
         alone = self._measured[False][resource]
