@@ -95,6 +95,10 @@ class DeviceCache:
         entry = self._entries[expert]
         return self._slots[entry.slot, : entry.num_bytes]
 
+    def trial(self, address: int, target: torch.Tensor) -> None:
+        """Copy as ``copy`` does, but into ``target``, and wait for it: to measure. May be called by another thread."""
+        self._mover.start(address, target, None).wait()
+
     @contextmanager
     def holding(self, experts: Sequence[int]) -> Iterator[None]:
         """Nothing of these is evicted meanwhile."""

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import cycle
 from time import perf_counter
 from typing import Any
 
@@ -23,10 +24,11 @@ import torch
 from moray.runtime.device.cache import DeviceCache, Entry
 from moray.runtime.device.tier import DeviceTier
 from moray.runtime.device.transfer import bytes_at
-from moray.runtime.experts.source import Ints, Lease
+from moray.runtime.experts.source import FixedLease, Ints, Lease
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.kernels.ops import NO_BIASES, Floats, Grouping, LayerKernel, MatrixKernel
+from moray.runtime.lanes.calibrate import Load
 from moray.runtime.lanes.cost import Work, choose
 from moray.runtime.lanes.lane import Lane, Resource
 from moray.runtime.layout.shard import ShardLayout, ShardTensor
@@ -148,6 +150,44 @@ class DeviceExperts:
             work.append(Work(expert, tokens, self._num_bytes, _open_lanes(here, call.addresses[i] != 0), reuse[i]))
         assignment = choose(work, tier.rates)
         return list(assignment.lanes), assignment.warm
+
+    def loads(self, module: Any, shards: Ints, dtype: torch.dtype) -> dict[int, Load]:
+        """What ``calibrate`` runs: kernels in place, computing on the device and copies, over leased ``shards`` [E].
+
+        ``dtype``: of hidden states. Without a cache only the CPU has work to do here.
+        """
+        hidden, turns = self._parts.down_kernel.spec.rows, cycle(shards.tolist())
+
+        def call_of(tokens: int) -> _Call:
+            x = torch.randn(tokens, hidden).to(self._tier.device, dtype)
+            pairs = np.arange(tokens)
+            one = Grouping(np.zeros(1, dtype=np.int64), np.array([0, tokens]), pairs, pairs[:, None])
+            return self._call(module, x, one, FixedLease(np.array([next(turns)])))
+
+        def on_cpu(tokens: int) -> int:
+            call = call_of(tokens)
+            x = call.x_TH.float().cpu().numpy()
+            self._compute_on_cpu(call, x, call.grouping, np.array(call.addresses))
+            return self._num_bytes
+
+        cache = self._tier.cache
+        if cache is None:
+            return {Resource.CPU: on_cpu}
+        copied = torch.zeros(2, self._num_bytes, dtype=torch.uint8, device=self._tier.device)
+        cache.trial(next(turns), copied[0])
+
+        @torch.inference_mode()
+        def on_device(tokens: int) -> int:
+            call = call_of(tokens)
+            self._compute_expert(call, 0, copied[0])
+            call.y_PH[-1, -1].item()  # waits for it
+            return self._num_bytes
+
+        def on_link(tokens: int) -> int:
+            cache.trial(next(turns), copied[1])
+            return self._num_bytes
+
+        return {Resource.CPU: on_cpu, Resource.DEVICE: on_device, Resource.LINK: on_link}
 
     # ----------------------------------------------------------------------------------- computing
 

@@ -27,6 +27,7 @@ from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.experts.source import FixedLease, InProcessSource, Ints
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels import ops
+from moray.runtime.lanes.calibrate import calibrate
 from moray.runtime.lanes.lane import Lane, Resource
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
@@ -277,7 +278,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     num_tokens=st.sampled_from([1, 1, 2, 5, 40]),
     seed=st.integers(0, 10**6),
@@ -339,7 +340,7 @@ def test_a_hit_has_the_bits_of_a_copy_and_needs_no_lease(make_layer: Callable[..
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
 def test_a_budget_below_one_layer_is_enough(make_layer: Callable[..., Layer], num_slots: int) -> None:
     layer = make_layer(num_slots, lanes="device-copy")
-    for seed in range(6):
+    for seed in range(3):
         inputs = layer.inputs(20, seed)  # all eight experts
         assert error(layer.compute(inputs), layer.expected(*inputs)) < 2e-6
         assert layer.tier.cache is not None
@@ -466,6 +467,16 @@ def test_rates_are_measured_while_it_runs(make_layer: Callable[..., Layer]) -> N
     assert rates["cpu"].num_observations >= 4 and rates["link"].num_observations >= 6
     assert rates["device"].num_observations >= 3 and rates["disk"].num_observations == 0
     layer.tier.rates.validate()
+
+
+def test_a_calibration_loads_every_local_resource(make_layer: Callable[..., Layer]) -> None:
+    layer = make_layer(2)
+    shards = layer.source.lease(1, np.arange(8)).addresses
+    calibrate(layer.tier.rates, layer.device.loads(layer.module, shards, torch.float32), seconds=0.0)
+    rates = layer.tier.stats().rates
+    assert [rate.name for rate in rates.resources if rate.num_observations] == ["cpu", "device", "link"]
+    layer.tier.rates.validate()
+    assert layer.tier.stats().copies == 0  # nothing of it stays
 
 
 def test_the_device_fails_and_the_next_call_works(
