@@ -135,8 +135,6 @@ class DeviceExperts:
         if tier.cache is None:
             return [Lane.HOST_CPU] * len(call.experts), -1
         resident = tier.cache.resident(call.experts)
-        if tier.forced is None and all(resident):
-            return [Lane.DEVICE_HIT] * len(resident), -1
         if tier.forced is not None:
             on_cpu = tier.forced is Lane.HOST_CPU
             zipped = zip(resident, call.addresses, strict=True)

@@ -7,6 +7,7 @@ from statistics import median
 from threading import Barrier, Thread
 from time import perf_counter
 
+from moray.runtime.lanes.lane import Resource
 from moray.runtime.lanes.rates import Rate, Rates
 
 Load = Callable[[int], int]
@@ -23,18 +24,21 @@ def calibrate(
 
     A load is called from a thread of its own while the others run, never by two threads.
     """
-    alone = {resource: _measure_alone(load, seconds, clock) for resource, load in loads.items()}
+    alone = {resource: _measure_alone(resource, load, seconds, clock) for resource, load in loads.items()}
     together = _measure_together(loads, seconds, clock) if len(loads) > 1 else {}
     for resource, (rate, num_bytes) in alone.items():
         shared_s = together.get(resource, 0.0) - rate.token_s
         rates.seed(resource, rate, rate._replace(byte_s=max(rate.byte_s, shared_s / num_bytes)))
 
 
-def _measure_alone(load: Load, seconds: float, clock: Callable[[], float]) -> tuple[Rate, int]:
+def _measure_alone(resource: int, load: Load, seconds: float, clock: Callable[[], float]) -> tuple[Rate, int]:
     num_bytes = load(1)  # not measured: compiles, allocates
     one_s = _median_s(load, 1, clock() + seconds, clock)
-    many_s = _median_s(load, _MANY, clock() + seconds, clock)
-    token_s = max(0.0, many_s - one_s) / (_MANY - 1)
+    token_s = 0.0
+    if resource not in (Resource.LINK, Resource.DISK):
+        many_s = _median_s(load, _MANY, clock() + seconds, clock)
+        # Noise may not leave nothing for the bytes.
+        token_s = min(max(0.0, many_s - one_s) / (_MANY - 1), 0.5 * one_s)
     return Rate(0.0, max((one_s - token_s) / num_bytes, _SMALLEST), token_s), num_bytes
 
 

@@ -73,7 +73,7 @@ def choose(work: Sequence[Work], rates: Rates) -> Assignment:
         if len(item.lanes) > 1 or len(item.remotes) > 1:
             break
     else:
-        return _assignment(work, [_only_lane(item.lanes[0], item.remotes) for item in work])
+        return _assignment(work, [_only_lane(item.lanes[0], item.remotes) for item in work], rates)
     classes: dict[_Class, list[int]] = {}
     for i, (_, tokens, num_bytes, lanes, reuse, remotes) in enumerate(work):
         level = min(max(frexp(reuse)[1], _LOWEST_REUSE), _HIGHEST_REUSE) if reuse > 0 else _LOWEST_REUSE
@@ -83,7 +83,7 @@ def choose(work: Sequence[Work], rates: Rates) -> Assignment:
     for members, chosen in zip(classes.values(), found, strict=True):
         for i, pick in zip(members, chosen, strict=True):
             picks[i] = pick
-    return _assignment(work, picks)
+    return _assignment(work, picks, rates)
 
 
 def _only_lane(lane: Lane, remotes: tuple[int, ...]) -> tuple[Lane, int]:
@@ -118,14 +118,21 @@ def predict_s(work: Sequence[Work], assignment: Assignment, rates: Rates) -> flo
     return _makespan(loads, _tails(priced[company], len(loads)))
 
 
-def _assignment(work: Sequence[Work], picks: Sequence[tuple[Lane, int]]) -> Assignment:
-    """With no miss copied, the one that is used most is copied beside the layer: else the cache never warms."""
+def _assignment(work: Sequence[Work], picks: Sequence[tuple[Lane, int]], rates: Rates) -> Assignment:
+    """With no miss copied, the one that is used most is copied beside the layer: else the cache never warms.
+
+    Unless the device would take longer for it than the CPU does.
+    """
     lanes, remotes = zip(*picks, strict=True) if picks else ((), ())
     warm, most = -1, 0.0
     if Lane.DEVICE_COPY not in lanes:
         for i, item in enumerate(work):
             if item.reuse > most and Lane.DEVICE_COPY in item.lanes:
                 warm, most = i, item.reuse
+        if warm >= 0:
+            _, tokens, num_bytes, *_ = work[warm]
+            device_s, cpu_s = (rates.alone[of].seconds(num_bytes, tokens) for of in (Resource.DEVICE, Resource.CPU))
+            warm = warm if device_s < cpu_s else -1
     return Assignment(lanes, remotes, warm)
 
 

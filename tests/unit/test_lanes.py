@@ -225,6 +225,8 @@ def test_without_a_copy_the_most_used_miss_warms_the_cache() -> None:
     assert choose(work, rates) == Assignment((CPU,) * 4, (-1,) * 4, warm=2)
     assert choose([item._replace(reuse=0.0) for item in work], rates).warm == -1
     assert choose([Work(0, 1, MB, (HIT,), 5.0)], rates).warm == -1
+    slow_device = rates_of(link=1.0, link_together=1.0, device=20)
+    assert choose(work, slow_device).warm == -1
     copied = choose([Work(0, 1, MB, (COPY,)), *work], rates)
     assert copied.lanes[0] is COPY and copied.warm == -1
 
