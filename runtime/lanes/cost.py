@@ -23,7 +23,7 @@ from moray.runtime.lanes.rates import Rate, Rates
 
 _MOST_INVESTED = 0.5
 _LOWEST_REUSE, _HIGHEST_REUSE = -4, 4  # exponents: reuse is rounded down to a power of two, and equal work is cheap
-_MOST_SEARCHED = 64  # assignments that are all looked at
+_MOST_SEARCHED = 256  # assignments that are all looked at
 _MOST_REMEMBERED = 4096  # questions whose answers are kept until rates change
 _PASSES = 3  # of moving single experts, where there are more
 _NONE = -1  # in place of a feeder: the last of the loads, which stays 0
@@ -66,7 +66,7 @@ _Class = tuple[int, int, tuple[Lane, ...], tuple[int, ...], int]  # tokens, byte
 def choose(work: Sequence[Work], rates: Rates) -> Assignment:
     """The assignment with the smallest makespan, shards worth keeping counted at a discount.
 
-    Exact if at most 64 assignments differ in more than the order of equal experts, else longest first and improved by
+    Exact if at most 256 assignments differ in more than the order of equal experts, else longest first and improved by
     moves. Pure; costs next to nothing if every expert has one lane.
     """
     for item in work:

@@ -118,7 +118,7 @@ def test_rates_are_calibrated(runner: Runner) -> None:
 
 @pytest.mark.parametrize("is_registered", [True, False])
 def test_copies_have_the_bytes_of_a_read_only_arena(is_registered: bool) -> None:
-    """Registered memory is read by the device itself; where it cannot, copies go through pinned buffers as others do."""
+    """Registered memory is read by the device itself; where it cannot be, copies go through pinned buffers."""
     random = np.random.default_rng(0)
     owner = Arena.create(6, 1 << 20)
     contents = random.integers(0, 256, (6, 1 << 20), dtype=np.uint8)

@@ -156,10 +156,11 @@ def test_remote_lanes_are_chosen_by_the_same_rule(work: list[Work], rates: Rates
     assert found(work, rates) == pytest.approx(best(work, rates), rel=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
-@given(works(LANES, 8), random_rates())
-def test_of_eight_experts_the_choice_is_near_the_best(work: list[Work], rates: Rates) -> None:
-    assert best(work, rates) * (1 - 1e-9) <= found(work, rates) <= 1.25 * best(work, rates)
+@settings(deadline=None, max_examples=20)
+@given(works(LANES, 10), random_rates())
+def test_of_more_experts_the_choice_is_near_the_best(work: list[Work], rates: Rates) -> None:
+    least = best(work, rates)
+    assert least * (1 - 1e-9) <= found(work, rates) <= (1 + 1e-9 if len(work) <= 8 else 1.5) * least
 
 
 @settings(deadline=None, max_examples=60)
@@ -370,7 +371,7 @@ def test_a_load_that_fails_ends_the_calibration_with_its_error() -> None:
 
     def fail(tokens: int) -> int:
         calls.append(tokens)
-        if len(calls) > 3:
+        if len(calls) > 2:
             raise OSError("read error")
         return MB
 
