@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from moray.runtime.device.tier import DeviceTier
 from moray.runtime.experts.source import InProcessSource
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels.isa import INSTRUCTION_SET
@@ -27,14 +28,19 @@ from moray.runtime.store.store import Store
 
 
 @contextmanager
-def in_process(store: Path, numerics: Numerics = "int8", device: str = "cpu") -> Iterator[Runner]:
-    """A store generating in this process, its experts in private memory."""
+def in_process(
+    store: Path, numerics: Numerics = "int8", device: str = "cpu", *, slots: int | None = None, lanes: str = "auto"
+) -> Iterator[Runner]:
+    """A store generating in this process, its experts in private memory and on the device in so many ``slots``."""
     set_num_threads(len(os.sched_getaffinity(0)))
     reuse_freed_memory()
     with Store.open(store) as opened:
         source, model = InProcessSource(opened), load_model(opened, numerics, torch.device(device))
         _adapt_to_older_transformers(model)
-        runner = Runner(opened, source, model, numerics)
+        tier = None
+        if slots is not None:
+            tier = DeviceTier.of(opened.manifest, model.device, slots * opened.manifest.slot_bytes, lanes)
+        runner = Runner(opened, source, model, numerics, tier)
         try:
             yield runner
         finally:

@@ -14,10 +14,13 @@ What it measures:
   Medians of 20 calls after 3, each between two synchronizations.
 - *linear*: the same matrix with one token, through ``PackedLinear`` (which dequantizes it whole), and torch's own
   product with the bfloat16 matrix.
-- *tokens/s*: a ``Runner`` with its experts in this process's memory, from which each shard is copied to the device at
-  each use; batch 1, greedy, a prompt of 64 tokens, 64 decode steps; medians of ``--rounds`` rounds after one. prefill
-  is 64 / seconds to the first token, decode 64 / seconds from the first to the 65th token. Beside it, the CPU's kernels
-  in class int8.
+- *tokens/s*: a ``Runner`` with its experts in this process's memory and a cache on the device for all, a half and a
+  quarter of them, lanes chosen by the cost model; then without a cache hit (one slot, every shard copied at each use)
+  and with all experts on the CPU; batch 1, greedy, a prompt of 64 tokens, 64 decode steps; medians of ``--rounds``
+  rounds after one. prefill is 64 / seconds to the first token, decode 64 / seconds from the first to the 65th token.
+  *hits* is the share of experts that were on the device. Beside it, the CPU's kernels in class int8.
+
+benchmarks/gpu_lanes.py measures the lanes one by one.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.layout.packed import VECTOR_BYTES, PackedSpec
 from moray.runtime.model.packed_modules import PackedLinear
+from moray.runtime.store.store import Store
 
 _ROWS, _COLUMNS = 14336, 4096
 _SPECS = (
@@ -119,18 +123,20 @@ def _measure_round(runner: Runner, index: int) -> tuple[float, float]:
 
 def print_rates(store: Path, device: torch.device, rounds: int) -> None:
     rows = []
-    with in_process(store, "float", str(device)) as runner:
-        dtype = str(next(runner.model.parameters()).dtype).removeprefix("torch.")
-        prefill, decode = measure_rates(runner, rounds)
-        stats = runner.stats()
-        rows.append((f"{device}, {dtype}", f"{decode:.1f}", f"{prefill:.1f}"))
+    with Store.open(store) as opened:
+        total = sum(layer.num_experts for layer in opened.manifest.layers)
+    for slots, lanes in ((total, "auto"), (total // 2, "auto"), (total // 4, "auto"), (1, "device-copy"), (0, "auto")):
+        with in_process(store, "float", str(device), slots=slots, lanes=lanes) as runner:
+            dtype = str(next(runner.model.parameters()).dtype).removeprefix("torch.")
+            prefill, decode = measure_rates(runner, rounds)
+            stats = runner.device_stats()
+        assert stats is not None
+        hits = stats.uses_by_lane["device-hit"] / sum(stats.uses_by_lane.values())
+        rows.append((f"{device}, {dtype}, {slots} slots, {lanes}", f"{decode:.1f}", f"{prefill:.1f}", f"{hits:.2f}"))
     with in_process(store, "int8") as runner:
         prefill, decode = measure_rates(runner, rounds)
-        rows.append(("cpu, int8", f"{decode:.1f}", f"{prefill:.1f}"))
-    print_table((f"{store.parent.name}/{store.name}, tokens/s", "decode", "prefill"), rows)
-    calls = stats.layer_calls
-    parts = (("group", stats.group_s), ("lease", stats.lease_s), ("copy and compute", stats.compute_s))
-    print(f"\n{device}, us a layer call: " + ", ".join(f"{name} {1e6 * s / calls:.0f}" for name, s in parts))
+        rows.append(("cpu, int8", f"{decode:.1f}", f"{prefill:.1f}", "-"))
+    print_table((f"{store.parent.name}/{store.name}, tokens/s", "decode", "prefill", "hits"), rows)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from moray.runtime.device.tier import DeviceStats, DeviceTier, default_budget
 from moray.runtime.errors import MorayError, RequestError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.experts.meter import ExpertsStats
@@ -69,7 +70,7 @@ def _is_last(event: TokenEvent | BaseException) -> bool:
 class Runner:
     """Generates from a store whose experts come from ``source``. Public methods may be called from any thread.
 
-    Closes neither the store nor the source.
+    Closes neither the store nor the source, which must outlive it.
     """
 
     def __init__(
@@ -80,16 +81,23 @@ class Runner:
         numerics: Numerics = "int8",
         limits: GenerationLimits | None = None,
         watch: WatchOptions | None = None,
+        tier: DeviceTier | None = None,
     ) -> None:
         """``model`` is ``load_model(store, ...)``'s; its experts are bound to ``source`` here. Raises TraceError.
 
-        ``limits`` None: the model's own context and no limit of memory.
+        ``limits`` None: the model's own context and no limit of memory. ``tier``: the experts on the model's device,
+        closed with the runner. On a GPU, by default, half of what is free.
         """
         self.model = model
-        self._meter = bind_experts(model, store, source, numerics)
+        if tier is None and model.device.type != "cpu":
+            tier = DeviceTier.of(store.manifest, model.device, default_budget(store.manifest, model.device))
+        self._tier = tier
+        self._meter = bind_experts(model, store, source, numerics, tier)
         self.tokenizer = load_tokenizer(store.path)
         with blank_experts(model, store.manifest):
             cache_kind = _warm_up(model)
+            if tier is not None and tier.cache is not None:
+                tier.cache.clear()
         self._watch = watch_layers(model, store, source, watch or WatchOptions())
         self._meter.reset()
         end_ids = end_token_ids(store.path, self.model.config)
@@ -172,6 +180,10 @@ class Runner:
     def stats(self) -> ExpertsStats:
         return self._meter.snapshot()
 
+    def device_stats(self) -> DeviceStats | None:
+        """Of the experts on a device; None if all are computed on the CPU anyway."""
+        return None if self._tier is None else self._tier.stats()
+
     def close(self) -> None:
         """Stop the thread; open streams end with an error."""
         with self._closing:
@@ -180,6 +192,8 @@ class Runner:
         self._thread.join()
         if self._watch is not None:
             self._watch.close()
+        if self._tier is not None:
+            self._tier.close()
 
     def _check_sequence(self, token_ids: list[int]) -> None:
         """Raise RequestError if the model cannot take these tokens: one more than a prompt may have."""

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from moray.runtime.device.tier import DeviceTier
 from moray.runtime.errors import StoreError
 from moray.runtime.experts.function import IMPLEMENTATION, ExpertsBinding
 from moray.runtime.experts.meter import ExpertsMeter
@@ -69,8 +70,10 @@ def blank_experts(model: PreTrainedModel, manifest: Manifest) -> Iterator[None]:
             binding.source = source
 
 
-def bind_experts(model: PreTrainedModel, store: Store, source: ExpertSource, numerics: Numerics) -> ExpertsMeter:
-    """Make every experts module use ``source``. Returns the meter that counts them."""
+def bind_experts(
+    model: PreTrainedModel, store: Store, source: ExpertSource, numerics: Numerics, tier: DeviceTier | None = None
+) -> ExpertsMeter:
+    """Make every experts module use ``source``, and ``tier`` if there is one. Returns the meter that counts them."""
     meter = ExpertsMeter.of(store.manifest, source)
     modules = expert_modules(model)
     names = [name for name, _ in modules]
@@ -83,6 +86,8 @@ def bind_experts(model: PreTrainedModel, store: Store, source: ExpertSource, num
     for index, (_, module) in enumerate(modules):
         binding = ExpertsBinding(module, index, store.manifest.layers[index].layout, source, numerics)
         binding.meter = meter
+        if tier is not None:
+            binding.use_device(tier)
         module.moray = binding  # type: ignore[assignment]
         module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
     if model.device.type == "cpu":

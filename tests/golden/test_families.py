@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
 
-from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.model.catalog import SAMPLE
 from moray.runtime.planning.profile import GenerationLimits
 
@@ -63,7 +61,7 @@ def test_experts_decide_the_result(
     expected = stock_logits(stock_model(checkpoint(family)), PROMPT)
     monkeypatch.setattr(
         "moray.runtime.experts.function.ExpertsBinding._compute",
-        lambda self, module, x, weights, grouping, shards: torch.zeros_like(x),
+        lambda self, module, x, weights, grouping, lease: torch.zeros_like(x),
     )
     monkeypatch.setattr(
         "moray.runtime.experts.function.ExpertsBinding.compute_routed",
@@ -73,23 +71,20 @@ def test_experts_decide_the_result(
         assert (made.logits(PROMPT) - expected).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("lanes", ["device-copy", "host-cpu"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
-def test_the_path_of_devices_without_kernels_computes_the_same(
-    family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_the_path_of_devices_computes_the_same(
+    family: str, lanes: str, checkpoint: Callable[[str], Path], store: Callable[..., Path]
 ) -> None:
-    """What a GPU does (copy, dequantize, multiply with torch), run on the CPU."""
+    """What a GPU does (copy, dequantize, multiply with torch) and its host's CPU beside it, run on the CPU."""
     expected = stock_logits(stock_model(checkpoint(family)), PROMPT)
-    calls = []
-
-    def on_device(self: ExpertsBinding, *args: Any) -> torch.Tensor:
-        calls.append(self.layer)
-        return self._on_device(*args)
-
-    monkeypatch.setattr(ExpertsBinding, "_compute", on_device)
-    monkeypatch.setattr(ExpertsBinding, "compute_routed", lambda *args: False)
-    with runner(store(family, "none"), "float") as made:
+    with runner(store(family, "none"), "float", device_slots=2, lanes=lanes) as made:
         assert (made.logits(PROMPT) - expected).abs().max() < 1e-5
-    assert calls
+        stats = made.device_stats()
+    assert stats is not None and stats.num_slots == 2
+    assert (stats.copies > 0) == (lanes == "device-copy") and (stats.uses_by_lane["host-cpu"] > 0) == (
+        stats.copies == 0
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "jamba", "gpt_oss", "deepseek_v2"])

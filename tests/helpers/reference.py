@@ -11,6 +11,7 @@ from helpers.checkpoints import stock_class
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from moray.runtime.device.tier import DeviceTier
 from moray.runtime.experts.source import InProcessSource
 from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.runner import Runner
@@ -57,11 +58,20 @@ def stock_greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int
 
 
 @contextmanager
-def runner(path: Path, numerics: Numerics, limits: GenerationLimits | None = None) -> Iterator[Runner]:
-    """A store generating in this process."""
+def runner(
+    path: Path,
+    numerics: Numerics,
+    limits: GenerationLimits | None = None,
+    *,
+    device_slots: int | None = None,
+    lanes: str = "auto",
+) -> Iterator[Runner]:
+    """A store generating in this process; with ``device_slots``, as if the CPU were also a device with so many."""
     with Store.open(path) as store:
-        source = InProcessSource(store)
-        made = Runner(store, source, load_model(store, numerics, torch.device("cpu")), numerics, limits)
+        source, cpu, tier = InProcessSource(store), torch.device("cpu"), None
+        if device_slots is not None:
+            tier = DeviceTier.of(store.manifest, cpu, device_slots * store.manifest.slot_bytes, lanes)
+        made = Runner(store, source, load_model(store, numerics, cpu), numerics, limits, tier=tier)
         try:
             yield made
         finally:
