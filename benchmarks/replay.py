@@ -1,19 +1,21 @@
 """Expert choices of recorded traces, mapped to models of any size: what benchmarks replay so that locality is real.
 
-A trace has, for each token of a text, the experts that each MoE layer chose, the first choice first, and those that
-routers 1 and 2 layers ahead would have chosen (predictions). Three small maps make the choices of a larger model of it.
+A trace has, for each token of a text, the experts that each MoE layer chose, and those that the routers of the next
+layers would have chosen from an earlier layer's state (predictions), both in ascending order. Three small maps make the
+choices of a larger model of it.
 
 *Layers.* Layer l of the target takes trace layer l % L0. From l = L0 on it takes it at other tokens, shifted by
 101 * (l // L0) within the same text, and with the experts renamed by a permutation of their own (seeded), so that no two
 layers of the target move together.
 
 *Same number of experts and choices*: as they are. *More of both* (128 experts top-8 out of 8 top-2): the K choices are
-S = K / K0 slots of K0, the E experts S * G groups of E0. Slot s chooses a group of its own G by the first choice of trace
-layer (l + s + 1) % L0 modulo G, and in it the K0 choices of trace layer (l + s) % L0, renamed for that slot: K different
-experts that come again as those of the trace do.
+S = K / K0 slots of K0, the E experts S * G groups of E0. Slot s chooses one of its own G groups by the first of the
+choices of trace layer (l + s + 1) % L0, modulo G, and in it the K0 choices of trace layer (l + s) % L0, renamed for that
+slot: K different experts that come again as those of the trace do.
 
-*Predictions* go through the same maps. Layers that have none in the trace, its first ones, get predictions as good as
-those of the first layer that has some: of the same token, as many right choices, the others drawn from the rest.
+*Predictions* go through the same maps. Where a layer of the trace has none, its first ones, it gets as many right
+choices as another layer's prediction has at that token, drawn anew at each token, and the others from the rest. The
+target's own first layers have none.
 
 Tokens beyond the traces, and all tokens of ``random``, choose uniformly (seeded).
 """
@@ -36,7 +38,7 @@ _SHIFT = 101
 
 @dataclass(frozen=True)
 class Trace:
-    """One text. ``chosen_TLK``: the first choice first. ``predicted``: layers ahead -> [T, L, K], -1 where none."""
+    """One text. ``predicted``: layers ahead -> [T, L, K], what was predicted for layer l, -1 where nothing was."""
 
     name: str
     experts: int
@@ -155,7 +157,9 @@ def uniform_choices(tokens: int, layers: int, experts: int, active: int, seed: i
 
 def predictions_of(trace: Trace, distance: int, layers: int, experts: int, active: int, seed: int = 0) -> Choices:
     """[T, layers, active]: a trace's predictions of so many layers ahead, mapped as its choices are."""
-    return map_choices(_complete(trace, distance, seed), trace.experts, layers, experts, active, seed)
+    predicted = map_choices(_complete(trace, distance, seed), trace.experts, layers, experts, active, seed)
+    predicted[:, :distance] = -1
+    return predicted
 
 
 def map_choices(
@@ -188,15 +192,15 @@ def _slots(trace_experts: int, trace_active: int, experts: int, active: int) -> 
 
 
 def _complete(trace: Trace, distance: int, seed: int) -> Choices:
-    """The trace's predictions; where it has none, ones as good as those of the first layer that has."""
+    """The trace's predictions; where it has none, ones as good as another layer's."""
     predicted = trace.predicted[distance]
     out = predicted.copy()
     random = np.random.default_rng([seed, 2, distance])
-    model = min(distance, predicted.shape[1] - 1)
-    right_T = (predicted[:, model, :, None] == trace.chosen_TLK[:, model, None, :]).any(axis=2).sum(axis=1)
+    right_TL = (predicted[..., None] == trace.chosen_TLK[:, :, None]).any(axis=2).sum(axis=2)
     for token, layer in np.argwhere((predicted < 0).any(axis=2)):
-        chosen = trace.chosen_TLK[token, layer]
+        given = np.flatnonzero((predicted[token] >= 0).all(axis=1))
+        right = right_TL[token, random.choice(given)] if len(given) else 0
+        chosen = random.permutation(trace.chosen_TLK[token, layer])
         others = random.permutation(np.setdiff1d(np.arange(trace.experts), chosen))
-        right = right_T[token]
-        out[token, layer] = np.concatenate([chosen[:right], others[: len(chosen) - right]])
+        out[token, layer] = np.sort(np.concatenate([chosen[:right], others[: len(chosen) - right]]))
     return out
