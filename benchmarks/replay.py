@@ -17,22 +17,26 @@ slot: K different experts that come again as those of the trace do.
 choices as another layer's prediction has at that token, drawn anew at each token, and the others from the rest. The
 target's own first layers have none.
 
-Tokens beyond the traces, and all tokens of ``random``, choose uniformly (seeded).
+Tokens beyond the traces, and all tokens of ``random``, choose uniformly (seeded): one more text, "uniform".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Choices = npt.NDArray[np.int16]
+Kind = Literal["trace", "random"]
 
 # Shapes: T tokens, L layers, K choices of a token; L0, K0, E0: of a trace.
 
+UNIFORM = "uniform"  # the text of uniform choices
 _SHIFT = 101
 
 
@@ -62,12 +66,19 @@ class Replay:
     layer l; -1 where none.
     """
 
-    mode: str
     experts: int
     chosen_TLK: Choices
     starts: tuple[int, ...]
     names: tuple[str, ...]
     predicted: dict[int, Choices] = field(default_factory=dict)
+
+    def texts(self, kind: Kind) -> list[range]:
+        """The ids of each recorded text, or of the uniform choices."""
+        spans = zip(self.names, pairwise(self.starts), strict=True)
+        found = [range(*span) for name, span in spans if (name == UNIFORM) == (kind == "random")]
+        if not found:
+            raise SystemExit(f"the model replays {', '.join(self.names)}: nothing for --routing {kind}")
+        return found
 
     def distinct(self, first: int, count: int) -> list[set[int]]:
         """The different experts of so many tokens from ``first`` on, by layer."""
@@ -77,9 +88,8 @@ class Replay:
     def save(self, store: Path) -> None:
         """Beside the store: STORE.replay.npz, and STORE.predictions.npz if there are any."""
         np.savez_compressed(
-            replay_file(store), mode=self.mode, experts=self.experts, chosen=self.chosen_TLK, starts=self.starts,
-            names=self.names,
-        )  # fmt: skip
+            replay_file(store), experts=self.experts, chosen=self.chosen_TLK, starts=self.starts, names=self.names
+        )
         if self.predicted:
             arrays = {f"ahead{distance}": choices for distance, choices in self.predicted.items()}
             np.savez_compressed(predictions_file(store), **arrays)
@@ -103,9 +113,12 @@ def load_replay(store: Path) -> Replay:
         raise SystemExit(f"{store} has no {path.name}; write it with benchmarks/make_store.py --routing")
     with np.load(path) as data:
         replay = Replay(
-            str(data["mode"]), int(data["experts"]), data["chosen"], tuple(data["starts"].tolist()),
-            tuple(str(name) for name in data["names"]), load_predictions(store),
-        )  # fmt: skip
+            int(data["experts"]),
+            data["chosen"],
+            tuple(data["starts"].tolist()),
+            tuple(str(name) for name in data["names"]),
+            load_predictions(store),
+        )
     return replay
 
 
@@ -136,14 +149,15 @@ def replay_traces(
         chosen[rows] = map_choices(trace.chosen_TLK, trace.experts, layers, experts, active, seed)
         for distance in distances:
             predicted[distance][rows] = predictions_of(trace, distance, layers, experts, active, seed)
-    return Replay("trace", experts, chosen, starts, tuple(trace.name for trace in traces), predicted)
+    names = [trace.name for trace in traces]
+    if starts[-1] < tokens:
+        starts, names = (*starts, tokens), [*names, UNIFORM]
+    return Replay(experts, chosen, starts, tuple(names), predicted)
 
 
 def replay_random(*, tokens: int, layers: int, experts: int, active: int, seed: int = 0) -> Replay:
     """Every token chooses uniformly, whatever came before. Nothing can be predicted."""
-    return Replay(
-        "random", experts, uniform_choices(tokens, layers, experts, active, seed), (0, tokens), ("uniform",)
-    )
+    return Replay(experts, uniform_choices(tokens, layers, experts, active, seed), (0, tokens), (UNIFORM,))
 
 
 def uniform_choices(tokens: int, layers: int, experts: int, active: int, seed: int) -> Choices:
