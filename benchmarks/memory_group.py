@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 
 _ROOT = Path("/sys/fs/cgroup/memory")
+_PREFIX = "moray-benchmark-"
 
 
 class MemoryGroup:
@@ -32,7 +33,10 @@ class MemoryGroup:
 @contextmanager
 def memory_group(name: str) -> Iterator[MemoryGroup]:
     """A group of its own; what is still charged to it at the end is dropped. Its processes must have ended by then."""
-    path = _ROOT / f"moray-benchmark-{os.getpid()}-{name}"
+    for left in _ROOT.glob(f"{_PREFIX}*"):  # of programs that were killed
+        if not Path("/proc", left.name.removeprefix(_PREFIX).split("-")[0]).exists():
+            _remove(left)
+    path = _ROOT / f"{_PREFIX}{os.getpid()}-{name}"
     try:
         path.mkdir()
     except OSError as error:
@@ -41,8 +45,15 @@ def memory_group(name: str) -> Iterator[MemoryGroup]:
         yield MemoryGroup(path)
     finally:
         for _ in range(50):  # a process that ended leaves its group a little later
-            with suppress(OSError):
-                (path / "memory.force_empty").write_text("0")
-                path.rmdir()
+            if _remove(path):
                 break
             sleep(0.1)
+
+
+def _remove(path: Path) -> bool:
+    try:
+        (path / "memory.force_empty").write_text("0")
+        path.rmdir()
+    except OSError:
+        return False
+    return True
