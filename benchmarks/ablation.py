@@ -1,6 +1,6 @@
 """The ablation of mixtral-offloading (arXiv 2312.17238, Table 2) on this engine: what the cache and the prefetch bring.
 
-    python benchmarks/ablation.py --directory /tmp/models                  # 8 layers of Mixtral's geometry at 2, 3, 4 bits
+    python benchmarks/ablation.py --directory /tmp/models                  # 8 layers of Mixtral's, at 2, 3 and 4 bits
     python benchmarks/ablation.py --directory /tmp/models --bits 3 --layers 4 --rounds 2
     python benchmarks/ablation.py --quick                                  # tiny models: does it work?
 

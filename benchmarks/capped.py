@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import psutil
 from replay import predictions_file
@@ -37,7 +38,7 @@ class Options:
 
 @contextmanager
 def open_engine(store: Path, options: Options, threads: int) -> Iterator[moray.Engine]:
-    wanted = {
+    wanted: dict[str, Any] = {
         "host_memory": None if options.arena_bytes is None else f"{options.arena_bytes}B",
         "policy": options.policy,
         "prefetch": options.prefetch,
@@ -46,9 +47,11 @@ def open_engine(store: Path, options: Options, threads: int) -> Iterator[moray.E
     missing = sorted(set(wanted) - set(signature(moray.launch).parameters))
     if missing:
         raise SystemExit(f"moray {moray.__version__} has no launch option {', '.join(missing)}: nothing to measure")
-    with _variable(PREDICTIONS_VARIABLE, _predictions(store, options)):
-        with moray.launch(store, hosts=1, device="cpu", threads=threads, **wanted) as engine:
-            yield engine
+    with (
+        _variable(PREDICTIONS_VARIABLE, _predictions(store, options)),
+        moray.launch(store, hosts=1, device="cpu", threads=threads, **wanted) as engine,
+    ):
+        yield engine
 
 
 def _predictions(store: Path, options: Options) -> str | None:

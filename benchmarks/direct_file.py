@@ -35,7 +35,7 @@ class DirectWriter:
         return self._written + self._held
 
     def write(self, data: bytes | memoryview | npt.NDArray[np.uint8]) -> None:
-        left = data.reshape(-1) if isinstance(data, np.ndarray) else np.frombuffer(data or bytes(), dtype=np.uint8)
+        left = data.reshape(-1) if isinstance(data, np.ndarray) else np.frombuffer(data or b"", dtype=np.uint8)
         while len(left):
             count = min(len(left), _BUFFER_BYTES - self._held)
             self._view[self._held : self._held + count] = left[:count]

@@ -234,9 +234,7 @@ def main() -> None:
     if arguments.paths[0].is_dir():
         found = store_bandwidth(arguments.paths[0], arguments.seconds, arguments.rounds)
     else:
-        found = raw_bandwidth(
-            arguments.paths, arguments.read_bytes, arguments.seconds, rounds=arguments.rounds
-        )
+        found = raw_bandwidth(arguments.paths, arguments.read_bytes, arguments.seconds, rounds=arguments.rounds)
     print(f"{describe_machine()}\n")
     depths = sorted({rate.depth for rate in found.rates})
     rows = []
@@ -246,7 +244,8 @@ def main() -> None:
     print_table(("GB/s, pieces of", *(f"depth {depth}" for depth in depths)), rows)
     best = found.best
     print(
-        f"\nraw bandwidth {best.median / 1e9:.2f} GB/s (pieces of {best.piece_bytes / 2**20:g} MiB, depth {best.depth}; "
+        f"\nraw bandwidth {best.median / 1e9:.2f} GB/s "
+        f"(pieces of {best.piece_bytes / 2**20:g} MiB, depth {best.depth}; "
         f"{min(best.rates) / 1e9:.2f}-{max(best.rates) / 1e9:.2f}), cached {found.cached:.1%}"
     )
 

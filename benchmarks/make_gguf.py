@@ -79,15 +79,16 @@ class RandomTensors:
             levels = rows_of(first, min(_ROWS_AT_ONCE, rows - first))
             whole = np.zeros((len(levels), columns // values * size), dtype=np.uint8)
             if is_random:
-                pieces = list(self._slices(tensor.type, std_of(tensor.name), len(levels) * columns))
-                whole[:] = np.concatenate([np.frombuffer(piece, dtype=np.uint8) for piece in pieces]).reshape(whole.shape)
+                pieces = self._slices(tensor.type, std_of(tensor.name), len(levels) * columns)
+                flat = np.concatenate([np.frombuffer(piece, dtype=np.uint8) for piece in pieces])
+                whole[:] = flat.reshape(whole.shape)
             encoded = _encode_levels(levels, tensor.type, unit)
             whole[:, : encoded.shape[1]] = encoded
             yield whole.reshape(-1).data
 
-    def _slices(self, kind: str, std: float, count_left: int) -> Iterator[memoryview]:
+    def _slices(self, kind: str, std: float, left: int) -> Iterator[memoryview]:
         _, values, size = TYPES[kind]
-        pool, left = self._pool(kind, std), count_left
+        pool = self._pool(kind, std)
         while left:
             count = min(left, _SLICE)
             start = int(self._random.integers(0, (_POOL - count) // values)) * size

@@ -82,7 +82,7 @@ class RandomWeights:
         return packed.reshape(-1)
 
     def pack_planted(self, spec: PackedSpec, rows_of: RowsOf, unit: float, std: float) -> Bytes:
-        """uint8 [num_bytes]. The first columns of each row are levels times ``unit``, the others random; std 0: zero."""
+        """uint8 [num_bytes]. First columns of each row: levels times ``unit``, others random, or 0 (std 0)."""
         if spec.is_quantized and (spec.bits < 4 or spec.meta != "f16"):
             raise SystemExit(f"{spec.encoding} with meta {spec.meta} cannot hold planted rows; embeddings=hqq4:64 can")
         parts = []

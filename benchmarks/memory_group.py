@@ -40,7 +40,9 @@ def memory_group(name: str) -> Iterator[MemoryGroup]:
     try:
         path.mkdir()
     except OSError as error:
-        raise SystemExit(f"cannot make the memory cgroup {path}: {error.strerror}; it needs root and cgroup v1") from error
+        raise SystemExit(
+            f"cannot make the memory cgroup {path}: {error.strerror}; it needs root and cgroup v1"
+        ) from error
     try:
         yield MemoryGroup(path)
     finally:

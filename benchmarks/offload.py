@@ -7,12 +7,12 @@
 The stores replay recorded expert choices and uniform ones (make_store.py, replay.py); tokens are checked.
 
 *A round*: raw bandwidth is measured; an engine with an arena of ``--arena`` of the experts' bytes (or GiB, as 3GiB)
-answers the requests, then one with everything resident the same ones; each after one prefill and one decode that do not
-count. ``--rounds`` rounds, each with other prompts; everything below is within a round, and tables show medians.
-- *step*: seconds of a decoded token (after a prompt of 16, of the tokens after the first), or of a whole prompt from the
-  call to its first token, from the caller's side of Ray;
-- *missed*: bytes that had to come from the disk for it, by the engine's counters. Of a prompt each expert counts once, so
-  at most the bytes of the different experts that it chooses;
+answers the requests, then one with everything resident the same ones; each after one prefill and one decode that do
+not count. ``--rounds`` rounds, each with other prompts; everything below is within a round, and tables show medians.
+- *step*: seconds of a decoded token (after a prompt of 16, of the tokens after the first), or of a whole prompt from
+  the call to its first token, from the caller's side of Ray;
+- *missed*: bytes that had to come from the disk for it, by the engine's counters. Of a prompt each expert counts once,
+  so at most the bytes of the different experts that it chooses;
 - *disk*: missed / raw bandwidth (disk.py);
 - *compute*: the same step with everything resident; with --no-resident, for stores larger than memory, the capped step
   without the time in which the step loop waited for experts;

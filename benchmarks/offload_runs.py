@@ -54,8 +54,8 @@ def run_all(
 
 
 def measure(engine: moray.Engine, ask: Ask, replay: Replay) -> Sample:
-    """A decode's prompt is computed before, by a request of its own, and its KV cache is used: only steps with one token
-    are between the two readings of the counters."""
+    """A decode's prompt is computed by a request of its own before, and its KV cache is used: only steps with one token
+    lie between the two readings of the counters."""
     side = Moray(engine, -1)
     is_decode = ask.count > 1
     if is_decode:
@@ -72,4 +72,4 @@ def measure(engine: moray.Engine, ask: Ask, replay: Replay) -> Sample:
 def _check(ask: Ask, run: Run) -> None:
     first = ask.prompt[-1] + 1
     if run.ids != tuple(range(first, first + ask.count)):
-        raise SystemExit(f"moray: the tokens after {ask.prompt[-1]} are {run.ids[:8]}..., not {first}, {first + 1}, ...")
+        raise SystemExit(f"moray: the tokens after {first - 1} are {run.ids[:8]}..., not {first}, {first + 1}, ...")

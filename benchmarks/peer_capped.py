@@ -11,15 +11,15 @@ traces of a trained model on several texts, mapped to these layers (replay.py), 
 
 *Cap X*: X bytes of weights in memory on both sides. moray: its trunk and an arena of X - trunk. llama.cpp: mmap, no
 repacking (which would copy the weights), in a memory cgroup of X + other, where *other* is what it holds beside the
-file's pages (anonymous memory, the kernel's, libraries; measured before in such a group without a limit). *none*: everything
-resident, llama.cpp with its defaults. Each side's other memory is printed; moray's is the private memory of all its
-processes, this program's and Ray's included, without the trunk. It has no limit, but reads past the page cache, and
-the share of its files in the page cache is printed.
+file's pages (anonymous memory, the kernel's, libraries; measured before in such a group without a limit). *none*:
+everything resident, llama.cpp with its defaults. Each side's other memory is printed; moray's is the private memory of
+all its processes, this program's and Ray's included, without the trunk. It has no limit, but reads past the page cache,
+and the share of its files in the page cache is printed.
 
-*A turn*: the pages of both models are dropped, one side starts, answers a cold request, then one prefill and one decode
-that are not counted, then the measured requests, and ends. Sides take turns, ``--turns`` times each for every cap, and
-get the same prompts; a ratio compares the same prompt. Only one side is loaded at a time. Batch 1, greedy, ``--threads``
-threads each.
+*A turn*: the pages of both models are dropped, one side starts, answers a cold request, then one prefill and one
+decode that are not counted, then the measured requests, and ends. Sides take turns, ``--turns`` times each for every
+cap, and get the same prompts; a ratio compares the same prompt. Only one side is loaded at a time. Batch 1, greedy,
+``--threads`` threads each.
 - *decode*: after a prompt of 16 tokens and the first token, N tokens / seconds from the first token to the last;
 - *prefill 64*: 64 / seconds from the call to the first token;
 - *cold start*: the first request of a turn. Odd turns: a prompt of 64; even turns: one token. *start* is the time until
@@ -45,7 +45,7 @@ from typing import Any
 
 import psutil
 from capped import Memory, Options, memory_of, open_engine
-from capped_report import Cold, Outcome, Request, Turn, print_outcome
+from capped_report import SIDES, Cold, Outcome, Request, Turn, print_outcome
 from common import describe_machine, working_directory
 from disk import cached_bytes, cached_share, drop_cached, expert_files, store_bandwidth
 from geometry import PRESETS, Geometry
@@ -176,8 +176,8 @@ def other_memory(models: Models, plan: Plan, python: Path, threads: int) -> int:
 
 
 def _load(peer: Peer, models: Models, cap: int | None, threads: int) -> dict[str, str]:
-    mode = {} if cap is None else {"load_mode": _MMAP, "repack": False}
-    loaded = peer.load(models.gguf, threads=threads, **mode)
+    mode, repack = (None, None) if cap is None else (_MMAP, False)
+    loaded = peer.load(models.gguf, threads=threads, load_mode=mode, repack=repack)
     return {"llama-cpp-python": loaded["version"], "log": "; ".join(telling_lines(loaded["log"]))}
 
 
@@ -194,11 +194,11 @@ def compare(models: Models, preset: Preset, kind: Kind, arguments: argparse.Name
         other = 0 if cap is None else other_memory(models, plans[0], python, threads)
         turns: list[Turn] = []
         for index, plan in enumerate(plans):
-            pair = [
-                lambda plan=plan: moray_turn(models, plan, cap, threads),
-                lambda plan=plan: llama_turn(models, plan, cap, other, python, threads),
-            ]
-            turns += [run() for run in pair[:: -1 if index % 2 else 1]]
+            for side in SIDES if index % 2 else SIDES[::-1]:
+                if side == "moray":
+                    turns.append(moray_turn(models, plan, cap, threads))
+                else:
+                    turns.append(llama_turn(models, plan, cap, other, python, threads))
         yield Outcome(kind, cap, preset.phases, bandwidth, needed, turns)
 
 

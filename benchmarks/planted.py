@@ -3,8 +3,8 @@
 The first D hidden dimensions are reserved: nothing but the embedding writes them (rows of the attention's output matrix
 and of the experts' down matrices are zero there), so a token keeps them through all layers, up to the norms' factor.
 - *Router blocks*: E dimensions for each layer, which its router alone reads: row e of its matrix is 1 at dimension e of
-  the block and 0 elsewhere. The embedding of token t has the largest values at the experts that t is to choose, in their
-  order, and at least three levels less elsewhere: no rounding of activations can change which are the largest.
+  the block and 0 elsewhere. The embedding of token t has the largest values at the experts that t is to choose, in
+  their order, and at least three levels less elsewhere: no rounding of activations can change which are the largest.
 - *Position code*: a random sign in each of some dimensions. Row t + 1 of the head is token t's code, and zero in all
   other dimensions, so that the largest logit after t is t + 1, far ahead of the next.
 

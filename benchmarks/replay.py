@@ -5,13 +5,13 @@ layers would have chosen from an earlier layer's state (predictions), both in as
 choices of a larger model of it.
 
 *Layers.* Layer l of the target takes trace layer l % L0. From l = L0 on it takes it at other tokens, shifted by
-101 * (l // L0) within the same text, and with the experts renamed by a permutation of their own (seeded), so that no two
-layers of the target move together.
+101 * (l // L0) within the same text, and with the experts renamed by a permutation of their own (seeded), so that no
+two layers of the target move together.
 
 *Same number of experts and choices*: as they are. *More of both* (128 experts top-8 out of 8 top-2): the K choices are
 S = K / K0 slots of K0, the E experts S * G groups of E0. Slot s chooses one of its own G groups by the first of the
-choices of trace layer (l + s + 1) % L0, modulo G, and in it the K0 choices of trace layer (l + s) % L0, renamed for that
-slot: K different experts that come again as those of the trace do.
+choices of trace layer (l + s + 1) % L0, modulo G, and in it the K0 choices of trace layer (l + s) % L0, renamed for
+that slot: K different experts that come again as those of the trace do.
 
 *Predictions* go through the same maps. Where a layer of the trace has none, its first ones, it gets as many right
 choices as another layer's prediction has at that token, drawn anew at each token, and the others from the rest. The
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -91,7 +91,7 @@ class Replay:
             replay_file(store), experts=self.experts, chosen=self.chosen_TLK, starts=self.starts, names=self.names
         )
         if self.predicted:
-            arrays = {f"ahead{distance}": choices for distance, choices in self.predicted.items()}
+            arrays: dict[str, Any] = {f"ahead{distance}": choices for distance, choices in self.predicted.items()}
             np.savez_compressed(predictions_file(store), **arrays)
 
 
@@ -188,7 +188,8 @@ def map_choices(
         for slot in range(slots):
             named = moved[:, (layer + slot) % trace_layers]
             if layer >= trace_layers or slot:
-                named = np.random.default_rng([seed, layer, slot]).permutation(trace_experts)[named]
+                names = np.random.default_rng([seed, layer, slot]).permutation(trace_experts)
+                named = names.astype(np.int16)[named]
             group = groups * slot + moved[:, (layer + slot + 1) % trace_layers, 0] % groups
             out[:, layer, slot * trace_active : (slot + 1) * trace_active] = group[:, None] * trace_experts + named
     return out

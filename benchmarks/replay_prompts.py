@@ -39,7 +39,7 @@ class Walking:
         expected = tuple(range(prompt[-1] + 1, prompt[-1] + 1 + count))
         if run.ids != expected:
             wrong = next(i for i, (a, b) in enumerate(zip(run.ids, expected, strict=True)) if a != b)
-            raise SystemExit(f"{self.name}: token {wrong} after {prompt[-1]} is {run.ids[wrong]}, not {expected[wrong]}")
+            raise SystemExit(f"{self.name}: after token {expected[wrong] - 1} came {run.ids[wrong]}")
         return run
 
     def cpu_s(self) -> float:
