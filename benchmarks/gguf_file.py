@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from direct_file import DirectWriter
+
 _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 
 #: Name -> (its number, values in a block, bytes of a block).
@@ -74,7 +76,7 @@ def write_gguf(
     data_of: Callable[[GgufTensor], Buffers],
 ) -> None:
     """Write a file. ``data_of`` gives a tensor's bytes in pieces, when its turn comes."""
-    with path.open("wb") as file:
+    with DirectWriter(path) as file:
         file.write(_MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata)))
         for key, value in metadata.items():
             file.write(_string(key) + _value(value))
@@ -109,7 +111,7 @@ def _round_up(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _pad(file: BinaryIO) -> None:
+def _pad(file: DirectWriter) -> None:
     file.write(bytes(_round_up(file.tell()) - file.tell()))
 
 

@@ -50,11 +50,24 @@ class Peer:
         return answer
 
     def load(
-        self, model: Path, *, threads: int, context: int = 1024, batch: int = 512, load_mode: int | None = None
+        self,
+        model: Path,
+        *,
+        threads: int,
+        context: int = 1024,
+        batch: int = 512,
+        load_mode: int | None = None,
+        repack: bool | None = None,
     ) -> dict[str, Any]:
         """Load a model. Returns ``log``, ``version`` and ``system``."""
         return self.request(
-            "load", model=str(model), threads=threads, context=context, batch=batch, load_mode=load_mode
+            "load",
+            model=str(model),
+            threads=threads,
+            context=context,
+            batch=batch,
+            load_mode=load_mode,
+            repack=repack,
         )
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ class Moray:
         self._engine, self._peer_pid = engine, peer_pid
 
     def generate(self, prompt: Sequence[int], count: int) -> Run:
-        run, finished = self._stream(prompt, count)
+        run, finished = self.stream(prompt, count)
         assert finished.usage.cached_tokens == 0, f"{finished.usage.cached_tokens} tokens of the prompt were kept"
         return run
 
@@ -94,9 +94,9 @@ class Moray:
         parts = [0.0] * 5
         for prompt in prompts:
             if count > 1:
-                self._stream(prompt, 1)  # its KV cache is kept
+                self.stream(prompt, 1)  # its KV cache is kept
             before = self._engine.stats().experts
-            run, finished = self._stream(prompt, count)
+            run, finished = self.stream(prompt, count)
             after = self._engine.stats().experts
             loop_s = finished.timings.prefill_s + finished.timings.decode_s
             spent = [getattr(after, name) - getattr(before, name) for name in ("compute_s", "group_s", "lease_s")]
@@ -108,7 +108,8 @@ class Moray:
     def tokens_per_expert(self) -> list[list[int]]:
         return self._engine.stats().experts.tokens_per_expert
 
-    def _stream(self, prompt: Sequence[int], count: int) -> tuple[Run, Finished]:
+    def stream(self, prompt: Sequence[int], count: int) -> tuple[Run, Finished]:
+        """As ``generate``, but what earlier requests left may be used."""
         started = perf_counter()
         times: list[float] = []
         ids: list[int] = []

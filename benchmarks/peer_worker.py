@@ -2,7 +2,8 @@
 
 Runs under an interpreter that has llama-cpp-python and NumPy, and needs nothing of moray. Requests, by "op":
 
-- load: model, threads, context, batch, load_mode (null: llama.cpp's default) -> what llama.cpp said while loading;
+- load: model, threads, context, batch, load_mode and repack (null: llama.cpp's default) -> what llama.cpp said while
+  loading;
 - generate: ids, count -> seconds of each forward pass and the greedy tokens: the first pass is the whole prompt's, then
   one for each token. A pass ends when its logits are read and the largest is found. Nothing is reused between requests;
 - logits: ids, file -> float32 [T, V] in a .npy file, of one window on its own;
@@ -38,6 +39,8 @@ class Model:
         options.n_gpu_layers = 0
         if request["load_mode"] is not None:
             options.load_mode = request["load_mode"]
+        if request["repack"] is not None:
+            options.use_extra_bufts = request["repack"]
         self._model = llama_cpp.llama_model_load_from_file(request["model"].encode(), options)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {request['model']}: {''.join(_log[-20:])}")
