@@ -99,26 +99,25 @@ class Counters:
 
 
 def read_counters(engine: moray.Engine) -> Counters:
-    """Of today's engine, in which everything is resident: no misses, and nothing to read."""
-    experts = engine.stats().experts
+    stats = engine.stats()
     with Store.open(engine.config.store_path) as store:
-        shard_bytes = [layer.layout.num_bytes for layer in store.manifest.layers]
-    used_bytes = sum(experts.bytes_by_source.values())
-    residency = getattr(experts, "residency", None)
-    if residency is not None:
-        raise SystemExit("capped.read_counters does not know this engine's statistics of residency yet")
+        shard_bytes = max(layer.layout.num_bytes for layer in store.manifest.layers)  # alike in these models
+    residencies = [host.residency for host in stats.hosts]
+    late = sum(residency.hints_late for residency in residencies)
+    prefetched = late + sum(residency.hints_used for residency in residencies)
+    misses = stats.fetches.misses - late
     return Counters(
-        uses=round(used_bytes / max(shard_bytes)),  # all layers' shards are alike in these models
-        misses=0,
-        late=0,
-        prefetched=0,
-        wasted=0,
-        used_bytes=used_bytes,
-        missed_bytes=0,
-        read_bytes=0,
-        wait_s=experts.lease_s,
-        compute_s=experts.compute_s,
-        layer_calls=experts.layer_calls,
+        uses=stats.experts.uses,
+        misses=misses,
+        late=late,
+        prefetched=prefetched,
+        wasted=sum(residency.hints_wasted for residency in residencies),
+        used_bytes=sum(stats.experts.bytes_by_source.values()),
+        missed_bytes=(misses + prefetched) * shard_bytes,
+        read_bytes=sum(host.loader.bytes_read for host in stats.hosts),
+        wait_s=stats.fetches.wait_s,
+        compute_s=stats.experts.compute_s,
+        layer_calls=stats.experts.layer_calls,
     )
 
 
