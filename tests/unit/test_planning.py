@@ -21,7 +21,7 @@ PROFILE = ModelProfile(GIB, 32768, SEQUENCE, Workspace(50e6, 400e3, 40e3, 3.0))
 def plan(
     available: int, experts: tuple[int, ...] = (256,), profile: ModelProfile = PROFILE, **given: object
 ) -> MemoryPlan:
-    made = plan_memory(profile, SLOT - 5, experts, Budgets(available, **given), "the store s")  # type: ignore[arg-type]
+    made = plan_memory(profile, SLOT - 5, experts, Budgets(available, **given), "the store s")
     made.validate()
     return made
 
@@ -135,7 +135,7 @@ def test_the_context_is_what_was_asked_for() -> None:
     assert plan(20 * GIB, context=64).kv_bytes == 8 * 64 * (256 << 10)
     with pytest.raises(ConfigError, match="context is 32769, expected 2 to 32768"):
         plan(20 * GIB, context=32769)
-    with pytest.raises(ResourceError, match="8.0 GiB the KV cache of 32768 tokens"):
+    with pytest.raises(ResourceError, match=r"8\.0 GiB the KV cache of 32768 tokens"):
         plan(8 * GIB, context=32768)
 
 
