@@ -158,9 +158,10 @@ def test_a_checkpoint_given_as_a_store(mixtral: Path) -> None:
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moray.runtime.memory.available_memory", lambda: 5 << 20)
-    fragments = ["2.7 MiB trunk", "12.0 MiB the KV cache of 2048 tokens", "1.0 GiB", "5.0 MiB of memory are free"]
+    fragments = ["2.7 MiB trunk", "12.0 MiB the KV cache of 2048 tokens", "986.0 MiB", "5.0 MiB of memory are free"]
     refused(moray("generate", "x"), *fragments, "--context")
-    assert "5.0 MiB of memory are free" in moray("info").output.replace("\n", " ").replace("  ", "")
+    plan = json.loads(moray("info", "--json").output)["memory"]["plan"]
+    assert plan.startswith("none: ") and "5.0 MiB of memory are free" in plan
 
 
 # -------------------------------------------------------------------------------- evaluation
