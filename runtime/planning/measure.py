@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from moray.runtime.errors import MorayError
 from moray.runtime.experts.function import IMPLEMENTATION
@@ -175,9 +176,12 @@ def _per_token(before: dict[int, int], after: dict[int, int]) -> dict[int, int]:
 
 
 def _windows(cache: Any) -> dict[int, int]:
-    """Layer -> the tokens it keeps, for layers that keep the last ones only."""
+    """Layer -> the tokens it keeps, for layers that keep the last ones only.
+
+    A family's own kind may also keep those of a block that is not complete.
+    """
     return {
-        index: int(layer.sliding_window)
+        index: max(int(layer.sliding_window), 0 if type(layer) is DynamicSlidingWindowLayer else _BLOCK)
         for index, layer in enumerate(cache.layers)
         if getattr(layer, "is_sliding", False) and getattr(layer, "sliding_window", None)
     }

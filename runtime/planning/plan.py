@@ -219,7 +219,13 @@ class _Planner:
         text = self._budgets.host_memory
         if text is None:
             return None
-        given = parse_bytes(text, self._budgets.available_bytes, "host_memory")
+        available = self._budgets.available_bytes
+        given = parse_bytes(text, available, "host_memory")
+        if given > available:
+            raise ResourceError(
+                f"host_memory is {text} ({format_bytes(given)}), and {format_bytes(available)} is available here; give "
+                "less, or close other programs"
+            )
         smallest = self._arenas(self._smallest)
         if given < smallest:
             raise ResourceError(

@@ -158,7 +158,10 @@ def test_a_checkpoint_given_as_a_store(mixtral: Path) -> None:
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moray.runtime.memory.available_memory", lambda: 5 << 20)
-    refused(moray("generate", "x"), "11.7 MiB", "5.0 MiB are free")
+    fragments = ["2.7 MiB trunk", "12.0 MiB the KV cache of 2048 tokens", "986.0 MiB", "5.0 MiB of memory are free"]
+    refused(moray("generate", "x"), *fragments, "--context")
+    plan = json.loads(moray("info", "--json").output)["memory"]["plan"]
+    assert plan.startswith("none: ") and "5.0 MiB of memory are free" in plan
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -228,7 +231,7 @@ def test_evaluation_of_what_is_no_store(mixtral: Path, text: Path) -> None:
 
 def test_evaluation_of_a_store_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     monkeypatch.setattr("moray.runtime.memory.available_memory", lambda: 5 << 20)
-    refused(moray("eval", "--text", text), "11.7 MiB", "5.0 MiB are free")
+    refused(moray("eval", "--text", text), "2.7 MiB trunk", "5.0 MiB of memory are free")
 
 
 # ------------------------------------------------------------------- configuration and requests
@@ -251,6 +254,38 @@ def test_an_unknown_configuration_key(tmp_path: Path) -> None:
     config.write_text("[1, 2\n")
     refused(moray("generate", "x", "--config", config), "engine.yaml", "YAML")
     refused(moray("generate", "x", "--device", "tpu"), "device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "fragments"),
+    [
+        ("--host-memory", "much", ["host_memory", "'much'", "8GiB, 500MB or 80%"]),
+        ("--host-memory", "-3GiB", ["host_memory", "'-3GiB'", "above 0"]),
+        ("--host-memory", "0", ["host_memory", "no memory at all"]),
+        ("--host-memory", "3XB", ["host_memory", "'xb'", "GiB or TiB"]),
+        ("--host-memory", "101%", ["host_memory", "at most 100%"]),
+        ("--host-memory", "200KiB", ["host_memory is 200KiB", "2 slots of 192.0 KiB", "smaller recipe"]),
+        ("--host-memory", "100TiB", ["host_memory is 100TiB", "is available"]),
+        ("--device-memory", "1GiB", ["device_memory", "no GPU computes here"]),
+        ("--context", "1", ["context", "greater than or equal to 2"]),
+        ("--context", "4096", ["context is 4096", "2 to 2048 tokens"]),
+    ],
+)
+def test_budgets_that_make_no_sense(option: str, value: str, fragments: list[str]) -> None:
+    for arguments in (["generate", "x", "--hosts", "1"], ["chat", "--hosts", "1"], ["bench", "decode", "--hosts", "1"]):
+        refused(moray(*arguments, "--device", "cpu", f"{option}={value}"), *fragments)
+
+
+def test_a_budget_in_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "engine.yaml"
+    config.write_text("host_memory: 8 bananas\n")
+    refused(moray("generate", "x", "--config", config), "host_memory", "'8 bananas'", "bananas", "8GiB")
+
+
+@pytest.mark.ray
+def test_a_prompt_longer_than_the_planned_context() -> None:
+    result = moray("generate", "x = 1\n" * 40, "--context", "64")
+    refused(result, "context planned for this machine's memory holds 64", "model's own 2048", "--context")
 
 
 @pytest.mark.ray

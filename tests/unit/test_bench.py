@@ -70,7 +70,7 @@ def test_sizes_and_shapes() -> None:
 @pytest.mark.parametrize("text", ["", "0", "-5MB", "much", "5XB", "MB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--working-set"):
-        parse_bytes(text)
+        parse_bytes(text, option="--working-set")
 
 
 def test_a_quick_run_is_small_unless_told() -> None:

@@ -16,7 +16,7 @@ from moray.runtime.generation import step_loop
 from moray.runtime.generation.request import Finished, GenerationRequest, SamplingParams, Timings, TokenEvent, Usage
 from moray.runtime.generation.runner import Runner
 from moray.runtime.generation.step_loop import MAX_RUNNING, StepLoop
-from moray.runtime.planning.profile import GenerationLimits
+from moray.runtime.planning.profile import GenerationLimits, SequenceMemory
 
 PROMPTS = [
     "import os\nimport sys\n\n\ndef main(argv=None):\n",
@@ -443,6 +443,59 @@ def test_logits_of_a_whole_sequence_change_nothing_that_runs(
     while not loop.is_idle:
         events += loop.step()
     assert tokens_of(events) == expected
+
+
+# ------------------------------------------------------------------------------------------ budgets
+
+A_TOKEN = SequenceMemory(0, 6144, (), can_chunk=True)  # the demonstration model's: 6 layers, 2 x 2 heads of 64
+
+
+def budget(tokens: int) -> dict[str, Any]:
+    return {"kv_bytes": tokens * 6144, "sequence": A_TOKEN}
+
+
+def test_requests_wait_for_room_in_their_order(
+    make_loop: Callable[..., StepLoop], request_of: Callable[..., GenerationRequest]
+) -> None:
+    """The second does not fit beside the first; the third would, and does not overtake."""
+    requests = [request_of([7] * 20, 10, "a"), request_of([8] * 40, 10, "b"), request_of([9] * 4, 4, "c")]
+    expected = drive(make_loop(), *requests)
+    loop, seen = make_loop(**budget(60)), {}
+    for request in requests:
+        loop.add(request)
+    while not loop.is_idle:
+        for event in loop.step():
+            seen.setdefault(event.request_id, []).append(event)
+        assert loop.reserved_bytes <= 60 * 6144
+        caches = [*(s.kv for s in loop._running.values()), *loop._kept._kept]
+        layers = [layer for kv in caches for layer in kv.cache.layers if layer.is_initialized]
+        held = sum(layer._keys.nbytes + layer._values.nbytes for layer in layers)
+        assert held <= loop.reserved_bytes
+    assert list(seen) == ["a", "b", "c"]
+    assert {name: tokens_of(events) for name, events in seen.items()} == {
+        name: tokens_of(events) for name, events in expected.items()
+    }
+
+
+def test_the_oldest_kept_caches_make_room(
+    make_loop: Callable[..., StepLoop], request_of: Callable[..., GenerationRequest]
+) -> None:
+    loop = make_loop(**budget(70))
+    for first in (7, 8, 9):
+        run(loop, request_of([first] * 18, 2))
+    run(loop, request_of([10] * 28, 2))
+    cached = [end_of(run(loop, request_of([first] * 18, 2))).usage.cached_tokens for first in (9, 7)]
+    assert cached == [17, 0]
+
+
+def test_a_prompt_beyond_the_planned_context_is_refused_with_both_numbers(
+    make_loop: Callable[..., StepLoop], request_of: Callable[..., GenerationRequest]
+) -> None:
+    loop = make_loop(context_length=32, **budget(32))
+    assert loop.context_length == 32
+    with pytest.raises(RequestError, match=r"prompt has 32 tokens, .* holds 32 .the model's own 2048.*--context"):
+        loop.check(request_of([7] * 32, 1))
+    assert len(tokens_of(run(loop, request_of([7] * 31, 99)))) == 1
 
 
 # ------------------------------------------------------------------------------------------- rates
