@@ -180,7 +180,7 @@ def num_attend_items(fields, num_tokens):
 @njit(nogil=True, cache=True)
 def attention_prompt(
     pool, functions, fields, query, part, weights, output, output_weight, norms, x, num_tokens, cosines, sines,
-    rotary, keys, values, head_bytes, length, y, z, scratch,
+    rotary, keys, values, head_bytes, length, attended, y, z, scratch,
 ):  # fmt: skip
     """y = output(attention(x)) for T tokens; their keys and values are written to the cache.
 
@@ -189,14 +189,12 @@ def attention_prompt(
     fields and norms: as in ``attention_step``; query and part: kernels of the queries' matrix, and of the keys' and
     the values'; weights: int64, the addresses of the queries' first, of the keys' and the values' last. x float32
     [T, C], cosines and sines float32 [T, rotary], keys and values (the cache's buffers, float32 [V, ., D], head_bytes
-    from head to head, ``length`` tokens with the new ones), y and z float32 [T, R], written, and scratch
-    (``prompt_bytes``) by address.
+    from head to head, ``length`` tokens with the new ones), attended float32 [T, H, D], y and z float32 [T, R],
+    written, and scratch (``prompt_bytes``) by address.
     """
     heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]
     columns, source, has_norms = query[K_SOURCE_COLUMNS], x, norms[BEFORE] != 0
-    # The attended rows take the place of the norm's.
-    attended = scratch
-    queries = attended + aligned(4 * num_tokens * max(columns, heads * dim))
+    queries = scratch + aligned(4 * num_tokens * columns)
     new_keys = queries + aligned(4 * num_tokens * heads * dim)
     new_values = new_keys + aligned(4 * num_tokens * kv_heads * dim)
     panels = new_values + aligned(4 * num_tokens * kv_heads * dim)  # of x, then of the attended rows
@@ -252,6 +250,6 @@ def attention_prompt(
 def prompt_bytes(fields, query, output, num_tokens):
     """Scratch of ``attention_prompt``."""
     heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]
-    rows = max(query[K_SOURCE_COLUMNS], heads * dim) + (heads + 2 * kv_heads) * dim
+    rows = query[K_SOURCE_COLUMNS] + (heads + 2 * kv_heads) * dim
     panels = max(panel_bytes(query, num_tokens), panel_bytes(output, num_tokens))
     return aligned(4 * num_tokens * rows) + 4 * 64 + panels

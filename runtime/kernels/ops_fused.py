@@ -18,8 +18,8 @@ class AttentionKernel:
     """How the kernels see the attention of one layer."""
 
     fields: Ints  # [NUM_FIELDS], see attention.py
+    queries: MatrixKernel  # of H * D rows
     part: MatrixKernel  # of V * D rows: keys, values, and each of G parts of the queries
-    queries: MatrixKernel  # of H * D rows: all of them, for prompts
     parts: Ints  # [G + 2] addresses: the queries' parts, keys, values
     output: MatrixKernel
     output_at: int
@@ -51,16 +51,17 @@ def attention_at(
 def prompt_attention_at(
     kernel: AttentionKernel,
     x: int,
-    num_tokens: int,
     rotary: tuple[int, int, int],
     cache: tuple[int, int, int],
     length: int,
-    out: tuple[int, int],
+    out: tuple[int, int, int],
     norms: Ints = NO_NORMS,
+    *,
+    num_tokens: int,
 ) -> None:
     """Attention of tokens which become the last of ``length`` in the cache; by addresses, as attention_prompt.py says.
 
-    rotary and cache: as in ``attention_at``; out: y and z, written.
+    rotary, cache and out: as in ``attention_at``.
     """
     pool = current_pool()
     with pool.lock:
