@@ -53,7 +53,6 @@ from moray.runtime.kernels.programs import (
     F_PACK,
     F_PREPARE_ROWS,
     K_BLOCK_BYTES,
-    K_COLUMNS,
     K_ITEMS,
     K_ROWS,
     K_SOURCE_COLUMNS,
@@ -74,6 +73,7 @@ QUERIES, NEW_KEYS, NEW_VALUES, NUM_TOKENS, COSINES, SINES, ROTARY, KEYS, VALUES,
 NUM_PARAMS = NUM_FIELDS + 12
 # And of ``finish_rows``; SUM_X, SUM_BIAS and SUM_NORM may be 0.
 SUM_Y, SUM_X, SUM_BIAS, SUM_NORM, SUM_EPSILON, SUM_Z, SUM_COLUMNS = range(7)
+NUM_ENDS = 7
 
 _KEYS_AT_ONCE = 64
 _PREPARED_AT_ONCE, _SUMMED_AT_ONCE = 64, 8  # rows in a chunk
@@ -164,10 +164,20 @@ def finish_rows(params, first, last):
 
 
 @njit(nogil=True, cache=True)
-def _set_attention(params, fields, num_tokens, cosines, sines, rotary, keys, values, head_bytes, length):
-    params[:NUM_FIELDS] = fields
-    params[NUM_TOKENS], params[COSINES], params[SINES], params[ROTARY] = num_tokens, cosines, sines, rotary
-    params[KEYS], params[VALUES], params[HEAD_BYTES], params[LENGTH] = keys, values, head_bytes, length
+def _set_pack(phases, p, functions, params, kernel, source, panels, starts, expert):
+    """Phase p: all rows at ``source`` into panels."""
+    width, num_rows = kernel[K_SOURCE_COLUMNS], expert.shape[0]
+    at = (starts.ctypes.data, expert.ctypes.data)
+    items = set_rows(params, kernel, source, 0, width, width, panels, num_rows, *at)
+    set_phase(phases, p, functions[F_PACK], params.ctypes.data, items, 1)
+
+
+@njit(nogil=True, cache=True)
+def _set_matrix(phases, p, params, kernel, packed, weights, starts, y):
+    """Phase p: y = the panels that ``packed`` names, times one matrix. Returns the bytes of the matrix."""
+    items = set_product(params, kernel, packed, weights.ctypes.data, starts.ctypes.data, 1, y)
+    set_phase(phases, p, kernel[K_ITEMS], params.ctypes.data, items, chunk_of(kernel[K_BLOCK_BYTES]))
+    return items * kernel[K_BLOCK_BYTES]
 
 
 @njit(nogil=True, cache=True)
@@ -199,51 +209,40 @@ def attention_prompt(
     new_values = new_keys + aligned(4 * num_tokens * kv_heads * dim)
     panels = new_values + aligned(4 * num_tokens * kv_heads * dim)  # of x, then of the attended rows
     params = np.empty((8, max(act.NUM_PARAMS, NUM_PARAMS, mm.NUM_PARAMS)), np.int64)
-    phases = np.empty((10, PHASE_FIELDS), np.int64)
-    starts, only = np.zeros(2, np.int64), np.zeros(num_tokens, np.int64)
+    phases, ends = np.empty((10, PHASE_FIELDS), np.int64), np.empty(NUM_ENDS, np.int64)
+    # One "expert", whose pairs are the tokens.
+    starts, expert = np.zeros(2, np.int64), np.zeros(num_tokens, np.int64)
     starts[1] = num_tokens
-    at = np.empty(4, np.int64)
-    at[0], at[1], at[2], at[3] = weights[0], weights[-2], weights[-1], output_weight
+    at = np.empty((4, 1), np.int64)
+    at[0, 0], at[1, 0], at[2, 0], at[3, 0] = weights[0], weights[-2], weights[-1], output_weight
 
     if has_norms:
         source = scratch
         params[0, act.N_X], params[0, act.N_WEIGHT], params[0, act.N_OUT] = x, norms[BEFORE], source
         params[0, act.N_COLUMNS], params[0, act.N_EPSILON] = columns, norms[BEFORE_EPSILON]
         set_phase(phases, 0, functions[F_NORMALIZE], params[0].ctypes.data, num_tokens, _SUMMED_AT_ONCE)
-    items = set_rows(
-        params[1], query, source, 0, columns, columns, panels, num_tokens, starts.ctypes.data, only.ctypes.data
-    )
-    set_phase(phases, 1, functions[F_PACK], params[1].ctypes.data, items, 1)
-    num_bytes = 0
-    for kind in range(3):
-        kernel, to = (query, queries) if kind == 0 else (part, new_keys if kind == 1 else new_values)
-        items = set_product(params[2 + kind], kernel, params[1], at[kind:].ctypes.data, starts.ctypes.data, 1, to)
-        chunk = chunk_of(kernel[K_BLOCK_BYTES])
-        set_phase(phases, 2 + kind, kernel[K_ITEMS], params[2 + kind].ctypes.data, items, chunk)
-        num_bytes += items * kernel[K_BLOCK_BYTES]
-    _set_attention(params[5], fields, num_tokens, cosines, sines, rotary, keys, values, head_bytes, length)
-    params[5, QUERIES], params[5, NEW_KEYS], params[5, NEW_VALUES] = queries, new_keys, new_values
-    params[5, ATTENDED] = attended
+    _set_pack(phases, 1, functions, params[1], query, source, panels, starts, expert)
+    num_bytes = _set_matrix(phases, 2, params[2], query, params[1], at[0], starts, queries)
+    num_bytes += _set_matrix(phases, 3, params[3], part, params[1], at[1], starts, new_keys)
+    num_bytes += _set_matrix(phases, 4, params[4], part, params[1], at[2], starts, new_values)
+    middle = params[5]
+    middle[:NUM_FIELDS] = fields
+    middle[QUERIES], middle[NEW_KEYS], middle[NEW_VALUES], middle[ATTENDED] = queries, new_keys, new_values, attended
+    middle[NUM_TOKENS], middle[COSINES], middle[SINES], middle[ROTARY] = num_tokens, cosines, sines, rotary
+    middle[KEYS], middle[VALUES], middle[HEAD_BYTES], middle[LENGTH] = keys, values, head_bytes, length
     rows = (heads + 2 * kv_heads) * num_tokens
-    set_phase(phases, 5, functions[F_PREPARE_ROWS], params[5].ctypes.data, rows, _PREPARED_AT_ONCE)
+    set_phase(phases, 5, functions[F_PREPARE_ROWS], middle.ctypes.data, rows, _PREPARED_AT_ONCE)
     items = num_attend_items(fields, num_tokens)
-    set_phase(phases, 6, functions[F_ATTEND_TILES], params[5].ctypes.data, items, 1)
-    width = output[K_SOURCE_COLUMNS]
-    items = set_rows(
-        params[6], output, attended, 0, width, width, panels, num_tokens, starts.ctypes.data, only.ctypes.data
-    )
-    set_phase(phases, 7, functions[F_PACK], params[6].ctypes.data, items, 1)
-    items = set_product(params[7], output, params[6], at[3:].ctypes.data, starts.ctypes.data, 1, y)
-    set_phase(phases, 8, output[K_ITEMS], params[7].ctypes.data, items, chunk_of(output[K_BLOCK_BYTES]))
-    num_bytes += items * output[K_BLOCK_BYTES]
-    last = np.zeros(7, np.int64)
-    last[SUM_Y], last[SUM_X], last[SUM_BIAS], last[SUM_NORM] = y, x * has_norms, fields[O_BIAS], norms[AFTER]
-    last[SUM_EPSILON], last[SUM_Z], last[SUM_COLUMNS] = norms[AFTER_EPSILON], z, output[K_ROWS]
-    set_phase(phases, 9, functions[F_FINISH_ROWS], last.ctypes.data, num_tokens, _SUMMED_AT_ONCE)
-    products = num_tokens * ((heads + 2 * kv_heads) * dim * query[K_COLUMNS] + 2 * heads * dim * length)
+    set_phase(phases, 6, functions[F_ATTEND_TILES], middle.ctypes.data, items, 1)
+    _set_pack(phases, 7, functions, params[6], output, attended, panels, starts, expert)
+    num_bytes += _set_matrix(phases, 8, params[7], output, params[6], at[3], starts, y)
+    ends[SUM_Y], ends[SUM_X], ends[SUM_BIAS], ends[SUM_Z] = y, x * has_norms, fields[O_BIAS], z
+    ends[SUM_NORM], ends[SUM_EPSILON], ends[SUM_COLUMNS] = norms[AFTER], norms[AFTER_EPSILON], output[K_ROWS]
+    set_phase(phases, 9, functions[F_FINISH_ROWS], ends.ctypes.data, num_tokens, _SUMMED_AT_ONCE)
+    products = num_tokens * ((heads + 2 * kv_heads) * dim * columns + 2 * heads * dim * length)
     carry_out(pool, phases[0 if has_norms else 1 :], num_bytes, products)
     # Alive until here: phases know only their addresses.
-    return params[0, 0] + starts[0] + only[0] + at[0] + last[0]
+    return params[0, 0] + starts[0] + expert[0] + at[0, 0] + ends[0]
 
 
 @njit(nogil=True, cache=True)
