@@ -26,7 +26,6 @@ from moray.runtime.kernels.programs import (
     F_ATTEND,
     F_PACK,
     F_PREPARE_HEADS,
-    F_PREPARE_ROWS,
     K_BLOCK_BYTES,
     K_COLUMNS,
     K_ITEMS,
@@ -48,9 +47,7 @@ HEADS, KV_HEADS, DIM, SCALE, EPSILON, Q_NORM, K_NORM, Q_BIAS, K_BIAS, V_BIAS, O_
 NUM_FIELDS = 11
 # Words of the params of ``prepare_heads`` and ``attend``: these, then where this token's data are.
 (PROJECTED, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH, SCORES, ATTENDED) = range(11, 21)
-# And of ``prepare_rows``.
-QUERIES, KEYS_IN, VALUES_IN, TURNED, NUM_TOKENS = range(21, 26)
-NUM_PARAMS = 26
+NUM_PARAMS = 21
 # The norms around it, int64: addresses of their weights, and the bits of their epsilons.
 BEFORE, AFTER, BEFORE_EPSILON, AFTER_EPSILON = range(4)
 NUM_NORMS = 4
@@ -86,36 +83,6 @@ def prepare_heads(params, first, last):
             rotate_row(row, word(params, COSINES), word(params, SINES), word(params, ROTARY) // 2)
         if kind:
             copy_row(row, word(params, KEYS + kind - 1) + head * word(params, HEAD_BYTES) + to_new, dim)
-
-
-@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
-def prepare_rows(params, first, last):
-    """``prepare_heads`` for the T tokens of a prompt, biases added before. Items: (head of any kind, token).
-
-    Heads lie at QUERIES float32 [T, H, D] and at KEYS_IN and VALUES_IN [T, V, D]; queries go to TURNED, of the
-    same shape.
-    """
-    heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
-    num_tokens, rotary = word(params, NUM_TOKENS), word(params, ROTARY)
-    for item in range(first, last):
-        head, token = item // num_tokens, item % num_tokens
-        kind = 0 if head < heads else 1 if head < heads + kv_heads else 2
-        head -= (0, heads, heads + kv_heads)[kind]
-        row = word(params, QUERIES + kind) + 4 * dim * (token * (kv_heads if kind else heads) + head)
-        to = word(params, TURNED) + 4 * dim * (token * heads + head)
-        if kind:
-            place = word(params, LENGTH) - num_tokens + token
-            to = word(params, KEYS + kind - 1) + head * word(params, HEAD_BYTES) + 4 * dim * place
-        if kind == 2:
-            copy_row(row, to, dim)
-            continue
-        norm = word(params, Q_NORM + kind)
-        if norm:
-            rms_row(row, norm, to, dim, word(params, EPSILON))
-        else:
-            copy_row(row, to, dim)
-        at = 4 * token * rotary
-        rotate_row(to, word(params, COSINES) + at, word(params, SINES) + at, rotary // 2)
 
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
@@ -198,27 +165,6 @@ def attention_step(
         rms_row(y, norms[AFTER], z, columns, norms[AFTER_EPSILON])
     # Alive until here: phases know only their addresses.
     return params[0, 0] + starts[0] + same_row[0] + part_of_pair[0] + one[0] + only[0] + output_at[0]
-
-
-@njit(nogil=True, cache=True)
-def prepare_prompt(
-    pool, functions, fields, queries, keys_in, values_in, num_tokens, cosines, sines, rotary, keys, values, head_bytes,
-    length, turned,
-):  # fmt: skip
-    """Norms and rotary embedding of a prompt's heads; keys and values go to the end of the cache.
-
-    By address: queries float32 [T, H, D], keys_in and values_in [T, V, D], cosines and sines [T, rotary], the cache
-    as in ``attention_step`` with ``length`` tokens, these included, and turned [T, H, D], written.
-    """
-    params, phases = np.empty(NUM_PARAMS, np.int64), np.empty((1, PHASE_FIELDS), np.int64)
-    params[:NUM_FIELDS] = fields
-    params[QUERIES], params[KEYS_IN], params[VALUES_IN], params[TURNED] = queries, keys_in, values_in, turned
-    params[COSINES], params[SINES], params[ROTARY], params[NUM_TOKENS] = cosines, sines, rotary, num_tokens
-    params[KEYS], params[VALUES], params[HEAD_BYTES], params[LENGTH] = keys, values, head_bytes, length
-    heads = fields[HEADS] + 2 * fields[KV_HEADS]
-    set_phase(phases, 0, functions[F_PREPARE_ROWS], params.ctypes.data, heads * num_tokens, 64)
-    carry_out(pool, phases, 4 * heads * num_tokens * fields[DIM], 0)
-    return params[0]  # alive until here
 
 
 @njit(nogil=True, cache=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moray.runtime.kernels import attention, routed, router
+from moray.runtime.kernels import attention, attention_prompt, routed, router
 from moray.runtime.kernels.ops import FUNCTIONS, PANEL_SLACK, SCRATCH, Ints, LayerKernel, MatrixKernel
 from moray.runtime.kernels.pool import current_pool
 
@@ -15,9 +15,10 @@ NO_NORMS: Ints = np.zeros(attention.NUM_NORMS, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True)
 class AttentionKernel:
-    """How the kernels see the attention of one layer, for one token at a time."""
+    """How the kernels see the attention of one layer."""
 
     fields: Ints  # [NUM_FIELDS], see attention.py
+    queries: MatrixKernel  # of H * D rows
     part: MatrixKernel  # of V * D rows: keys, values, and each of G parts of the queries
     parts: Ints  # [G + 2] addresses: the queries' parts, keys, values
     output: MatrixKernel
@@ -47,21 +48,29 @@ def attention_at(
         )  # fmt: skip
 
 
-def prepare_prompt_at(
+def prompt_attention_at(
     kernel: AttentionKernel,
-    heads: tuple[int, int, int],
-    num_tokens: int,
+    x: int,
     rotary: tuple[int, int, int],
     cache: tuple[int, int, int],
     length: int,
-    turned: int,
+    out: tuple[int, int, int],
+    norms: Ints = NO_NORMS,
+    *,
+    num_tokens: int,
 ) -> None:
-    """The heads of a prompt's queries, keys and values, turned and put where attention wants them (attention.py)."""
+    """Attention of tokens which become the last of ``length`` in the cache; by addresses, as attention_prompt.py says.
+
+    rotary, cache and out: as in ``attention_at``.
+    """
     pool = current_pool()
     with pool.lock:
-        attention.prepare_prompt(
-            pool.address, FUNCTIONS, kernel.fields, *heads, num_tokens, *rotary, *cache, length, turned
-        )
+        query, output = kernel.queries.fields, kernel.output.fields
+        needed = int(attention_prompt.prompt_bytes(kernel.fields, query, output, num_tokens))
+        attention_prompt.attention_prompt(
+            pool.address, FUNCTIONS, kernel.fields, query, kernel.part.fields, kernel.parts, output, kernel.output_at,
+            norms, x, num_tokens, *rotary, *cache, length, *out, SCRATCH.address(needed + PANEL_SLACK),
+        )  # fmt: skip
 
 
 def route_at(

@@ -34,7 +34,7 @@ from moray.runtime.kernels.atomics import (
     store_int64,
 )
 
-MAX_PHASES = 8
+MAX_PHASES = 10
 PHASE_FIELDS = 4  # function, params, items, chunk
 
 _LINE = 64

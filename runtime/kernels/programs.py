@@ -16,7 +16,8 @@ from moray.runtime.kernels.pool import PHASE_FIELDS, run, run_alone
 K_ITEMS, K_INTEGER, K_GROUP, K_ROWS, K_COLUMNS, K_BLOCK_BYTES, K_SOURCE_COLUMNS = range(7)
 K_FIELDS = 7
 # Compiled functions of the other phases, by address (ops.py).
-F_PACK, F_ACTIVATE, F_COMBINE, F_NORMALIZE, F_PREPARE_HEADS, F_ATTEND, F_PREPARE_ROWS = range(7)
+F_PACK, F_ACTIVATE, F_COMBINE, F_NORMALIZE, F_PREPARE_HEADS, F_ATTEND = range(6)
+F_PREPARE_ROWS, F_ATTEND_TILES, F_FINISH_ROWS = range(6, 9)
 
 # A program below both is done by the calling thread: another would not come before it is done.
 SERIAL_BYTES = 96 << 10

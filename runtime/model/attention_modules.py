@@ -1,4 +1,4 @@
-"""Attention of one new token in one launch, for the modules that compute what most families do.
+"""Attention in one launch, for the modules that compute what most families do.
 
 Nothing here lists families. A module is taken if its forward uses no names but those of the usual attention (so that
 nothing depends on, say, the position), and if a trial gives what the module itself gives.
@@ -7,8 +7,10 @@ nothing depends on, say, the position), and if a trial gives what the module its
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from transformers import DynamicCache
 from moray.runtime.experts.source import Ints
 from moray.runtime.kernels import attention as kernels
 from moray.runtime.kernels.ops import MatrixKernel
-from moray.runtime.kernels.ops_fused import NO_NORMS, AttentionKernel, attention_at, prepare_prompt_at
+from moray.runtime.kernels.ops_fused import NO_NORMS, AttentionKernel, attention_at, prompt_attention_at
 from moray.runtime.layout.packed import Numerics, PackedSpec
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 from moray.runtime.model.norm_modules import FusedRMSNorm
@@ -41,14 +43,12 @@ _TOLERANCE = 1e-5
 
 
 class FusedAttention:
-    """In place of a module's forward, over a cache that grows in place: one token in one launch, several with torch's
-    softmax. Else the module's own.
-    """
+    """In place of a module's forward, for one sequence over a cache that grows in place. Else the module's own."""
 
     def __init__(self, module: Any, rotary: Any, numerics: Numerics) -> None:
         self._plain = type(module).forward.__get__(module)
         self.layer, self.rotary = int(module.layer_idx), rotary
-        self._columns, self._width = module.q_proj.in_features, module.q_proj.out_features
+        self._width = module.q_proj.out_features
         self._kernel = _kernel_of(module, numerics)
         self._module = module  # its weights' addresses are in the kernel, too
 
@@ -62,10 +62,7 @@ class FusedAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = self.growing_layer(hidden_states, position_embeddings, attention_mask, past_key_values)
         if layer is not None and position_embeddings is not None:
-            return self.step(hidden_states, position_embeddings, layer)[0], None
-        layer = self._prompt_layer(hidden_states, attention_mask, past_key_values)
-        if layer is not None and position_embeddings is not None:
-            return self._prompt(hidden_states, position_embeddings, attention_mask, layer), None
+            return self.compute(hidden_states, position_embeddings, layer)[0], None
         out: tuple[torch.Tensor, torch.Tensor | None] = self._plain(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
@@ -78,65 +75,37 @@ class FusedAttention:
     def growing_layer(
         self, x: torch.Tensor, rotation: Rotation | None, mask: torch.Tensor | None, cache: Any
     ) -> GrowingLayer | None:
-        """The cache of this layer if ``step`` can be used: for one token that sees all tokens before it."""
-        layer = self._layer_of(cache)
-        if x.numel() != self._columns or mask is not None or rotation is None:
-            return None
-        return layer if isinstance(layer, GrowingLayer) and layer.is_initialized else None
-
-    def _layer_of(self, cache: Any) -> Any:
+        """The cache of this layer if ``compute`` can be used: each token sees itself and all before it."""
         layers = () if cache is None else cache.layers  # a family's own cache may add layers as they are needed
-        return layers[self.layer] if self.layer < len(layers) else None
-
-    def _prompt_layer(self, x: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> GrowingLayer | None:
-        """The cache of this layer if ``_prompt`` can be used: for one sequence, with a mask where it goes on."""
-        layer = self._layer_of(cache)
-        if not isinstance(layer, GrowingLayer) or x.shape[:-2].numel() != 1 or x.shape[-2] == 1:
+        layer = layers[self.layer] if self.layer < len(layers) else None
+        if not isinstance(layer, GrowingLayer) or rotation is None or x.shape[:-2].numel() != 1:
             return None
-        return layer if mask is not None or layer.get_seq_length() == 0 else None
+        tokens, before = x.shape[-2], layer.get_seq_length()
+        if mask is None:
+            return layer if tokens == 1 or before == 0 else None
+        return layer if tokens > 1 and _is_causal(mask, tokens, before + tokens) else None
 
-    def _prompt(
-        self, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, layer: GrowingLayer
-    ) -> torch.Tensor:
-        """Several tokens of one sequence: the softmax is torch's."""
-        module, tokens = self._module, x.shape[-2]
-        cosines, sines = rotation[0].contiguous(), rotation[1].contiguous()
-        heads = [projection(x) for projection in (module.q_proj, module.k_proj, module.v_proj)]
-        dim = module.head_dim
-        if not layer.is_initialized:
-            empty = x.new_empty(1, heads[1].shape[-1] // dim, 0, dim)
-            layer.lazy_initialization(empty, empty)
-        keys, values = layer.extend(tokens)
-        turned = x.new_empty(1, tokens, heads[0].shape[-1] // dim, dim).transpose(1, 2)  # attention keeps the order
-        prepare_prompt_at(
-            self._kernel,
-            (heads[0].data_ptr(), heads[1].data_ptr(), heads[2].data_ptr()),
-            tokens,
-            (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
-            (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
-            keys.shape[-2],
-            turned.data_ptr(),
-        )
-        attended = nn.functional.scaled_dot_product_attention(
-            turned, keys, values, attn_mask=mask, is_causal=mask is None, scale=module.scaling, enable_gqa=True
-        )
-        return module.o_proj(attended.transpose(1, 2).reshape(*x.shape[:-1], -1))  # type: ignore[no-any-return]
-
-    def step(
+    def compute(
         self, x: torch.Tensor, rotation: Rotation, layer: GrowingLayer, norms: Ints = NO_NORMS
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """y, z and attended of ``kernels.attention_step``."""
+        """y, z and attended of ``attention_step`` or, for several tokens, of ``attention_prompt``."""
         cosines, sines, x = rotation[0].contiguous(), rotation[1].contiguous(), x.contiguous()
-        keys, values = layer.extend(1)
-        attended, y, z = torch.empty(self._width), torch.empty_like(x), torch.empty_like(x)
-        attention_at(
+        if not layer.is_initialized:
+            kv_heads, dim = (int(self._kernel.fields[field]) for field in (kernels.KV_HEADS, kernels.DIM))
+            empty = x.new_empty(1, kv_heads, 0, dim)
+            layer.lazy_initialization(empty, empty)
+        tokens = x.shape[-2]
+        keys, values = layer.extend(tokens)
+        attended, y, z = torch.empty(tokens, self._width), torch.empty_like(x), torch.empty_like(x)
+        compute = attention_at if tokens == 1 else partial(prompt_attention_at, num_tokens=tokens)
+        compute(
             self._kernel,
             x.data_ptr(),
-            (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
-            (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
-            keys.shape[-2],
-            (attended.data_ptr(), y.data_ptr(), z.data_ptr()),
-            norms,
+            rotary=(cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
+            cache=(keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
+            length=keys.shape[-2],
+            out=(attended.data_ptr(), y.data_ptr(), z.data_ptr()),
+            norms=norms,
         )
         return y, z, attended
 
@@ -157,20 +126,15 @@ def fuse_attention(model: Any, numerics: Numerics) -> None:
                 module.forward = fused
 
 
-def try_steps(
-    step: Callable[..., Any], rotary: Any, columns: int, model: Any, last_step: Callable[..., Any] | None = None
-) -> tuple[Any, DynamicCache]:
-    """What ``step`` gives for one token after a few, in random values, and the cache it leaves.
-
-    ``last_step``: another function for that one token.
-    """
+def try_steps(step: Callable[..., Any], rotary: Any, columns: int, model: Any) -> tuple[list[Any], DynamicCache]:
+    """What ``step`` gives for a few tokens and for one after them, in random values, and the cache it leaves."""
     hidden = torch.randn(1, _TRIAL_TOKENS, columns, generator=torch.Generator().manual_seed(0))
-    cache, result = new_cache(model.config.get_text_config()), None
-    for function, first, last in ((step, 0, _TRIAL_TOKENS - 1), (last_step or step, _TRIAL_TOKENS - 1, _TRIAL_TOKENS)):
+    cache, results = new_cache(model.config.get_text_config()), []
+    for first, last in ((0, _TRIAL_TOKENS - 1), (_TRIAL_TOKENS - 1, _TRIAL_TOKENS)):
         x, positions = hidden[:, first:last], torch.arange(first, last)[None]
         how = {"position_embeddings": rotary(x, positions), "position_ids": positions}
-        result = function(hidden_states=x, attention_mask=None, past_key_values=cache, **how)
-    return result, cache
+        results.append(step(hidden_states=x, attention_mask=None, past_key_values=cache, **how))
+    return results, cache
 
 
 @contextmanager
@@ -231,32 +195,52 @@ def _kernel_of(module: Any, numerics: Numerics) -> AttentionKernel:
     queries = q.packed.data_ptr() + part_bytes * np.arange(q.spec.rows // k.spec.rows)
     parts = np.array([*queries, k.packed.data_ptr(), v.packed.data_ptr()], dtype=np.int64)
     return AttentionKernel(
-        fields, MatrixKernel.of(k.spec, numerics), parts, MatrixKernel.of(o.spec, numerics), o.packed.data_ptr()
+        fields,
+        MatrixKernel.of(q.spec, numerics),
+        MatrixKernel.of(k.spec, numerics),
+        parts,
+        MatrixKernel.of(o.spec, numerics),
+        o.packed.data_ptr(),
     )
 
 
 @torch.inference_mode()
 def _agrees(fused: FusedAttention, module: Any, model: Any) -> bool:
-    """Whether the heads' results and the cache are the module's own after a few tokens and one more."""
-    columns, seen = module.q_proj.in_features, []
-    hook = module.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1)))
-    plain = type(module).forward.__get__(module)
+    """Whether the heads' results and the cache are the module's own for a few tokens and one more."""
+    columns, its, mine = module.q_proj.in_features, [], []
+    hook = module.o_proj.register_forward_pre_hook(lambda _, inputs: its.append(inputs[0].reshape(-1)))
+
+    def compute(
+        hidden_states: Any, position_embeddings: Any, attention_mask: Any, past_key_values: Any, **_: Any
+    ) -> None:
+        layer = fused.growing_layer(hidden_states, position_embeddings, attention_mask, past_key_values)
+        if layer is not None:
+            mine.append(fused.compute(hidden_states, position_embeddings, layer)[2].reshape(-1))
+
     try:
-        _, its_cache = try_steps(plain, fused.rotary, columns, model)
-
-        def last_step(hidden_states: Any, position_embeddings: Any, past_key_values: Any, **kwargs: Any) -> Any:
-            layer = past_key_values.layers[fused.layer]
-            return fused.step(hidden_states, position_embeddings, layer) if isinstance(layer, GrowingLayer) else None
-
-        mine, my_cache = try_steps(fused, fused.rotary, columns, model, last_step)
+        _, its_cache = try_steps(type(module).forward.__get__(module), fused.rotary, columns, model)
+        _, my_cache = try_steps(compute, fused.rotary, columns, model)
     except Exception:  # a rotary embedding that needs more, or a module that takes something else
         return False
     finally:
         hook.remove()
-    if mine is None:
+    if len(mine) != len(its):
         return False
-    ours: Any = my_cache.layers[fused.layer]
-    its: Any = its_cache.layers[fused.layer]
-    # seen: its prompt, its last token, our prompt
-    pairs = [(seen[2], seen[0]), (mine[2], seen[1]), (ours.keys, its.keys), (ours.values, its.values)]
+    layers: Any = [cache.layers[fused.layer] for cache in (my_cache, its_cache)]
+    pairs = [*zip(mine, its, strict=True), [layer.keys for layer in layers], [layer.values for layer in layers]]
     return all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in pairs)
+
+
+_causal: weakref.ref[torch.Tensor] | None = None  # the last mask that was: all layers get the same one
+
+
+def _is_causal(mask: torch.Tensor, tokens: int, length: int) -> bool:
+    """Whether each of the last ``tokens`` of ``length`` sees all before it, and nothing else is asked for."""
+    global _causal
+    if mask.dtype != torch.bool or mask.shape != (1, 1, tokens, length):
+        return False
+    if _causal is None or _causal() is not mask:
+        if not torch.equal(mask[0, 0], torch.ones(tokens, length, dtype=torch.bool).tril(length - tokens)):
+            return False
+        _causal = weakref.ref(mask)
+    return True

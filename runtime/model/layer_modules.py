@@ -52,7 +52,7 @@ class FusedBlock:
 
 
 class FusedLayer:
-    """In place of a decoder layer's forward: for one token, all but the MLP in one launch."""
+    """In place of a decoder layer's forward: for one sequence, all but the MLP in one launch."""
 
     def __init__(self, layer: Any, attention: FusedAttention, norms: Ints) -> None:
         self._plain = _class_forward(layer)
@@ -68,7 +68,7 @@ class FusedLayer:
     ) -> torch.Tensor:
         grows = self._attention.growing_layer(hidden_states, position_embeddings, attention_mask, past_key_values)
         if grows is not None and position_embeddings is not None:
-            y, z, _ = self._attention.step(hidden_states, position_embeddings, grows, self._norms)
+            y, z, _ = self._attention.compute(hidden_states, position_embeddings, grows, self._norms)
             return y.add_(self._mlp(z))
         return self._plain(  # type: ignore[no-any-return]
             hidden_states,
@@ -147,7 +147,7 @@ def _layer_agrees(fused: FusedLayer, layer: Any, attention: FusedAttention, mode
     try:
         with replaced_forward(layer.mlp, lambda x: 0.5 * x.flip(-1)):
             its, _ = try_steps(plain, attention.rotary, columns, model)
-            mine, _ = try_steps(plain, attention.rotary, columns, model, fused)
+            mine, _ = try_steps(fused, attention.rotary, columns, model)
     except Exception:
         return False
-    return torch.is_tensor(its) and torch.equal(mine, its)
+    return all(torch.is_tensor(b) and torch.equal(a, b) for a, b in zip(mine, its, strict=True))
