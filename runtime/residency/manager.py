@@ -176,7 +176,9 @@ class ResidencyManager:
         """A load was stopped, or went wrong; its slot is free."""
         assert self._state[expert] is State.LOADING
         self._state[expert] = State.ABSENT
-        self._given_up.discard(expert)
+        if expert in self._given_up:  # nothing is wrong with it: its turn comes again
+            self._given_up.discard(expert)
+            self._next_fill = min(self._next_fill, expert)
         del self._urgency[expert]
         self._free.append(self._slot.pop(expert))
         self._policy.evicted(expert)
