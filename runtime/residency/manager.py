@@ -28,6 +28,9 @@ class State(Enum):
     EVICTING = "evicting"  # its slot is another's already; readers have not been told yet
 
 
+_OUT = (State.ABSENT, State.EVICTING)
+
+
 class Urgency(IntEnum):
     """Lower goes first."""
 
@@ -116,7 +119,7 @@ class ResidencyManager:
             elif urgency is Urgency.HINT and self._layer_of[e] in layers:
                 self._given_up.add(e)
         waiting = [e for e in self._demands if self._claimed[e] and e not in experts]
-        self._demands = waiting + [e for e in experts if self._state[e] is State.ABSENT]
+        self._demands = waiting + [e for e in experts if self._state[e] in _OUT]
 
     def release(self, client: str, experts: Iterable[int]) -> None:
         """A client is done with some of what it needed."""
@@ -143,9 +146,10 @@ class ResidencyManager:
 
     def next_load(self, least: Urgency = Urgency.FILL) -> Load | None:
         """What to load now, if something of urgency ``least`` or a higher one waits and there is a slot for it."""
-        self._demands = [e for e in self._demands if self._claimed[e] and self._state[e] is State.ABSENT]
-        if self._demands:
-            return self._begin(self._demands[0], Urgency.DEMAND)
+        self._demands = [e for e in self._demands if self._claimed[e] and self._state[e] in _OUT]
+        demand = next((e for e in self._demands if self._state[e] is State.ABSENT), None)
+        if demand is not None:
+            return self._begin(demand, Urgency.DEMAND)
         if least >= Urgency.HINT:
             for e in list(self._hints):
                 del self._hints[e]

@@ -148,3 +148,16 @@ def test_what_was_given_up_is_filled_in_later(urgency: str) -> None:
             finish(manager, load)
     fill(manager)
     assert manager.num_resident == 4
+
+
+def test_an_expert_that_is_needed_while_it_is_evicted_is_loaded_again() -> None:
+    manager = manager_of([3], 1)
+    fill(manager)
+    manager.need("a", [1])
+    load = manager.next_load()
+    assert load is not None and load.victim == 0
+    manager.need("a", [0])  # before readers were told that it is gone
+    assert manager.next_load() is None
+    finish(manager, load)
+    load = manager.next_load()
+    assert load is not None and (load.expert, load.victim) == (0, 1)
