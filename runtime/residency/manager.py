@@ -78,6 +78,7 @@ class ResidencyManager:
         self._demands: list[int] = []
         self._hints: dict[int, None] = {}  # in order
         self._unused_hints: set[int] = set()  # loaded or loading by a hint, not yet used
+        self._failed: set[int] = set()  # left alone until somebody needs them again
         self._next_fill = 0
         self.stats = ResidencyStats()
 
@@ -110,6 +111,7 @@ class ResidencyManager:
     def need(self, client: str, experts: Sequence[int]) -> None:
         """A client's layer needs these, and no longer what it needed before. Hints that it contradicts are dropped."""
         self._claim(client, set(experts))
+        self._failed.difference_update(experts)
         layers = {self._layer_of[e] for e in experts}
         for e in [e for e in self._hints if self._layer_of[e] in layers]:
             del self._hints[e]
@@ -138,7 +140,7 @@ class ResidencyManager:
 
     def hint(self, experts: Sequence[int]) -> list[int]:
         """These are predicted to be needed, likeliest first. Returns those that a load was not asked for already."""
-        new = [e for e in experts if self._state[e] is State.ABSENT and e not in self._hints]
+        new = [e for e in experts if self._is_loadable(e) and e not in self._hints]
         self._hints.update(dict.fromkeys(new))
         for e in experts:
             self._given_up.discard(e)
@@ -149,7 +151,10 @@ class ResidencyManager:
         self._demands = [e for e in self._demands if self._claimed[e] and self._state[e] in _OUT]
         demand = next((e for e in self._demands if self._state[e] is State.ABSENT), None)
         if demand is not None:
-            return self._begin(demand, Urgency.DEMAND)
+            load = self._begin(demand, Urgency.DEMAND)
+            if load is not None:
+                self._demands.remove(demand)  # if it fails, until somebody asks for it again
+            return load
         if least >= Urgency.HINT:
             for e in list(self._hints):
                 del self._hints[e]
@@ -160,7 +165,7 @@ class ResidencyManager:
         if least >= Urgency.FILL and self._free:
             while self._next_fill < len(self._state):
                 self._next_fill += 1
-                if self._state[self._next_fill - 1] is State.ABSENT:
+                if self._is_loadable(self._next_fill - 1):
                     return self._begin(self._next_fill - 1, Urgency.FILL)
         return None
 
@@ -183,6 +188,8 @@ class ResidencyManager:
         if expert in self._given_up:  # nothing is wrong with it: its turn comes again
             self._given_up.discard(expert)
             self._next_fill = min(self._next_fill, expert)
+        else:
+            self._failed.add(expert)
         del self._urgency[expert]
         self._free.append(self._slot.pop(expert))
         self._policy.evicted(expert)
@@ -199,6 +206,10 @@ class ResidencyManager:
         claims = Counter(e for claimed in self._claims.values() for e in claimed)
         assert claims == +self._claimed, "claims do not add up"
         assert all(self._state[e] in (State.LOADING, State.RESIDENT) for e in self._unused_hints)
+
+    def _is_loadable(self, expert: int) -> bool:
+        """Whether it may be loaded though nobody waits for it."""
+        return self._state[expert] is State.ABSENT and expert not in self._failed
 
     def _claim(self, client: str, experts: set[int]) -> None:
         before = self._claims.get(client, set())
