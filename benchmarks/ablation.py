@@ -116,7 +116,9 @@ def measure_round(store: Path, bits: int, seed: int, arguments: argparse.Namespa
         slot_bytes = opened.manifest.slot_bytes
     prompts = ReplayPrompts(replay.texts("trace"), seed)
     warm, ask = (Ask(tuple(prompts.make(_PROMPT_TOKENS, arguments.tokens)), arguments.tokens) for _ in range(2))
-    rows = [(name, Options() if arguments.all_resident else options) for name, options in rows_of(slot_bytes, slots).items()]
+    rows = [
+        (name, Options() if arguments.all_resident else options) for name, options in rows_of(slot_bytes, slots).items()
+    ]
     bandwidth = store_bandwidth(store, 0.3).bytes_per_s
     samples = {}
     for name, options in rows[seed % len(rows) :] + rows[: seed % len(rows)]:

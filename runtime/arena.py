@@ -78,7 +78,11 @@ class Arena:
         require_memory(num_bytes, f"an arena of {num_slots} experts")
         fd = os.memfd_create("moray-arena", os.MFD_CLOEXEC)
         os.ftruncate(fd, num_bytes)
-        _allocate(fd, 0, first_slot)
+        try:
+            _allocate(fd, 0, first_slot)
+        except BaseException:
+            os.close(fd)
+            raise
         header = MAGIC + np.array([num_slots, slot_bytes, first_slot, num_experts], dtype=np.int64).tobytes()
         os.pwrite(fd, header, 0)
         arena = cls(fd, num_bytes, writable=True)

@@ -180,15 +180,16 @@ class ShardHost:
         layout = info.layout
         gate_up, down = layout["gate_up_proj"], layout["down_proj"]
         assert gate_up.spec is not None and down.spec is not None
-        shards = self.arena.addresses(self._hold(layer, experts))
         starts: Ints = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         pairs = np.arange(len(x_PH))
         grouping = ops.Grouping(np.asarray(experts, dtype=np.int64), starts, pairs, pairs[:, None])
         ones = np.ones((len(x_PH), 1), dtype=np.float32)
         kernels = LayerKernel(MatrixKernel.of(gate_up.spec, numerics), MatrixKernel.of(down.spec, numerics))
-        y = ops.moe_layer(x_PH, ones, grouping, kernels, shards + gate_up.offset, shards + down.offset)
-        self.release(_SELF, layer, experts)
-        return y
+        try:
+            shards = self.arena.addresses(self._hold(layer, experts))
+            return ops.moe_layer(x_PH, ones, grouping, kernels, shards + gate_up.offset, shards + down.offset)
+        finally:
+            self.drop_client(_SELF)
 
     def close(self) -> None:
         self._loader.close()

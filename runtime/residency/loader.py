@@ -109,6 +109,8 @@ class Loader:
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
+        self._jobs.clear()  # those begun hold memory of the arena
+        self._reader.close()
 
     def wake(self) -> None:
         """The manager has new wishes. Call with ``lock`` held."""
@@ -196,7 +198,7 @@ class Loader:
                 self._arena.require(job.load.slot, start, len(memory))
             self._reader.read(job.entry, start, memory)
         except MorayError as error:
-            return error
+            return type(error)(*error.args)  # it is kept, and its own traceback would keep the slot's memory
         return None
 
     def _advance(self, job: _Job) -> None:

@@ -28,6 +28,9 @@ class State(Enum):
     EVICTING = "evicting"  # its slot is another's already; readers have not been told yet
 
 
+_OUT = (State.ABSENT, State.EVICTING)
+
+
 class Urgency(IntEnum):
     """Lower goes first."""
 
@@ -76,6 +79,7 @@ class ResidencyManager:
         self._hints: dict[int, None] = {}  # in order
         self._unused_hints: set[int] = set()  # loaded or loading by a hint, not yet used
         self._fills = self._in_turn(list(layer_of))[::-1]
+        self._failed: set[int] = set()  # left alone until somebody needs them again
         self.stats = ResidencyStats()
 
     @property
@@ -112,6 +116,7 @@ class ResidencyManager:
     def need(self, client: str, experts: Sequence[int]) -> None:
         """A client's layer needs these, and no longer what it needed before. Hints that it contradicts are dropped."""
         self._claim(client, set(experts))
+        self._failed.difference_update(experts)
         layers = {self._layer_of[e] for e in experts}
         for e in [e for e in self._hints if self._layer_of[e] in layers]:
             del self._hints[e]
@@ -121,7 +126,7 @@ class ResidencyManager:
             elif urgency is Urgency.HINT and self._layer_of[e] in layers:
                 self._given_up.add(e)
         waiting = [e for e in self._demands if self._claimed[e] and e not in experts]
-        self._demands = waiting + [e for e in experts if self._state[e] is State.ABSENT]
+        self._demands = waiting + [e for e in experts if self._state[e] in _OUT]
 
     def release(self, client: str, experts: Iterable[int]) -> None:
         """A client is done with some of what it needed."""
@@ -140,7 +145,7 @@ class ResidencyManager:
 
     def hint(self, experts: Sequence[int]) -> list[int]:
         """These are predicted to be needed, likeliest first. Returns those that a load was not asked for already."""
-        new = [e for e in experts if self._state[e] is State.ABSENT and e not in self._hints]
+        new = [e for e in experts if self._is_loadable(e) and e not in self._hints]
         self._hints.update(dict.fromkeys(new))
         for e in experts:
             self._given_up.discard(e)
@@ -153,9 +158,13 @@ class ResidencyManager:
 
         ``admit``: whether an expert that is hinted at may take the place of another.
         """
-        self._demands = [e for e in self._demands if self._claimed[e] and self._state[e] is State.ABSENT]
-        if self._demands:
-            return self._begin(self._demands[0], Urgency.DEMAND)
+        self._demands = [e for e in self._demands if self._claimed[e] and self._state[e] in _OUT]
+        demand = next((e for e in self._demands if self._state[e] is State.ABSENT), None)
+        if demand is not None:
+            load = self._begin(demand, Urgency.DEMAND)
+            if load is not None:
+                self._demands.remove(demand)  # if it fails, until somebody asks for it again
+            return load
         if least >= Urgency.HINT:
             for e in list(self._hints):
                 del self._hints[e]
@@ -166,7 +175,7 @@ class ResidencyManager:
         if least >= Urgency.FILL and self._free:
             while self._fills:
                 e = self._fills.pop()
-                if self._state[e] is State.ABSENT:
+                if self._is_loadable(e):
                     return self._begin(e, Urgency.FILL)
         return None
 
@@ -186,7 +195,11 @@ class ResidencyManager:
         """A load was stopped, or went wrong; its slot is free."""
         assert self._state[expert] is State.LOADING
         self._state[expert] = State.ABSENT
-        self._given_up.discard(expert)
+        if expert in self._given_up:  # nothing is wrong with it: its turn comes again
+            self._given_up.discard(expert)
+            self._fills.append(expert)
+        else:
+            self._failed.add(expert)
         del self._urgency[expert]
         self._free.append(self._slot.pop(expert))
         self._policy.evicted(expert)
@@ -214,6 +227,10 @@ class ResidencyManager:
             ranks.append((seen[layer], layer, e))
             seen[layer] += 1
         return [e for _, _, e in sorted(ranks)]
+
+    def _is_loadable(self, expert: int) -> bool:
+        """Whether it may be loaded though nobody waits for it."""
+        return self._state[expert] is State.ABSENT and expert not in self._failed
 
     def _claim(self, client: str, experts: set[int]) -> None:
         before = self._claims.get(client, set())
