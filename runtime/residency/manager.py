@@ -168,7 +168,7 @@ class ResidencyManager:
         if least >= Urgency.HINT:
             for e in list(self._hints):
                 del self._hints[e]
-                if self._state[e] is State.ABSENT and (self._free or admit(e)):
+                if self._is_loadable(e) and (self._free or admit(e)):
                     load = self._begin(e, Urgency.HINT)
                     if load is not None:
                         return load
