@@ -116,6 +116,7 @@ class ResidencyManager:
     def need(self, client: str, experts: Sequence[int]) -> None:
         """A client's layer needs these, and no longer what it needed before. Hints that it contradicts are dropped."""
         self._claim(client, set(experts))
+        self._fills += self._failed.intersection(experts)
         self._failed.difference_update(experts)
         layers = {self._layer_of[e] for e in experts}
         for e in [e for e in self._hints if self._layer_of[e] in layers]:
