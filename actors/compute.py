@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from moray.runtime.device.tier import DeviceTier
     from moray.runtime.evaluation import Ids, TokenScores
 
 _PREFETCH_DEPTH = 2  # MoE layers ahead
@@ -57,7 +58,8 @@ class ComputeActor:
         depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
         watch = WatchOptions(depth, config.caching.trace, config.num_slots, config.caching.policy)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
-            self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits, watch)
+            tier = self._device_tier()
+            self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits, watch, tier)
         return ComputeReport(
             node_id=self._node_id,
             pid=os.getpid(),
@@ -68,6 +70,20 @@ class ComputeActor:
             arenas=self._source.arena_refs(),
             load_s=self._load_s,
         )
+
+    def _device_tier(self) -> DeviceTier | None:
+        """The experts on the GPU, if there is one, which may read the arenas by itself."""
+        from moray.runtime.device.tier import DeviceTier, default_budget
+
+        manifest, device, num_bytes = self._store.manifest, self._model.device, self._config.device_bytes
+        if device.type == "cpu":
+            return None
+        budget = default_budget(manifest, device) if num_bytes is None else num_bytes
+        tier = DeviceTier.of(manifest, device, budget, self._config.lanes)
+        if tier.cache is not None:
+            for arena in self._source.arenas:
+                tier.cache.register(arena.base_address, arena.num_bytes)
+        return tier
 
     def _load(self) -> None:
         # Read when transformers is imported: a store is local, no hub is ever asked.
@@ -114,7 +130,9 @@ class ComputeActor:
         self._runner.close()
 
     def stats(self) -> ComputeStats:
-        return ComputeStats(self._runner.stats(), tuple(self._source.describe()), self._source.stats())
+        return ComputeStats(
+            self._runner.stats(), tuple(self._source.describe()), self._source.stats(), self._runner.device_stats()
+        )
 
 
 def _resolve(device: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moray.actors.guard import Owner
 from moray.cluster.client import HostAddress
 from moray.runtime.arena import ArenaRef
+from moray.runtime.device.stats import DeviceStats
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.shard_host import HostStats
 from moray.runtime.experts.source import SourceInfo, SourceStats
@@ -64,6 +65,8 @@ class ComputeConfig:
     owner: Owner | None
     caching: Caching
     num_slots: int | None  # of all hosts; None: one for each expert
+    lanes: str  # where experts are computed if there is a device: auto, device-copy, host-cpu
+    device_bytes: int | None  # for experts on the device, as planned; None: half of what is free there
     limits: GenerationLimits | None  # None: the model's own context and no limit of memory
 
 
@@ -88,6 +91,7 @@ class ComputeStats:
     experts: ExpertsStats
     sources: tuple[SourceInfo, ...]
     fetches: SourceStats
+    device: DeviceStats | None  # None: there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,7 @@ class EngineStats:
     fetches: SourceStats
     hosts: tuple[HostStats, ...]
     policy: str  # of eviction, and why it was chosen
+    device: DeviceStats | None
 
     @property
     def hits(self) -> int:

@@ -68,6 +68,7 @@ def start_actors(
     num_threads: int,
     owner: Owner | None,
     caching: Caching,
+    lanes: str,
     plan: MemoryPlan | None = None,
 ) -> Actors:
     """Start an engine's actors and wait until they are ready. On failure none is left behind.
@@ -85,8 +86,10 @@ def start_actors(
         orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator", **here).remote(store_path, host_ids, owner)
         started.append(orchestrator)
         options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus} | here
-        slots, limits = (plan.num_slots, plan.limits) if plan else (None, None)
-        compute_config = ComputeConfig(store_path, numerics, device, num_threads, owner, caching, slots, limits)
+        slots, on_device, limits = (plan.num_slots, plan.device_expert_bytes, plan.limits) if plan else (None,) * 3
+        compute_config = ComputeConfig(
+            store_path, numerics, device, num_threads, owner, caching, slots, lanes, on_device, limits
+        )
         compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, _node_id)
         started.append(compute)
         placement = call(orchestrator.placement)

@@ -140,6 +140,10 @@ class ArenaSource:
     def stats(self) -> SourceStats:
         return self._stats
 
+    @property
+    def arenas(self) -> list[Arena]:
+        return [host.arena for host in self._hosts]
+
     def arena_refs(self) -> dict[str, ArenaRef]:
         """This process's own descriptors of the arenas: what a restarted host takes its arena back from."""
         return {host.info.name: host.arena.ref for host in self._hosts}

@@ -43,6 +43,9 @@ class EngineConfig(BaseModel):
     policy: Literal["auto", "lfu", "layer-lru", "lru", "whole-layers"] = "auto"
     #: Load experts ahead of need, predicted by the next layers' routers. auto: as long as it pays.
     prefetch: Literal["auto", "on", "off"] = "auto"
+    #: With a GPU, where experts are computed: auto picks what is done first by measured rates; device-copy: on the GPU,
+    #: copied there if need be; host-cpu: on the CPU, in place.
+    lanes: Literal["auto", "device-copy", "host-cpu"] = "auto"
     #: File to record every layer call into (moray trace).
     trace: Path | None = None
 

@@ -61,6 +61,7 @@ def launch(
     numerics: Literal["auto", "int8", "float"] = "auto",
     policy: Literal["auto", "lfu", "layer-lru", "lru", "whole-layers"] = "auto",
     prefetch: Literal["auto", "on", "off"] = "auto",
+    lanes: Literal["auto", "device-copy", "host-cpu"] = "auto",
     trace: str | Path | None = None,
     threads: int | None = None,
     host_memory: str | None = None,
@@ -76,7 +77,7 @@ def launch(
     """
     values = {"store": store, "device": device, "hosts": hosts, "address": address, "numerics": numerics}
     memory = {"host_memory": host_memory, "device_memory": device_memory, "context": context}
-    caching = {"policy": policy, "prefetch": prefetch, "trace": trace}
+    caching = {"policy": policy, "prefetch": prefetch, "lanes": lanes, "trace": trace}
     return Engine(make_config(values | memory | caching | {"threads": threads}))
 
 
@@ -182,7 +183,7 @@ class Engine:
         """What the experts did so far: tokens per expert, bytes by source, hits and misses, loads, prefetch, times."""
         stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
         hosts = tuple(call(host.stats) for host in self.actors.hosts)
-        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts, self._policy)
+        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts, self._policy, stats.device)
 
     def wait_filled(self) -> None:
         """Wait until the hosts' memory is full, or holds all experts; generating need not wait.
@@ -212,6 +213,7 @@ class Engine:
             str(path),
             plan=plan,
             caching=caching,
+            lanes=config.lanes,
             node_id=node.node_id,
             num_hosts=config.num_hosts,
             numerics="float" if config.numerics == "float" else "int8",

@@ -40,6 +40,9 @@ _OPTIONS: dict[str, Any] = {
     "prefetch": Annotated[
         str | None, typer.Option(help="Load experts ahead of need: on, off; auto: as long as it pays.")
     ],
+    "lanes": Annotated[
+        str | None, typer.Option(help="With a GPU, where experts are computed: device-copy, host-cpu; auto: by rates.")
+    ],
     "config": Annotated[Path | None, typer.Option(help="YAML file with the same names; flags win over it.")],
 }
 

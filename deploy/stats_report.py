@@ -26,6 +26,11 @@ def print_stats(stats: EngineStats, console: Console) -> None:
     table.add_row("missed", f"{format_bytes(fetches.missed_bytes)}; {fetches.wait_s:.3f} s waiting")
     table.add_row("computing", f"{experts.compute_s:.3f} s of experts in {experts.layer_calls} layer calls")
     table.add_row("policy", stats.policy)
+    if stats.device is not None:
+        device = stats.device
+        uses = ", ".join(f"{name} {count}" for name, count in device.uses_by_lane.items() if count)
+        table.add_row(f"{device.device} memory", f"{device.num_resident} experts in {device.num_slots} slots")
+        table.add_row(f"{device.device} lanes", f"{uses}; {device.copies} copies, {device.evictions} evicted")
     for source, host in zip(stats.sources, stats.hosts, strict=True):
         for name, text in _host_rows(host):
             table.add_row(f"{source.name} {name}", text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -12,10 +11,11 @@ import numpy.typing as npt
 import torch
 
 from moray.runtime.device.cache import DeviceCache
-from moray.runtime.device.lru import LeastRecentlyUsed
+from moray.runtime.device.stats import DeviceStats
 from moray.runtime.experts.source import Ints
 from moray.runtime.lanes.lane import AUTO, Lane, Resource, parse_lanes
-from moray.runtime.lanes.rates import Rates, RatesSnapshot
+from moray.runtime.lanes.rates import Rates
+from moray.runtime.residency.policies.lru import LRU
 from moray.runtime.residency.policy import Policy
 from moray.runtime.store.manifest import Manifest
 
@@ -27,22 +27,6 @@ def default_budget(manifest: Manifest, device: torch.device) -> int:
     """Bytes for experts on a GPU where nobody says: half of what is free now, 0 if that is less than one expert."""
     half: int = torch.cuda.mem_get_info(device)[0] // 2
     return half if half >= manifest.slot_bytes else 0
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStats:
-    """A snapshot. Uses and bytes count an expert once for each layer call that needed it; bytes are of its shard."""
-
-    device: str
-    num_slots: int
-    num_resident: int
-    slot_bytes: int
-    uses_by_lane: dict[str, int]
-    bytes_by_lane: dict[str, int]
-    copies: int  # to the device, those that no layer waited for included
-    evictions: int
-    dropped: int  # copies whose source changed meanwhile
-    rates: RatesSnapshot
 
 
 class DeviceTier:
@@ -74,7 +58,7 @@ class DeviceTier:
         parse_lanes(lanes)
         cache = None
         if budget_bytes:
-            policy = LeastRecentlyUsed() if policy is None else policy
+            policy = LRU() if policy is None else policy
             cache = DeviceCache(device, budget_bytes, manifest.slot_bytes, sum(sizes), policy)
         return cls(cache, device, Rates(), sizes, lanes)
 

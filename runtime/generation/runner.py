@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from moray.runtime.device.tier import DeviceStats, DeviceTier, default_budget
+from moray.runtime.device.stats import DeviceStats
+from moray.runtime.device.tier import DeviceTier, default_budget
 from moray.runtime.errors import MorayError, RequestError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.experts.meter import ExpertsStats

@@ -99,6 +99,11 @@ class MemoryPlan:
         return self.processes_bytes + self.arena_bytes + (0 if self.device_bytes is not None else self.model_bytes)
 
     @property
+    def device_expert_bytes(self) -> int | None:
+        """What the rest of the model leaves of the device to experts; None without a device."""
+        return None if self.device_bytes is None else self.device_bytes - self.model_bytes
+
+    @property
     def model_bytes(self) -> int:
         """Everything of the compute process: on the device if there is one."""
         return self.profile.trunk_bytes + self.workspace_bytes + self.kv_bytes

@@ -18,13 +18,13 @@ import torch
 
 from moray.runtime.arena import Arena
 from moray.runtime.device.cache import DeviceCache
-from moray.runtime.device.lru import LeastRecentlyUsed
 from moray.runtime.experts.source import InProcessSource
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels import ops
 from moray.runtime.lanes.calibrate import calibrate
 from moray.runtime.lanes.lane import Lane
 from moray.runtime.model.families import expert_modules
+from moray.runtime.residency.policies.lru import LRU
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,7 +125,7 @@ def test_copies_have_the_bytes_of_a_read_only_arena(is_registered: bool) -> None
     for slot in range(6):
         _write(owner, slot, contents[slot])
     reader = Arena.attach(owner.ref)
-    cache = DeviceCache(_DEVICE, 4 << 20, 1 << 20, 6, LeastRecentlyUsed())
+    cache = DeviceCache(_DEVICE, 4 << 20, 1 << 20, 6, LRU())
     if is_registered:
         print("registered:", cache.register(reader.base_address, reader.num_bytes))
     addresses = reader.addresses(np.arange(6)).tolist()

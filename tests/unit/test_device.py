@@ -20,7 +20,6 @@ from moray.deploy.config import demo_store
 from moray.runtime.arena import Arena
 from moray.runtime.device.cache import DeviceCache, Entry
 from moray.runtime.device.experts import DeviceExperts
-from moray.runtime.device.lru import LeastRecentlyUsed
 from moray.runtime.device.tier import DeviceTier
 from moray.runtime.errors import ConfigError
 from moray.runtime.experts.function import ExpertsBinding
@@ -34,6 +33,7 @@ from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.model.families import expert_modules
 from moray.runtime.model.loader import bind_experts, load_model
+from moray.runtime.residency.policies.lru import LRU
 from moray.runtime.store.store import Store
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ class CacheMachine(RuleBasedStateMachine):
     def make(self, num_slots: int, num_experts: int) -> None:
         self.arena = torch.zeros(num_experts * SLOT, dtype=torch.uint8)
         self.generations = [0] * num_experts
-        self.cache = DeviceCache(CPU, num_slots * SLOT + SLOT // 2, SLOT, num_experts, LeastRecentlyUsed())
+        self.cache = DeviceCache(CPU, num_slots * SLOT + SLOT // 2, SLOT, num_experts, LRU())
         self.mover = ManualMover(self.arena)
         self.cache._mover = self.mover
         self.held: list[int] = []
@@ -186,15 +186,15 @@ TestCache = CacheMachine.TestCase
 
 def test_a_budget_below_one_shard_is_refused_with_both_sizes() -> None:
     with pytest.raises(ConfigError, match=r"is 1.0 MiB, one expert takes 2.0 MiB; give at least that, or 0"):
-        DeviceCache(CPU, 1 << 20, 2 << 20, 8, LeastRecentlyUsed())
+        DeviceCache(CPU, 1 << 20, 2 << 20, 8, LRU())
 
 
 def test_a_budget_above_all_experts_takes_no_more_than_they_need() -> None:
-    assert DeviceCache(CPU, 1 << 20, SLOT, 8, LeastRecentlyUsed()).num_slots == 8
+    assert DeviceCache(CPU, 1 << 20, SLOT, 8, LRU()).num_slots == 8
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    policy = LeastRecentlyUsed()
+    policy = LRU()
     for expert in (3, 1, 2):
         policy.loaded(expert)
     policy.used([3, 9])
