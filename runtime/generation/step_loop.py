@@ -22,6 +22,7 @@ from moray.runtime.generation.request import GenerationRequest, TokenEvent
 from moray.runtime.generation.sampler import Sampler
 from moray.runtime.generation.scoring import score_logits
 from moray.runtime.generation.sequence import Sequence
+from moray.runtime.model.attention_modules import is_all_fused
 from moray.runtime.model.families import context_length
 from moray.runtime.planning.profile import GenerationLimits
 
@@ -52,6 +53,7 @@ class StepLoop:
         self._cancelled: set[str] = set()
         self._kept = KeptCaches(KEPT_CACHES, cache_kind)
         self._num_threads = torch.get_num_threads()
+        self._is_all_fused = is_all_fused(model)
 
     @property
     def context_length(self) -> int:
@@ -188,8 +190,11 @@ class StepLoop:
         return [event]
 
     def _give_torch_threads(self, tokens: int, length: int) -> None:
-        """All of them for a large attention only: for less, waking them takes longer, and disturbs the kernels'."""
-        torch.set_num_threads(self._num_threads if tokens * length > _SMALL_ATTENTION else 1)
+        """All of them for a large attention of its own only: for less, waking them takes longer, and disturbs the
+        kernels'.
+        """
+        is_large = tokens * length > _SMALL_ATTENTION and not self._is_all_fused
+        torch.set_num_threads(self._num_threads if is_large else 1)
 
     def _retire(self, sequence: Sequence) -> None:
         del self._running[sequence.request.request_id]

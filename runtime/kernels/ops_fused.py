@@ -55,8 +55,7 @@ def prompt_attention_at(
     cache: tuple[int, int, int],
     length: int,
     out: tuple[int, int, int],
-    norms: Ints = NO_NORMS,
-    *,
+    norms: Ints,
     num_tokens: int,
 ) -> None:
     """Attention of tokens which become the last of ``length`` in the cache; by addresses, as attention_prompt.py says.

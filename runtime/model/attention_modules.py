@@ -10,7 +10,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ class FusedAttention:
     def __init__(self, module: Any, rotary: Any, numerics: Numerics) -> None:
         self._plain = type(module).forward.__get__(module)
         self.layer, self.rotary = int(module.layer_idx), rotary
-        self._width = module.q_proj.out_features
+        self._columns, self._width = module.q_proj.in_features, module.q_proj.out_features
         self._kernel = _kernel_of(module, numerics)
         self._module = module  # its weights' addresses are in the kernel, too
 
@@ -78,12 +77,15 @@ class FusedAttention:
         """The cache of this layer if ``compute`` can be used: each token sees itself and all before it."""
         layers = () if cache is None else cache.layers  # a family's own cache may add layers as they are needed
         layer = layers[self.layer] if self.layer < len(layers) else None
-        if not isinstance(layer, GrowingLayer) or rotation is None or x.shape[:-2].numel() != 1:
+        if not isinstance(layer, GrowingLayer) or rotation is None:
+            return None
+        if x.numel() == self._columns:
+            return layer if mask is None else None
+        if x.shape[:-2].numel() != 1:
             return None
         tokens, before = x.shape[-2], layer.get_seq_length()
-        if mask is None:
-            return layer if tokens == 1 or before == 0 else None
-        return layer if tokens > 1 and _is_causal(mask, tokens, before + tokens) else None
+        causal = before == 0 if mask is None else _is_causal(mask, tokens, before + tokens)
+        return layer if causal else None
 
     def compute(
         self, x: torch.Tensor, rotation: Rotation, layer: GrowingLayer, norms: Ints = NO_NORMS
@@ -94,19 +96,21 @@ class FusedAttention:
             kv_heads, dim = (int(self._kernel.fields[field]) for field in (kernels.KV_HEADS, kernels.DIM))
             empty = x.new_empty(1, kv_heads, 0, dim)
             layer.lazy_initialization(empty, empty)
-        tokens = x.shape[-2]
+        tokens = x.numel() // self._columns
         keys, values = layer.extend(tokens)
-        attended, y, z = torch.empty(tokens, self._width), torch.empty_like(x), torch.empty_like(x)
-        compute = attention_at if tokens == 1 else partial(prompt_attention_at, num_tokens=tokens)
-        compute(
-            self._kernel,
+        attended, y, z = torch.empty(tokens * self._width), torch.empty_like(x), torch.empty_like(x)
+        at = (
             x.data_ptr(),
-            rotary=(cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
-            cache=(keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
-            length=keys.shape[-2],
-            out=(attended.data_ptr(), y.data_ptr(), z.data_ptr()),
-            norms=norms,
+            (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
+            (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
+            keys.shape[-2],
+            (attended.data_ptr(), y.data_ptr(), z.data_ptr()),
+            norms,
         )
+        if tokens == 1:
+            attention_at(self._kernel, *at)
+        else:
+            prompt_attention_at(self._kernel, *at, tokens)
         return y, z, attended
 
 
@@ -114,6 +118,12 @@ def fused_attention(module: Any) -> FusedAttention | None:
     """What ``fuse_attention`` gave an attention module, if it did."""
     forward = getattr(module, "forward", None)
     return forward if isinstance(forward, FusedAttention) else None
+
+
+def is_all_fused(model: Any) -> bool:
+    """Whether every layer's attention is, so that no large part of a prompt is left to torch."""
+    num_fused = sum(fused_attention(module) is not None for module in model.modules())
+    return num_fused == int(model.config.get_text_config().num_hidden_layers)
 
 
 def fuse_attention(model: Any, numerics: Numerics) -> None:
@@ -215,7 +225,7 @@ def _agrees(fused: FusedAttention, module: Any, model: Any) -> bool:
     ) -> None:
         layer = fused.growing_layer(hidden_states, position_embeddings, attention_mask, past_key_values)
         if layer is not None:
-            mine.append(fused.compute(hidden_states, position_embeddings, layer)[2].reshape(-1))
+            mine.append(fused.compute(hidden_states, position_embeddings, layer)[2])
 
     try:
         _, its_cache = try_steps(type(module).forward.__get__(module), fused.rotary, columns, model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -66,16 +64,18 @@ class Attention:
         out = [torch.empty(tokens, self.heads * self.dim), torch.empty_like(x), torch.empty_like(x)]
         cosines, sines = self.rotations[:, length - tokens : length]
         around = np.array([*(n.data_ptr() for n in self.around), bits(1e-5), bits(1e-6)])
-        compute = attention_at if tokens == 1 else partial(prompt_attention_at, num_tokens=tokens)
-        compute(
-            self.kernel,
+        at = (
             x.data_ptr(),
-            rotary=(cosines.data_ptr(), sines.data_ptr(), self.rotary),
-            cache=(keys.data_ptr(), values.data_ptr(), 4 * keys.stride(0)),
-            length=length,
-            out=(out[0].data_ptr(), out[1].data_ptr(), out[2].data_ptr()),
-            norms=around if is_layer else ops_fused.NO_NORMS,
+            (cosines.data_ptr(), sines.data_ptr(), self.rotary),
+            (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(0)),
+            length,
+            (out[0].data_ptr(), out[1].data_ptr(), out[2].data_ptr()),
+            around if is_layer else ops_fused.NO_NORMS,
         )
+        if tokens == 1:
+            attention_at(self.kernel, *at)
+        else:
+            prompt_attention_at(self.kernel, *at, tokens)
         return out if is_layer else out[:2]
 
     def stock(self, x: Tensor, keys: Tensor, values: Tensor, is_layer: bool = False) -> list[Tensor]:

@@ -429,6 +429,22 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(
     assert tokens_of(events) == tokens_of(whole)
 
 
+@pytest.mark.parametrize(("family", "wanted"), [("mixtral", 1), ("gpt_oss", 2)])
+def test_torch_gets_threads_for_a_large_attention_of_its_own_only(
+    family: str, wanted: int, store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_loop, "_SMALL_ATTENTION", 100)
+    before, seen = torch.get_num_threads(), []
+    with runner(store(family, "none"), "float") as made:
+        torch.set_num_threads(2)
+        loop = StepLoop(made.model, None, frozenset())
+        hook = made.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+        run(loop, GenerationRequest("r", tuple(range(3, 23)), 2))
+        hook.remove()
+    torch.set_num_threads(before)
+    assert seen == [wanted, 1]
+
+
 def test_logits_of_a_whole_sequence_change_nothing_that_runs(
     make_loop: Callable[..., StepLoop], request_of: Callable[..., GenerationRequest]
 ) -> None:
