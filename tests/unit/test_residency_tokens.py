@@ -156,12 +156,11 @@ class Meddler:
         return table
 
     def meddle(self, layer: int, experts: Sequence[int]) -> None:
-        """``experts``: to be overwritten, some of them."""
+        """``experts``: one of them may be overwritten."""
         if self._random.random() < self._share:
             push_out(self._hosts, self._random, "other")
-        for expert in experts:
-            if self._random.random() < self._share / 2:
-                self._scribble(ExpertKey(layer, int(expert)))
+        if len(experts) and self._random.random() < self._share:
+            self._scribble(ExpertKey(layer, int(self._random.choice(experts))))
 
     def _scribble(self, key: ExpertKey) -> None:
         host = next(host for host in self._hosts if key in host.keys)
@@ -222,7 +221,7 @@ def push_out(hosts: Sequence[ShardHost], random: np.random.Generator, client: st
         host.hint(key.layer, random.permutation(experts)[:2].tolist())
         indices = host._indices(key.layer, wanted)
         with host._loader.lock:  # it waits a little: what the model has claimed does not go
-            host._loader.lock.wait_for(lambda i=indices, h=host: all_here(h, i), 0.01)
+            host._loader.lock.wait_for(lambda i=indices, h=host: all_here(h, i), 0.002)
         host.drop_client(client)
 
 
@@ -268,7 +267,7 @@ def test_what_is_evicted_at_the_worst_moment_costs_no_bit(
 
 
 @pytest.mark.parametrize(
-    "count", [12, pytest.param(500, marks=[pytest.mark.long, pytest.mark.timeout(6000)])], ids=["some", "many"]
+    "count", [25, pytest.param(500, marks=[pytest.mark.long, pytest.mark.timeout(6000)])], ids=["some", "many"]
 )
 def test_any_slots_hosts_predictions_and_evictions_give_the_same_bits(
     count: int, case_of: Callable[[str, Numerics], Case]
