@@ -144,10 +144,12 @@ def _class_options(
 ) -> tuple[_Options, _Options]:
     """Prices of work of one kind: in company, and alone."""
     reuse = 2.0 ** (level - 1) if level > _LOWEST_REUSE else 0.0
-    together = _discounted(_prices(tokens, num_bytes, lanes, remotes, rates, rates.together), reuse)
+    alone = _prices(tokens, num_bytes, lanes, remotes, rates, rates.alone)
+    savings = _savings(alone, reuse)
     if not rates.company_costs:
-        return together, together
-    return together, _discounted(_prices(tokens, num_bytes, lanes, remotes, rates, rates.alone), reuse)
+        return (both := _discounted(alone, savings)), both
+    together = _prices(tokens, num_bytes, lanes, remotes, rates, rates.together)
+    return _discounted(together, savings), _discounted(alone, savings)
 
 
 def _prices(
@@ -185,19 +187,25 @@ def _remote_price(lane: Lane, remote: int, tokens: int, num_bytes: int, rates: R
     return Choice(network(remote), feed_s, worker, table[worker].seconds(num_bytes, tokens), lane, remote)
 
 
-def _discounted(choices: list[Choice], reuse: float) -> _Options:
-    """Lanes that keep the shard, without the part of the feeder's time that uses to come repay.
+def _savings(choices: list[Choice], reuse: float) -> list[float]:
+    """Seconds that uses to come save, for each lane that keeps the shard: what the cheapest lane that keeps nothing
+    here takes beyond the worker alone.
 
-    A use to come saves the difference between the cheapest lane that keeps nothing here and the worker alone.
+    At prices without company, always: else what is chosen alone would be dearer than the same in company.
     """
-    if reuse > 0 and len(choices) > 1:
-        fleeting = [c.feed_s + c.work_s for c in choices if c.lane not in _KEEPING]
-        cheapest = min(fleeting or [c.feed_s + c.work_s for c in choices])
-        for i, (feeder, feed_s, worker, work_s, lane, remote) in enumerate(choices):
-            if lane in _KEEPING and cheapest > work_s:
-                counted = feed_s - min(reuse * (cheapest - work_s), _MOST_INVESTED * feed_s)
-                choices[i] = Choice(feeder, counted, worker, work_s, lane, remote)
-    return tuple(choices)
+    if reuse <= 0 or len(choices) < 2:
+        return [0.0] * len(choices)
+    fleeting = [c.feed_s + c.work_s for c in choices if c.lane not in _KEEPING]
+    cheapest = min(fleeting or [c.feed_s + c.work_s for c in choices])
+    return [max(0.0, reuse * (cheapest - c.work_s)) if c.lane in _KEEPING else 0.0 for c in choices]
+
+
+def _discounted(choices: list[Choice], savings: list[float]) -> _Options:
+    """Without the part of the feeder's time that uses to come repay."""
+    return tuple(
+        c._replace(feed_s=c.feed_s - min(saved, _MOST_INVESTED * c.feed_s)) if saved else c
+        for c, saved in zip(choices, savings, strict=True)
+    )
 
 
 def _on_bus(choice: Choice) -> list[int]:

@@ -172,7 +172,7 @@ def test_verdicts() -> None:
 
 
 def stats(calls: int, num_bytes: int, seconds: float) -> ExpertsStats:
-    return ExpertsStats([[0]], {"host-0": num_bytes, "host-1": 0}, calls, seconds, 2 * seconds, 3 * seconds)
+    return ExpertsStats([[0]], {"host-0": num_bytes, "host-1": 0}, calls, calls, seconds, 2 * seconds, 3 * seconds)
 
 
 def test_the_cost_of_a_token() -> None:

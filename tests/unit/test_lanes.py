@@ -73,14 +73,14 @@ def choices(item: Work) -> list[tuple[Lane, int]]:
 
 def counted_feed_s(item: Work, choice: tuple[Lane, int], rates: Rates, company: bool) -> float:
     """The feeder's seconds less what uses to come repay, at most half; reuse rounded down to a power of two."""
-    feed_s, work_s = price(item, *choice, rates, company)
+    feed_s, _ = price(item, *choice, rates, company)
     if choice[0] not in KEEPING or item.reuse <= 0 or len(choices(item)) < 2:
         return feed_s
     reuse = 0.0
     for exponent in range(-4, 4):
         reuse = 2.0**exponent if item.reuse >= 2.0**exponent else reuse
     others = [c for c in choices(item) if c[0] not in KEEPING] or choices(item)
-    saved = min(sum(price(item, *c, rates, company)) for c in others) - work_s
+    saved = min(sum(price(item, *c, rates, False)) for c in others) - price(item, *choice, rates, False)[1]
     return feed_s - min(max(0.0, reuse * saved), 0.5 * feed_s)
 
 
