@@ -175,6 +175,7 @@ class _ArenaFetch:
 
     def __init__(self, source: ArenaSource, layer: int, experts: Ints) -> None:
         self._source, self._layer, self._experts = source, layer, experts
+        self._asked_at = perf_counter()  # or begun: since then nobody has confirmed that hosts know of this call
         self._of_layer = source._layers[layer]
         self._is_left = np.ones(len(experts), dtype=np.bool_)
         self._left = np.arange(len(experts))
@@ -234,23 +235,22 @@ class _ArenaFetch:
         started = perf_counter()
         pending = self._by_host(self._experts[self._left])
         slice_s = _ASK_S if len(pending) == 1 else _SLICE_S
-        asked = started
         while True:
             for index, host, mine in pending:
                 if self._has_failed(host, mine):
                     host.client.insist(Ask(layer=self._layer, experts=mine.tolist()))
                 futex.wait(host.arena.arrivals_address, arrivals[index], slice_s)
             now = perf_counter()
-            if any(int(host.arena.arrivals[0]) != arrivals[index] for index, host, _ in pending):
-                break
-            if now - started > _STALL_S:
-                raise HostLostError(f"no expert has come from the disk for {_STALL_S:g} s; is it failing? See dmesg")
-            if now - asked > _ASK_S:
-                asked = now
+            if now - self._asked_at > _ASK_S:  # what arrives meanwhile may be for others
+                self._asked_at = now
                 for _, host, mine in pending:
                     host.client.insist(Ask(layer=self._layer, experts=mine.tolist()))
                 if len(self._ready()):
                     break
+            if any(int(host.arena.arrivals[0]) != arrivals[index] for index, host, _ in pending):
+                break
+            if now - started > _STALL_S:
+                raise HostLostError(f"no expert has come from the disk for {_STALL_S:g} s; is it failing? See dmesg")
         self._source._stats.wait_s += perf_counter() - started
 
     def _has_failed(self, host: _Host, experts: Ints) -> bool:

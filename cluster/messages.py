@@ -18,15 +18,18 @@ whose experts are all in memory sends nothing.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moray.runtime.errors import ProtocolError
 
 PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 30
+
+
+Use = Annotated[list[int], Field(min_length=1)]  # [layer, expert, expert, ...] a layer call
 
 
 class Message(BaseModel):
@@ -55,7 +58,7 @@ class Need(Message):
 
     layer: int
     experts: list[int]
-    uses: list[list[int]] = []  # [layer, expert, expert, ...] a layer call
+    uses: list[Use] = []
 
 
 class Ask(Message):
@@ -85,7 +88,7 @@ class Computed(Message):
 class Hint(Message):
     layer: int
     experts: list[int]  # the likeliest first
-    uses: list[list[int]] = []
+    uses: list[Use] = []
 
 
 class Release(Message):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -291,6 +293,39 @@ def test_a_host_restarted_with_its_arena_is_used_on(demo: Store, expected: list[
             source._clients[0].insist(Ask(layer=0, experts=[0]))
             assert restarted.stats.clients == {f"compute-{os.getpid()}"}
         second.close()
+
+
+def test_a_restarted_host_is_asked_again_however_much_comes_for_others(demo: Store) -> None:
+    """It does not know what this client needs, and is busy: arrivals alone are no sign of being served."""
+    address, host = new_address("phoenix"), make_host(demo, list(demo.manifest.shards), num_slots=2)
+    stop, served = threading.Event(), threading.Event()
+
+    def keep_busy() -> None:
+        for layer in itertools.cycle(range(5)):
+            if stop.is_set():
+                break
+            host.need("other", layer, [layer])
+            with host._loader.lock:
+                host._loader.lock.wait_for(lambda of=layer: host.arena.directory[9 * of] >= 0, 10)
+        host.drop_client("other")
+
+    def fetch(source: ArenaSource) -> None:
+        fetch = source.fetch(5, np.array([0]))
+        while not fetch.is_over:
+            fetch.finish(fetch.take()[0])
+        served.set()
+
+    with serving(address, host) as server, source_of(demo, [address]) as source:
+        server._known.clear()  # as a new process
+        threads = [threading.Thread(target=keep_busy), threading.Thread(target=fetch, args=(source,))]
+        for thread in threads:
+            thread.start()
+        was_served = served.wait(20)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert was_served
+    host.close()
 
 
 # --------------------------------------------------------------------------------- InProcessSource

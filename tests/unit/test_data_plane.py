@@ -338,6 +338,7 @@ MALFORMED = {
     "type is a base class": header("Message"),
     "a host's message": header("Coming", {}),
     "uses are no lists": header(fields={"layer": 0, "experts": [3], "uses": [0, 3]}),
+    "a use of nothing": header(fields={"layer": 0, "experts": [3], "uses": [[]]}),
     "a use of text": header(fields={"layer": 0, "experts": [3], "uses": [["0", 3]]}),
     "no fields": header(fields={}),
     "fields are a list": header(fields=[0, [3]]),
@@ -457,7 +458,14 @@ def test_messages_survive_encoding(message: Message) -> None:
 
 def test_every_message_survives_encoding() -> None:
     text, number, many = {"str": "x", "int": 3, "list[int]": [1, 2]}, 2**64 - 1, [[0], [1, 2]]
-    examples: dict[str, Any] = {"experts": [1], "reason": "shard", "numerics": "float", "holds_all": True, **text}
+    examples: dict[str, Any] = {
+        "experts": [1],
+        "reason": "shard",
+        "numerics": "float",
+        "holds_all": True,
+        "uses": [[1, 2]],
+        **text,
+    }
     for kind in MESSAGES.values():
         made = {}
         for name, field in kind.model_fields.items():
