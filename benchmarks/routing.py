@@ -10,6 +10,8 @@ import numpy as np
 from geometry import Geometry
 from replay import Choices, Replay, Trace, replay_random, replay_traces
 
+from moray.runtime.trace.format import Ints, read_trace
+
 
 def add_routing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -39,8 +41,6 @@ def read_traces(files: Iterable[Path]) -> list[Trace]:
 
 
 def _read(file: Path) -> Trace:
-    from moray.runtime.trace.format import Ints, read_trace
-
     trace = read_trace(file)
     layers, top_k = len(trace.header.num_experts), trace.header.top_k
     calls = np.flatnonzero(trace.num_tokens_C == 1)

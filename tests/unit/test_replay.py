@@ -172,7 +172,6 @@ def test_too_many_layers_for_the_hidden_size_are_refused(benchmarks: SimpleNames
 
 
 def test_recorded_traces_are_read(benchmarks: SimpleNamespace) -> None:
-    pytest.importorskip("moray.runtime.trace.format")
     files = sorted((Path(__file__).parents[1] / "data/traces").glob("*.msgpack"))
     traces = benchmarks.routing.read_traces(files)
     assert len(traces) >= 3
