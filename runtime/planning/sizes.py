@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from moray.runtime.errors import ConfigError
-from moray.runtime.memory import format_bytes
 
 _UNITS = {
     **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
@@ -26,7 +25,7 @@ def parse_bytes(text: str, total: int | None = None, option: str = "size") -> in
     number, unit = float(match[1]), match[2].lower()
     if unit == "%" and total is not None:
         if number > 100:
-            raise ConfigError(f"{option} is {text!r:.60}, expected at most 100% (of {format_bytes(total)})")
+            raise ConfigError(f"{option} is {text!r:.60}, expected at most 100%")
         size = int(total * number / 100)
     elif unit in _UNITS:
         size = int(number * _UNITS[unit])
