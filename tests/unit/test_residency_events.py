@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,15 +143,13 @@ def watch(store: Store, num_slots: int, num_events: int, seed: int) -> Watcher:
     with child(HOST, str(store.path), str(num_slots), str(num_events), str(seed)) as process:
         assert process.stdin is not None and process.stdout is not None
         watcher = Watcher(ArenaRef(*(int(word) for word in read_line(process).split())), store)
-        os.set_blocking(process.stdout.fileno(), False)
         process.stdin.write("go\n")
         process.stdin.flush()
-        while not (line := process.stdout.readline()):
-            assert process.poll() is None
+        while not select.select([process.stdout], [], [], 0)[0]:
             watcher.check_memory()
             for _ in range(20):
                 watcher.check_shards()
-        os.set_blocking(process.stdout.fileno(), True)
+        line = read_line(process)
         *outcomes, evictions, bytes_read = line.split()
         assert outcomes == ["served", "served"], line
         size = store.manifest.layers[0].layout.num_bytes
