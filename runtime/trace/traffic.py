@@ -1,7 +1,7 @@
 """A store's recent traffic: which experts its last tokens used, kept for choosing a policy at the next start.
 
-One file a store, ``~/.cache/moray/traffic/<fingerprint>.msgpack``. It is bounded, and written whole or not at all. It
-is a cache: whatever is wrong with it, it is as if there were none.
+One file a store, ``~/.local/state/moray/traffic/<fingerprint>.msgpack``. It is bounded, and written whole or not at
+all. Nothing depends on it: whatever is wrong with it, it is as if there were none.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Choice(NamedTuple):
 
 
 def traffic_file(fingerprint: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "moray" / "traffic" / f"{fingerprint}.msgpack"
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state / "moray" / "traffic" / f"{fingerprint}.msgpack"
 
 
 class TrafficRecorder:

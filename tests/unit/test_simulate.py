@@ -103,9 +103,9 @@ def test_traces_of_different_models_are_not_mixed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
 
 
 def run_traffic(trace: Trace, fingerprint: str = "f00d") -> TrafficRecorder:
@@ -125,12 +125,12 @@ def numbered(calls: list[list[int]]) -> list[list[int]]:
     return [[first[layer] + expert for expert in experts] for layer, *experts in calls]
 
 
-def test_traffic_of_two_runs_is_joined_and_chooses_as_their_traces_would(cache: Path) -> None:
+def test_traffic_of_two_runs_is_joined_and_chooses_as_their_traces_would(state: Path) -> None:
     for trace in TRACES[:2]:
         assert run_traffic(trace).error is None
     kept = numbered(read_traffic("f00d", NUM_EXPERTS))
     assert kept == TRACES[0].calls() + TRACES[1].calls()
-    assert [path.name for path in sorted((cache / "moray" / "traffic").iterdir())] == ["f00d.lock", "f00d.msgpack"]
+    assert [path.name for path in sorted((state / "moray" / "traffic").iterdir())] == ["f00d.lock", "f00d.msgpack"]
     for num_slots in BUDGETS:
         rates = hit_rates([kept], NUM_EXPERTS, num_slots)
         choice = choose_policy("f00d", NUM_EXPERTS, num_slots)
@@ -138,7 +138,7 @@ def test_traffic_of_two_runs_is_joined_and_chooses_as_their_traces_would(cache: 
         assert choice.reason.startswith(f"hits over the last {len(kept)} layer calls: lfu {100 * rates['lfu']:.1f} %")
 
 
-def test_without_traffic_the_default_is_chosen_and_said(cache: Path) -> None:
+def test_without_traffic_the_default_is_chosen_and_said(state: Path) -> None:
     assert choose_policy("f00d", NUM_EXPERTS, 12) == (
         "lfu",
         "the default: too little traffic of this store is recorded to choose by",
@@ -150,7 +150,7 @@ def test_without_traffic_the_default_is_chosen_and_said(cache: Path) -> None:
     assert "layer calls" in choose_policy("other", NUM_EXPERTS, 12).reason
 
 
-def test_a_loop_larger_than_the_cache_is_not_given_to_lru(cache: Path) -> None:
+def test_a_loop_larger_than_the_cache_is_not_given_to_lru(state: Path) -> None:
     recorder = TrafficRecorder("f00d", (8,))
     for _ in range(40):
         for expert in (0, 1, 2, 3, 4, 5):
@@ -159,7 +159,7 @@ def test_a_loop_larger_than_the_cache_is_not_given_to_lru(cache: Path) -> None:
     assert choose_policy("f00d", (8,), 5).policy == "lfu"
 
 
-def test_recency_wins_where_the_present_says_more_than_the_past(cache: Path) -> None:
+def test_recency_wins_where_the_present_says_more_than_the_past(state: Path) -> None:
     recorder = TrafficRecorder("f00d", (64,))
     for phase in range(60):
         for _ in range(20):  # each phase uses four experts of its own
@@ -169,7 +169,7 @@ def test_recency_wins_where_the_present_says_more_than_the_past(cache: Path) -> 
     assert choose_policy("f00d", (64,), 4).policy != "lfu"
 
 
-def test_kept_traffic_is_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_traffic_is_bounded(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "_MAX_USES", 100)
     recorder = TrafficRecorder("f00d", (8, 8))
     for step in range(500):
@@ -205,7 +205,7 @@ def spoil(change: Callable[[bytes], bytes]) -> None:
         lambda data: msgpack.packb([1]),
     ],
 )
-def test_spoilt_traffic_is_as_none_and_is_replaced(cache: Path, change: Callable[[bytes], bytes]) -> None:
+def test_spoilt_traffic_is_as_none_and_is_replaced(state: Path, change: Callable[[bytes], bytes]) -> None:
     run_traffic(TRACES[0])
     spoil(change)
     assert read_traffic("f00d", NUM_EXPERTS) == []
@@ -214,19 +214,19 @@ def test_spoilt_traffic_is_as_none_and_is_replaced(cache: Path, change: Callable
     assert numbered(read_traffic("f00d", NUM_EXPERTS)) == TRACES[1].calls()
 
 
-def test_traffic_that_cannot_be_kept_is_said_and_nothing_raises(cache: Path) -> None:
-    cache.write_text("a file where the folder should be")
+def test_traffic_that_cannot_be_kept_is_said_and_nothing_raises(state: Path) -> None:
+    state.write_text("a file where the folder should be")
     recorder = run_traffic(TRACES[0])
     assert recorder.error is not None and recorder.error.startswith("traffic is not kept:")
     recorder.close()
 
 
-def test_a_run_that_used_nothing_leaves_no_file(cache: Path) -> None:
+def test_a_run_that_used_nothing_leaves_no_file(state: Path) -> None:
     TrafficRecorder("f00d", (8,)).close()
     assert not cache.exists()
 
 
-def test_another_engine_that_writes_is_not_waited_for(cache: Path) -> None:
+def test_another_engine_that_writes_is_not_waited_for(state: Path) -> None:
     run_traffic(TRACES[0])
     with traffic_file("f00d").with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
