@@ -223,7 +223,7 @@ def test_traffic_that_cannot_be_kept_is_said_and_nothing_raises(state: Path) -> 
 
 def test_a_run_that_used_nothing_leaves_no_file(state: Path) -> None:
     TrafficRecorder("f00d", (8,)).close()
-    assert not cache.exists()
+    assert not state.exists()
 
 
 def test_another_engine_that_writes_is_not_waited_for(state: Path) -> None:
