@@ -46,7 +46,7 @@ class HostStats:
 class ShardHost:
     """Holds some of a store's experts in an arena and answers for them. Thread-safe.
 
-    Without anybody asking it fills what is free of its arena, in layer order.
+    Without anybody asking it fills what is free of its arena.
     """
 
     def __init__(

@@ -108,14 +108,7 @@ def watch_layers(model: nn.Module, store: Store, source: ExpertSource, options: 
         return None
     trace = None
     if options.trace is not None:
-        header = TraceHeader(
-            fingerprint=store.fingerprint,
-            family=manifest.family,
-            num_experts=num_experts,
-            shard_bytes=tuple(layer.layout.num_bytes for layer in manifest.layers),
-            num_slots=options.num_slots,
-            policy=options.policy,
-        )
+        header = TraceHeader.of(manifest, store.fingerprint, num_slots=options.num_slots, policy=options.policy)
         trace = TraceRecorder(Path(options.trace), header)
     watch = LayerWatch(source, predictor, trace, traffic)
     for _, module in expert_modules(model):

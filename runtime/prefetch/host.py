@@ -38,11 +38,6 @@ class HostPrefetch:
             return self._payoff.is_on(self._clock())
         return self._mode == "on"
 
-    @property
-    def bandwidth(self) -> float:
-        """Of the disk, bytes a second; 0 before the first read."""
-        return self._meter.bandwidth
-
     def stats(self) -> PrefetchStats:
         return self._payoff.stats()
 

@@ -15,13 +15,13 @@ from time import perf_counter
 import xxhash
 
 from moray.runtime.arena import Arena
-from moray.runtime.errors import CorruptShardError, MorayError
+from moray.runtime.errors import MorayError
 from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
 from moray.runtime.prefetch.host import HostPrefetch
 from moray.runtime.residency.depth import DEPTHS, DepthTuner
 from moray.runtime.residency.manager import Load, ResidencyManager, State, Urgency
 from moray.runtime.store.manifest import ShardEntry
-from moray.runtime.store.reader import PIECE_BYTES, ShardReader
+from moray.runtime.store.reader import PIECE_BYTES, ShardReader, corrupt_shard
 
 _HINT_DEPTH = 2  # predicted experts' pieces in flight: what a demand may have to wait for
 _ATTEMPTS = 2  # a shard that fails its checksum is read once more
@@ -235,7 +235,7 @@ class Loader:
                 job.restart()
                 self._work.notify_all()
                 return
-            job.error, is_whole = _corrupt(self._reader.path(job.entry), self._keys[expert], job.entry), False
+            job.error, is_whole = corrupt_shard(self._reader.path(job.entry), self._keys[expert], job.entry), False
         self._jobs.remove(job)
         if is_whole:
             if self._manager.urgency(expert) is Urgency.HINT:
@@ -274,10 +274,3 @@ class Loader:
         self._reading += change
         if change < 0:
             self._work.notify()  # this one may have to hash first
-
-
-def _corrupt(path: object, key: ExpertKey, entry: ShardEntry) -> CorruptShardError:
-    return CorruptShardError(
-        f"{path}: the shard of expert {key.expert} of MoE layer {key.layer} at offset {entry.offset} fails its "
-        "checksum; copy the file again or convert again"
-    )

@@ -7,11 +7,40 @@ import os
 import threading
 from pathlib import Path
 
-from moray.runtime.errors import StoreError
-from moray.runtime.layout.shard import ALIGNMENT, round_up
+from moray.runtime.errors import CorruptShardError, StoreError
+from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
 from moray.runtime.store.manifest import ShardEntry
 
 PIECE_BYTES = 4 << 20  # a disk is as fast as with larger ones, and a demand waits for one piece only
+
+
+def read_at(descriptor: int, path: Path, offset: int, view: memoryview, wanted: int, block: int = 1) -> None:
+    """Read ``wanted`` bytes at ``offset`` into ``view``, in whole blocks: as many as O_DIRECT asks for, else of 1 byte.
+
+    ``path`` names the file in errors. Raises StoreError: unreadable or too short.
+    """
+    done, end = 0, round_up(wanted, block)
+    while done < wanted:
+        at = offset + done
+        try:
+            count = os.preadv(descriptor, [view[done:end]], at)
+        except OSError as error:
+            raise StoreError(f"cannot read {path} at offset {at}: {error.strerror}") from error
+        if count == 0:
+            raise StoreError(f"{path} ends at {at}, expected {wanted - done} more bytes; copy it again")
+        done += count
+        if done < wanted and done % block:  # O_DIRECT goes on at a whole block only
+            if count < block:
+                raise StoreError(f"{path} ends at {at + count}, within a shard; copy it again")
+            done -= done % block
+
+
+def corrupt_shard(path: Path, key: ExpertKey, entry: ShardEntry) -> CorruptShardError:
+    """What to say of a shard that fails its checksum. ``path``: its file."""
+    return CorruptShardError(
+        f"{path}: the shard of expert {key.expert} of MoE layer {key.layer} at offset {entry.offset} fails its "
+        "checksum; copy the file again or convert again"
+    )
 
 
 class ShardReader:
@@ -29,25 +58,10 @@ class ShardReader:
         after the shard is of no meaning. Raises StoreError: unreadable or too short.
         """
         descriptor, is_direct = self._descriptor(entry.file)
-        wanted, done = min(len(view), entry.num_bytes - start), 0
-        while done < wanted:
-            offset = entry.offset + start + done
-            end = round_up(wanted, ALIGNMENT) if is_direct else wanted
-            try:
-                count = os.preadv(descriptor, [view[done:end]], offset)
-            except OSError as error:
-                raise StoreError(f"cannot read {self.path(entry)} at offset {offset}: {error.strerror}") from error
-            if count == 0:
-                raise StoreError(
-                    f"{self.path(entry)} ends at {offset}, expected {wanted - done} more bytes; copy it again"
-                )
-            done += count
-            if done < wanted and done % ALIGNMENT:  # O_DIRECT goes on at a whole block only
-                if count < ALIGNMENT:
-                    raise StoreError(f"{self.path(entry)} ends at {offset + count}, within a shard; copy it again")
-                done -= done % ALIGNMENT
+        wanted, offset = min(len(view), entry.num_bytes - start), entry.offset + start
+        read_at(descriptor, self.path(entry), offset, view, wanted, ALIGNMENT if is_direct else 1)
         if not is_direct:
-            os.posix_fadvise(descriptor, entry.offset + start, wanted, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
 
     def path(self, entry: ShardEntry) -> Path:
         return self._root / entry.file

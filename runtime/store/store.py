@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from moray.runtime.errors import CorruptShardError, StoreError
+from moray.runtime.errors import StoreError
 from moray.runtime.layout.packed import VECTOR_BYTES, Bytes
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, decode_manifest
+from moray.runtime.store.reader import corrupt_shard, read_at
 
 _CHUNK_BYTES = 16 << 20
 
@@ -76,10 +77,7 @@ class Store:
             self._read(entry.file, entry.offset, view)
             if xxhash.xxh3_64_intdigest(view) == entry.checksum:
                 return entry.num_bytes
-        raise CorruptShardError(
-            f"{self.path / entry.file}: the shard of expert {key.expert} of MoE layer {key.layer} at offset "
-            f"{entry.offset} fails its checksum; copy the file again or convert again"
-        )
+        raise corrupt_shard(self.path / entry.file, key, entry)
 
     def read_shard(self, key: ExpertKey) -> Bytes:
         """One shard in new memory, at a multiple of 64 bytes: elsewhere kernels on it take up to twice the time."""
@@ -105,19 +103,7 @@ class Store:
             raise StoreError(f"{self.trunk_path} fails its checksum; copy the file again or convert again")
 
     def _read(self, file: str, offset: int, view: memoryview) -> None:
-        path = self.path / file
-        descriptor = self._descriptor(file)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                raise StoreError(f"cannot read {path} at offset {offset + done}: {error.strerror}") from error
-            if count == 0:
-                raise StoreError(
-                    f"{path} ends at {offset + done}, expected {len(view) - done} more bytes; copy it again"
-                )
-            done += count
+        read_at(self._descriptor(file), self.path / file, offset, view, len(view))
 
     def _descriptor(self, file: str) -> int:
         with self._lock:
