@@ -354,9 +354,11 @@ def test_a_failed_computation_claims_nothing(demo: Store, disk: Disk) -> None:
     with pytest.raises(StoreError, match="Input/output error"):
         host.compute(5, [0, 1], [1, 1], np.ones((2, 256), np.float32), "int8")
     assert not host._manager._claims
-    disk.fault = None
+    with host._loader.lock:  # no read that was refused is on its way to experts 0 and 1
+        assert host._loader.lock.wait_for(lambda: host._loader.is_idle, 60)
+        disk.fault = None
     host.need("a", 4, [0, 1])  # both slots
+    wanted = [host.keys.index(ExpertKey(4, e)) for e in (0, 1)]
     with host._loader.lock:
-        assert host._loader.lock.wait_for(lambda: host._manager.num_resident == 2 and host._loader.is_idle, 60)
-    assert (host.arena.directory[[host.keys.index(ExpertKey(4, e)) for e in (0, 1)]] >= 0).all()
+        assert host._loader.lock.wait_for(lambda: (host.arena.directory[wanted] >= 0).all(), 60)
     host.close()
