@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -79,8 +80,8 @@ class Preset:
 _MIXTRAL = PRESETS["mixtral-8x7b"]
 _PREFILL = Phase("prefill 64", 64, 1)
 _PRESETS = {
-    "layers8": Preset(replace(_MIXTRAL, layers=8), (3 * _GIB, 4 * _GIB, None), (Phase("decode", 16, 65), _PREFILL)),
-    "full": Preset(_MIXTRAL, (18 * _GIB,), (Phase("decode", 16, 33), _PREFILL)),
+    "layers8": Preset(replace(_MIXTRAL, layers=8), (3 * _GIB, 4 * _GIB, None), (Phase("decode", 16, 17), _PREFILL)),
+    "full": Preset(_MIXTRAL, (18 * _GIB,), (Phase("decode", 16, 9), _PREFILL)),
     "quick": Preset(
         replace(PRESETS["tiny"], hidden=512, vocab=8192), (8 << 20, None), (Phase("decode", 16, 33), _PREFILL)
     ),
@@ -195,6 +196,7 @@ def compare(models: Models, preset: Preset, kind: Kind, arguments: argparse.Name
         turns: list[Turn] = []
         for index, plan in enumerate(plans):
             for side in SIDES if index % 2 else SIDES[::-1]:
+                print(f"turn {index + 1} of {side}, {kind} routing, cap {cap}", file=sys.stderr, flush=True)
                 if side == "moray":
                     turns.append(moray_turn(models, plan, cap, threads))
                 else:
