@@ -25,6 +25,8 @@ ALL_POLICIES = (*POLICIES, BELADY)
 NOTES = (
     "hit rate: of all uses of an expert by a layer call, the share that found it in memory; memory is empty at first",
     "belady: the bound of all policies: it evicts what the trace needs again last",
+    "foreseen: of the misses, the share that the layer before predicted: a prefetch hides no more of the disk's time; "
+    "needless: what it would read in vain for that, of all that it would read",
     "time: sum over layer calls of the larger of loading (bytes / disk bandwidth) and the recorded computing of "
     "experts, to the sum of both; without what else a model computes",
 )
@@ -126,14 +128,19 @@ def _print(
     for path, trace in zip(paths, traces, strict=True):
         console.print(_describe(path, trace), highlight=False, markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("budget", "policy", "hit rate", "loaded", "time"):
-        table.add_column(title, justify="left" if title in ("budget", "policy") else "right")
+    for title in ("budget", "policy", "hit rate", "loaded", "foreseen", "needless", "time, s"):
+        table.add_column(title, justify="left" if title in ("budget", "policy") else "right", no_wrap=True)
     shown = ""
     for text, outcome in outcomes:
         budget = f"{text} ({outcome.num_slots} slots)" if not text.endswith("slots") else text
-        times = f"{outcome.overlapped_s:.2f} to {outcome.serial_s:.2f} s"
+        times = f"{outcome.overlapped_s:.2f}-{outcome.serial_s:.2f}"
         rate, loaded = f"{100 * outcome.hit_rate:.1f} %", format_bytes(outcome.loaded_bytes)
-        table.add_row("" if budget == shown else budget, outcome.policy, rate, loaded, times)
+        missed, ahead = outcome.num_uses - outcome.num_hits, outcome.num_foreseen + outcome.num_needless
+        shares = [
+            f"{100 * part / whole:.0f} %" if ahead and whole else "-"
+            for part, whole in ((outcome.num_foreseen, missed), (outcome.num_needless, ahead))
+        ]
+        table.add_row("" if budget == shown else budget, outcome.policy, rate, loaded, *shares, times)
         shown = budget
     console.print(table, highlight=False)
     for path, trace in zip(paths, traces, strict=True):

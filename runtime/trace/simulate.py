@@ -17,6 +17,7 @@ from moray.runtime.residency.policies import POLICIES, make_policy
 from moray.runtime.residency.policies.belady import Belady
 from moray.runtime.residency.policy import Policy
 from moray.runtime.trace.format import Ints, Trace
+from moray.runtime.trace.recall import Foresight
 
 BELADY = "belady"
 Calls = Sequence[list[int]]  # each: the experts of a layer call, numbered as policies number them
@@ -33,6 +34,8 @@ class Outcome:
     loaded_bytes: int
     serial_s: float  # sum over layer calls of (bytes to load / disk bandwidth + recorded compute time)
     overlapped_s: float  # the same with the larger of the two: loading behind computing, layer call by layer call
+    num_foreseen: int  # of the misses, those that the layer before predicted
+    num_needless: int  # predicted by the layer before, not in memory, and not used
 
     @property
     def hit_rate(self) -> float:
@@ -46,26 +49,33 @@ def simulate(traces: Sequence[Trace], policy: str, num_slots: int, bytes_per_s: 
     """
     check_alike(traces)
     num_uses = num_missed = loaded_bytes = 0
+    num_foreseen = num_needless = 0
     serial_s = overlapped_s = 0.0
     for trace in traces:
         calls = trace.calls()
         made = make_any_policy(policy, trace.header.num_experts, num_slots, calls)
-        missed_C = replay(calls, made, num_slots)
+        foresight = Foresight.of(trace)
+        missed_C = replay(calls, made, num_slots, foresight)
         bytes_C = missed_C * np.array(trace.header.shard_bytes)[trace.layers_C]
         load_s_C, compute_s_C = bytes_C / bytes_per_s, 1e-6 * trace.compute_us_C
         num_uses += len(trace.experts_U)
         num_missed += int(missed_C.sum())
+        num_foreseen += foresight.num_foreseen
+        num_needless += foresight.num_needless
         loaded_bytes += int(bytes_C.sum())
         serial_s += float((load_s_C + compute_s_C).sum())
         overlapped_s += float(np.maximum(load_s_C, compute_s_C).sum())
-    return Outcome(policy, num_slots, num_uses, num_uses - num_missed, loaded_bytes, serial_s, overlapped_s)
+    times, foreseen = (serial_s, overlapped_s), (num_foreseen, num_needless)
+    return Outcome(policy, num_slots, num_uses, num_uses - num_missed, loaded_bytes, *times, *foreseen)
 
 
-def replay(calls: Calls, policy: Policy, num_slots: int) -> Ints:
-    """[C]: the misses of every call."""
+def replay(calls: Calls, policy: Policy, num_slots: int, foresight: Foresight | None = None) -> Ints:
+    """[C]: the misses of every call. ``foresight`` is told of all of them."""
     resident: set[int] = set()
     missed_C = np.zeros(len(calls), dtype=np.int64)
     for index, active in enumerate(calls):
+        if foresight is not None:
+            foresight.note(index, active, resident)
         missing = [expert for expert in active if expert not in resident]
         if missing:
             missed_C[index] = len(missing)

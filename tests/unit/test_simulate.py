@@ -51,6 +51,18 @@ def test_bytes_and_times_are_those_of_the_layers(tmp_path: Path) -> None:
     assert (twice.num_uses, twice.num_hits) == (12, 4)  # each from an empty cache
 
 
+def test_what_the_layer_before_foresaw_of_the_misses_is_counted(tmp_path: Path) -> None:
+    recorder = TraceRecorder(tmp_path / "a.trace", TraceHeader("f00d", "mixtral", (3, 3), (1000, 1000)))
+    guesses = [{1: [0, 2]}, {1: [2, 1]}, {1: [1]}]
+    for step, (first, second) in enumerate((([0], [0, 1]), ([1], [1, 2]), ([0], [2]))):
+        recorder.record(step, 0, 1, first, predicted=guesses[step])
+        recorder.record(step, 1, 1, second)
+    recorder.close()
+    outcome = simulate([read_trace(tmp_path / "a.trace")], "lru", 6, RATE)
+    # Misses: 0 and 1 of layer 0, which nothing foresees; 0 (foreseen) and 1, then 2 (foreseen) of layer 1. In vain: 2.
+    assert (outcome.num_uses - outcome.num_hits, outcome.num_foreseen, outcome.num_needless) == (5, 2, 1)
+
+
 @pytest.mark.parametrize("num_slots", [4, *BUDGETS, 48])
 def test_hit_rates_of_lru_are_those_of_a_naive_one(num_slots: int) -> None:
     hits = 0
