@@ -19,6 +19,7 @@ from moray.runtime.store.store import Store
 
 #: Tells an engine's processes to take predictions from this file instead of the next layers' routers (replay.py).
 PREDICTIONS_VARIABLE = "MORAY_REPLAYED_PREDICTIONS"
+CONTEXT = 1024  # tokens: more than any request here has, and what llama.cpp is given
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Options:
 def open_engine(store: Path, options: Options, threads: int) -> Iterator[moray.Engine]:
     wanted: dict[str, Any] = {
         "host_memory": None if options.arena_bytes is None else f"{options.arena_bytes}B",
+        "context": CONTEXT,
         "policy": options.policy,
         "prefetch": options.prefetch,
     }

@@ -40,7 +40,7 @@ def in_process(
         tier = None
         if slots is not None:
             tier = DeviceTier.of(opened.manifest, model.device, slots * opened.manifest.slot_bytes, lanes)
-        runner = Runner(opened, source, model, numerics, tier)
+        runner = Runner(opened, source, model, numerics, tier=tier)
         try:
             yield runner
         finally:
