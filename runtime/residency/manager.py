@@ -78,6 +78,7 @@ class ResidencyManager:
         self._demands: list[int] = []
         self._hints: dict[int, None] = {}  # in order
         self._unused_hints: set[int] = set()  # loaded or loading by a hint, not yet used
+        self._contradicted: dict[int, None] = {}  # of these, those that their layer did not need when it came
         self._fills = self._in_turn(list(layer_of))[::-1]
         self._failed: set[int] = set()  # left alone until somebody needs them again
         self.stats = ResidencyStats()
@@ -119,6 +120,7 @@ class ResidencyManager:
         self._fills += self._failed.intersection(experts)
         self._failed.difference_update(experts)
         layers = {self._layer_of[e] for e in experts}
+        self._contradict(experts)
         for e in [e for e in self._hints if self._layer_of[e] in layers]:
             del self._hints[e]
         for e, urgency in list(self._urgency.items()):
@@ -139,7 +141,9 @@ class ResidencyManager:
     def used(self, experts: list[int]) -> None:
         """A layer call used these."""
         self._policy.used(experts)
+        self._contradict(experts)
         for e in experts:
+            self._contradicted.pop(e, None)
             if e in self._unused_hints:
                 self._unused_hints.discard(e)
                 self.stats.hints_used += 1
@@ -150,6 +154,7 @@ class ResidencyManager:
         self._hints.update(dict.fromkeys(new))
         for e in experts:
             self._given_up.discard(e)
+            self._contradicted.pop(e, None)
         return new
 
     def next_load(
@@ -217,6 +222,7 @@ class ResidencyManager:
         claims = Counter(e for claimed in self._claims.values() for e in claimed)
         assert claims == +self._claimed, "claims do not add up"
         assert all(self._state[e] in (State.LOADING, State.RESIDENT) for e in self._unused_hints)
+        assert self._contradicted.keys() <= self._unused_hints
 
     def _in_turn(self, layer_of: list[int]) -> list[int]:
         """In which order to fill: layer by layer if there is room for all, else one expert of each layer in turn."""
@@ -242,8 +248,18 @@ class ResidencyManager:
         if not experts:
             del self._claims[client]
 
+    def _contradict(self, experts: Sequence[int]) -> None:
+        """A layer needs these: what else was loaded for it by hints takes the place of nothing better any longer.
+
+        (The paper keeps what it loads speculatively apart from the cache until it is used, section 3.2.)
+        """
+        layers = {self._layer_of[e] for e in experts}
+        wrong = (e for e in self._unused_hints if self._layer_of[e] in layers and e not in experts)
+        self._contradicted |= dict.fromkeys(wrong)
+
     def _promote(self, expert: int) -> None:
         self._given_up.discard(expert)
+        self._contradicted.pop(expert, None)
         if expert in self._unused_hints:
             self._unused_hints.discard(expert)
             self.stats.hints_late += 1
@@ -272,7 +288,9 @@ class ResidencyManager:
         def may_evict(expert: int) -> bool:
             return self._state[expert] is State.RESIDENT and not self._claimed[expert]
 
-        victim = self._policy.victim(incoming, may_evict)
+        victim = next((e for e in self._contradicted if may_evict(e)), None)
+        if victim is None:
+            victim = self._policy.victim(incoming, may_evict)
         if victim is None and urgency is Urgency.DEMAND:
             # Every slot is claimed, or is being filled for a prediction: that one must wait.
             self._given_up.update(e for e, its in self._urgency.items() if its is not Urgency.DEMAND)
@@ -288,6 +306,7 @@ class ResidencyManager:
             self.stats.fill_loads += 1
 
     def _waste(self, expert: int) -> None:
+        self._contradicted.pop(expert, None)
         if expert in self._unused_hints:
             self._unused_hints.discard(expert)
             self.stats.hints_wasted += 1

@@ -109,6 +109,24 @@ def test_a_hint_that_comes_true_in_time_or_late() -> None:
     assert (stats.hint_loads, stats.hints_used, stats.hints_late, stats.hints_wasted) == (2, 1, 1, 0)
 
 
+def test_a_hint_that_its_layer_contradicts_is_evicted_before_what_was_used_long_ago() -> None:
+    manager = manager_of([3, 3], 3)
+    for expert in (0, 1):
+        manager.need("a", [expert])
+        load = manager.next_load()
+        assert load is not None
+        finish(manager, load)
+        manager.used([expert])
+    manager.hint([3])
+    load = manager.next_load(Urgency.HINT)
+    assert load is not None and load.expert == 3
+    finish(manager, load)
+    manager.need("a", [4])
+    load = manager.next_load()
+    assert load is not None and load.victim == 3
+    assert manager.stats.hints_wasted == 1
+
+
 def test_a_given_up_load_that_is_needed_after_all_goes_on() -> None:
     manager = manager_of([4], 2)
     manager.hint([3])
