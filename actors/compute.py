@@ -56,7 +56,8 @@ class ComputeActor:
         config = self._config
         self._source = ArenaSource(self._store, hosts, whole_layers=config.caching.whole_layers)
         depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
-        watch = WatchOptions(depth, config.caching.trace, config.num_slots, config.caching.policy)
+        is_auto = config.caching.prefetch == "auto"
+        watch = WatchOptions(depth, is_auto, config.caching.trace, config.num_slots, config.caching.policy)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
             tier = self._device_tier()
             self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits, watch, tier)
@@ -131,7 +132,11 @@ class ComputeActor:
 
     def stats(self) -> ComputeStats:
         return ComputeStats(
-            self._runner.stats(), tuple(self._source.describe()), self._source.stats(), self._runner.device_stats()
+            self._runner.stats(),
+            tuple(self._source.describe()),
+            self._source.stats(),
+            self._runner.device_stats(),
+            self._runner.prefetch(),
         )
 
 

@@ -92,6 +92,7 @@ class ComputeStats:
     sources: tuple[SourceInfo, ...]
     fetches: SourceStats
     device: DeviceStats | None  # None: there is none
+    prefetch: str  # on or off, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class EngineStats:
     hosts: tuple[HostStats, ...]
     policy: str  # of eviction, and why it was chosen
     device: DeviceStats | None
+    prefetch: str  # on or off, and why
 
     @property
     def hits(self) -> int:

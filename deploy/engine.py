@@ -183,7 +183,9 @@ class Engine:
         """What the experts did so far: tokens per expert, bytes by source, hits and misses, loads, prefetch, times."""
         stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
         hosts = tuple(call(host.stats) for host in self.actors.hosts)
-        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts, self._policy, stats.device)
+        return EngineStats(
+            stats.experts, stats.sources, stats.fetches, hosts, self._policy, stats.device, stats.prefetch
+        )
 
     def wait_filled(self) -> None:
         """Wait until the hosts' memory is full, or holds all experts; generating need not wait.

@@ -26,6 +26,7 @@ def print_stats(stats: EngineStats, console: Console) -> None:
     table.add_row("missed", f"{format_bytes(fetches.missed_bytes)}; {fetches.wait_s:.3f} s waiting")
     table.add_row("computing", f"{experts.compute_s:.3f} s of experts in {experts.layer_calls} layer calls")
     table.add_row("policy", stats.policy)
+    table.add_row("prefetch", stats.prefetch)
     if stats.device is not None:
         device = stats.device
         uses = ", ".join(f"{name} {count}" for name, count in device.uses_by_lane.items() if count)

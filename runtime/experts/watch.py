@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from moray.runtime.experts.source import ExpertSource
 from moray.runtime.model.families import expert_modules
 from moray.runtime.prefetch.predictor import Predictor
 from moray.runtime.prefetch.replayed import ReplayedPredictor, replayed_file
+from moray.runtime.prefetch.trial import PrefetchTrial
 from moray.runtime.store.store import Store
 from moray.runtime.trace.format import TraceHeader
 from moray.runtime.trace.recorder import TraceRecorder
@@ -24,6 +26,7 @@ class WatchOptions:
     """What to predict and record."""
 
     prefetch_depth: int = 0  # MoE layers ahead; 0: predict nothing
+    tries_prefetch: bool = False  # hint only while that makes steps shorter
     trace: str | None = None  # file to record into
     num_slots: int | None = None  # of all hosts together, and their policy: noted in the trace
     policy: str = ""
@@ -52,20 +55,23 @@ class LayerWatch:
         predictor: Predictor | ReplayedPredictor | None = None,
         trace: TraceRecorder | None = None,
         traffic: TrafficRecorder | None = None,
+        trial: PrefetchTrial | None = None,
     ) -> None:
         self._source, self._predictor, self.trace, self.traffic = source, predictor, trace, traffic
-        self._step, self._last_layer = -1, -1
+        self._trial = trial
+        self._step, self._last_layer, self._num_tokens, self._step_began_s = -1, -1, 0, 0.0
         self._predicted: dict[int, Sequence[int]] = {}
 
     def before(self, layer: int, x_TH: torch.Tensor) -> None:
         """A layer is about to compute on x: hint at what the next ones will need."""
         self._predicted = {}
-        if self._predictor is None or not (self._source.wants_hints or self.trace is not None):
+        wants_hints = self._source.wants_hints and (self._trial is None or self._trial.is_on)
+        if self._predictor is None or not (wants_hints or self.trace is not None):
             return
         for prediction in self._predictor.predict(layer, x_TH):
             experts = prediction.ids.tolist()
             self._predicted[prediction.layer - layer] = experts
-            if self._source.wants_hints:
+            if wants_hints:
                 self._source.hint(prediction.layer, experts)
 
     def after(self, call: LayerCall) -> None:
@@ -74,13 +80,27 @@ class LayerWatch:
             self._source.used(call.layer, list(call.experts))
         if self.traffic is not None:
             self.traffic.add(call.layer, call.experts)
-        self._step += call.layer <= self._last_layer or self._step < 0
+        if call.layer <= self._last_layer or self._step < 0:
+            self._begin_step(call.num_tokens)
         self._last_layer = call.layer
         if self.trace is not None:
             self.trace.record(
                 self._step, call.layer, call.num_tokens, call.experts, call.tokens, call.missed, self._predicted,
                 call.missed_bytes, int(1e6 * call.wait_s), int(1e6 * call.compute_s),
             )  # fmt: skip
+
+    @property
+    def prefetch(self) -> str:
+        """Whether hints are given, and why."""
+        if self._predictor is None:
+            return "off"
+        return "on" if self._trial is None else self._trial.reason
+
+    def _begin_step(self, num_tokens: int) -> None:
+        now = perf_counter()
+        if self._trial is not None and self._step >= 0:
+            self._trial.note_step(now - self._step_began_s, self._num_tokens)
+        self._step, self._num_tokens, self._step_began_s = self._step + 1, num_tokens, now
 
     def close(self) -> None:
         """Write what was recorded."""
@@ -110,7 +130,8 @@ def watch_layers(model: nn.Module, store: Store, source: ExpertSource, options: 
     if options.trace is not None:
         header = TraceHeader.of(manifest, store.fingerprint, num_slots=options.num_slots, policy=options.policy)
         trace = TraceRecorder(Path(options.trace), header)
-    watch = LayerWatch(source, predictor, trace, traffic)
+    trial = PrefetchTrial() if options.tries_prefetch and predictor is not None else None
+    watch = LayerWatch(source, predictor, trace, traffic, trial)
     for _, module in expert_modules(model):
         module.moray.watch = watch  # type: ignore[union-attr]
     return watch

@@ -181,6 +181,10 @@ class Runner:
     def stats(self) -> ExpertsStats:
         return self._meter.snapshot()
 
+    def prefetch(self) -> str:
+        """Whether experts are loaded ahead of need, and why."""
+        return "off" if self._watch is None else self._watch.prefetch
+
     def device_stats(self) -> DeviceStats | None:
         """Of the experts on a device; None if all are computed on the CPU anyway."""
         return None if self._tier is None else self._tier.stats()
