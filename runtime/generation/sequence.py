@@ -16,29 +16,55 @@ from moray.runtime.generation.request import (
     Usage,
 )
 from moray.runtime.generation.sampler import Sampler
+from moray.runtime.generation.speculation import PromptLookup
 
 
 @dataclass(slots=True)
 class Sequence:
-    """A request, its KV cache and what it has generated.
+    """A request, its KV cache, which is empty while it waits, and what it has generated.
 
     Three lengths are always in this order: tokens in the cache < tokens known <= prompt + max_new_tokens.
     """
 
     request: GenerationRequest
-    kv: KVCache
     detokenizer: Detokenizer
     sampler: Sampler
     end_ids: frozenset[int]
+    kv: KVCache = field(default_factory=KVCache)
     ids: list[int] = field(default_factory=list)  # prompt and generated tokens
     cached_tokens: int = 0
-    started_s: float = field(default_factory=perf_counter)
+    prompt_end: int = 0  # tokens that are computed in chunks: the prompt, and after a preemption what was generated
+    lookup: PromptLookup | None = None  # proposes tokens; None: nothing is to be tried
+    started_s: float = 0.0  # 0: it waits
     first_token_s: float = 0.0
     last_token_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
-        self.cached_tokens = len(self.kv.ids)
+        self.prompt_end = len(self.ids)
+
+    def start(self, kv: KVCache) -> int:
+        """Leave the queue with a cache that may hold some first tokens; returns how many. Again after a preemption."""
+        self.kv = kv
+        if not self.started_s:
+            self.started_s, self.cached_tokens = perf_counter(), len(kv.ids)
+        return len(kv.ids)
+
+    def stop(self, recompute_in_chunks: bool) -> None:
+        """Go back to the queue without the cache. What was generated is computed again like a prompt, or one by one."""
+        self.kv = KVCache()
+        if recompute_in_chunks:
+            self.prompt_end = len(self.ids)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether its next tokens are computed as a chunk of a prompt; a single one after others is not."""
+        return not self.kv.ids or self.prompt_end - len(self.kv.ids) > 1
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens in its cache at the end: the last one is never computed."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens - 1
 
     @property
     def pending(self) -> list[int]:
@@ -70,5 +96,5 @@ class Sequence:
     def _event(self, token_ids: tuple[int, ...], text: str, reason: FinishReason) -> TokenEvent:
         usage = Usage(len(self.request.prompt_ids), self.cached_tokens, self.num_generated)
         first = self.first_token_s or perf_counter()
-        timings = Timings(first - self.started_s, max(0.0, self.last_token_s - first))
+        timings = Timings(first - (self.started_s or first), max(0.0, self.last_token_s - first))
         return TokenEvent(self.request.request_id, token_ids, text, Finished(reason, usage, timings))
