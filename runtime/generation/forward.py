@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from moray.runtime.generation.kv import KVCache
+from moray.runtime.generation.kv import AS_PROMPT, AS_STEP, KVCache
 from moray.runtime.model.attention_modules import is_all_fused
 from moray.runtime.model.batch import BatchForward
 
@@ -24,7 +24,7 @@ class Forward:
 
     @property
     def is_exact(self) -> bool:
-        """Whether a token gets the same bits however a sequence is cut into passes."""
+        """Whether a prompt's tokens get the same bits however it is cut, into chunks of more than one."""
         return self._is_all_fused and self._model.device.type == "cpu"
 
     @property
@@ -37,11 +37,11 @@ class Forward:
         return self._batch is not None
 
     def chunk(self, kv: KVCache, tokens: list[int]) -> torch.Tensor:
-        """Logits [V] of the last of these tokens of one sequence."""
+        """Logits [V] of the last of these tokens of one sequence. A single one is computed as a step."""
         ids = torch.tensor([tokens], device=self._model.device)
         self._give_torch_threads(len(tokens) * (len(kv.ids) + len(tokens)))
         output = self._model(input_ids=ids, past_key_values=kv.cache, use_cache=True, logits_to_keep=1)
-        kv.ids += tokens
+        kv.note(tokens, AS_PROMPT if len(tokens) > 1 else AS_STEP)
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 
@@ -58,7 +58,7 @@ class Forward:
         caches = [kv.cache for kv, tokens in runs for _ in tokens]
         logits = self._batch([token for _, tokens in runs for token in tokens], caches)
         for kv, tokens in runs:
-            kv.ids += tokens
+            kv.note(tokens, AS_STEP)
         return list(logits.split(lengths))
 
     def whole(self, tokens: list[int]) -> torch.Tensor:

@@ -10,6 +10,9 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 
+#: How a token was computed: with others of its prompt, or by itself. The last bits of its keys and values may differ.
+AS_PROMPT, AS_STEP = 1, 0
+
 _STRIDE = 256  # tokens compared at once
 
 
@@ -19,6 +22,7 @@ class KVCache:
 
     cache: DynamicCache = field(default_factory=DynamicCache)
     ids: list[int] = field(default_factory=list)
+    kinds: bytearray = field(default_factory=bytearray)  # of each: AS_PROMPT or AS_STEP
     reserved_tokens: int = 0
     reserved_bytes: int = 0
 
@@ -55,15 +59,18 @@ class KVCache:
         """Whether its first tokens' keys and values are those of any other sequence that begins with them."""
         return self.can_crop and all(isinstance(layer, GrowingLayer) for layer in self.cache.layers)
 
-    def reusable_prefix(self, prompt: Sequence[int]) -> int:
-        """How many first tokens of the prompt this cache itself can serve; at least one is always left to compute.
+    def reusable_prefix(self, ids: Sequence[int], kinds: bytearray) -> int:
+        """How many first tokens of a sequence are here as they would be computed; at least one is left to compute.
 
         None if prompts must be fed whole: to go on from such a state with several tokens is not exact.
         """
-        if not self.can_chunk:
-            return 0
-        common = common_prefix(self.ids, prompt, len(prompt) - 1)
-        return common if common == len(self.ids) or self.can_crop else 0
+        limit = common_prefix(self.kinds, kinds, len(ids) - 1) if self.can_chunk else 0
+        length = common_prefix(self.ids, ids, limit)
+        if length == len(self.ids):
+            return length
+        if list(kinds[length - 1 : length + 2]) in ([AS_PROMPT] * 2, [AS_PROMPT, AS_PROMPT, AS_STEP]):
+            length -= 1  # one token that is left of a prompt would be computed as a step
+        return max(length, 0) if self.can_crop else 0
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens, also if a pass failed before all layers had the tokens after ``ids``."""
@@ -71,7 +78,12 @@ class KVCache:
             surplus = layer.get_seq_length() - length
             if surplus > 0:
                 layer.crop(-surplus)  # type: ignore[no-untyped-call]
-        del self.ids[length:]
+        del self.ids[length:], self.kinds[length:]
+
+    def note(self, tokens: Sequence[int], kind: int) -> None:
+        """These tokens were computed, their keys and values appended."""
+        self.ids += tokens
+        self.kinds += bytes([kind]) * len(tokens)
 
     def copy_prefix(self, other: KVCache, length: int) -> None:
         """Take the first ``length`` tokens of another cache of the same model into this one, which is empty."""
@@ -79,7 +91,7 @@ class KVCache:
         for mine, its in zip(self.cache.layers, other.cache.layers, strict=True):
             assert isinstance(mine, GrowingLayer) and isinstance(its, GrowingLayer)
             mine.copy_prefix(its, length)
-        self.ids = other.ids[:length]
+        self.ids, self.kinds = other.ids[:length], other.kinds[:length]
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int], limit: int) -> int:

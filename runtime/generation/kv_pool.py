@@ -49,17 +49,18 @@ class KVPool:
     def caches(self) -> list[KVCache]:
         return [*self._open, *self._kept]
 
-    def open(self, ids: Sequence[int]) -> KVCache | None:
+    def open(self, ids: Sequence[int], kinds: bytearray, is_new: bool) -> KVCache | None:
         """A cache with room for these tokens that holds the longest first part of them that is in any other.
 
-        None if there is no room, now, for them and for one more block of each cache that is open. The last of
-        ``ids`` is never in it: it is to be computed.
+        Parts are equal if their tokens were computed in the same way, too, so that no bit depends on what was kept. A
+        new request may also go on where a kept cache ends, as a chat does. The last of ``ids`` is never in the cache:
+        it is to be computed. None if there is no room, now, for all and one more block of each cache that is open.
         """
         tokens = self._rounded(len(ids))
         needed, spare = self._bytes(tokens), self._spare()
         if self._free(spare) + sum(kv.reserved_bytes for kv in self._kept) < needed:
             return None
-        source, length = self._best_source(ids)
+        source, length = self._best_source(ids, kinds, is_new)
         if source in self._kept and (length == len(source.ids) or self._free(spare) < needed):
             self._kept.remove(source)  # moved: all of it is used, or there is no room for both
             self._make_room(needed, spare)
@@ -100,7 +101,8 @@ class KVPool:
             return
         tokens = self._rounded(len(kv.ids))
         kv.reserve(tokens, self._bytes(tokens))
-        self._kept = [old for old in self._kept if not _is_part(old, kv)]
+        if kv.can_crop:  # it serves whatever those did that it continues
+            self._kept = [old for old in self._kept if old.reusable_prefix(kv.ids, kv.kinds) < len(old.ids)]
         self._kept.append(kv)
         del self._kept[:-KEPT_CACHES]
 
@@ -110,7 +112,7 @@ class KVPool:
         assert len({id(kv) for kv in self.caches}) == len(self.caches)
         assert len(self._kept) <= KEPT_CACHES
         for kv in self.caches:
-            assert len(kv.ids) <= kv.reserved_tokens <= self.context_length
+            assert len(kv.kinds) == len(kv.ids) <= kv.reserved_tokens <= self.context_length
             assert kv.reserved_bytes == self._bytes(kv.reserved_tokens)
             assert not kv.ids or kv.cache.get_seq_length() == len(kv.ids)
 
@@ -132,11 +134,17 @@ class KVPool:
         while self._kept and self._free(spare) < num_bytes:
             del self._kept[0]
 
-    def _best_source(self, ids: Sequence[int]) -> tuple[KVCache | None, int]:
-        """Which cache serves most first tokens of ``ids``, and how many. One that can only be moved must be kept."""
+    def _best_source(
+        self, ids: Sequence[int], kinds: bytearray, is_new: bool
+    ) -> tuple[KVCache | None, int]:
+        """Which cache serves most first tokens, and how many. One that can only be moved must be kept."""
         best: tuple[KVCache | None, int] = (None, 0)
         for kv in reversed(self.caches):
-            length = kv.reusable_prefix(ids) if kv in self._kept or kv.can_copy else 0
+            length = 0
+            if kv in self._kept or kv.can_copy:
+                length = kv.reusable_prefix(ids, kinds)
+            if is_new and kv in self._kept and kv.can_chunk and _is_part(kv.ids, ids[:-1]):
+                length = len(kv.ids)
             if length > best[1]:
                 best = kv, length
         return best
@@ -148,6 +156,5 @@ class KVPool:
             self._kept.append(kv)
 
 
-def _is_part(old: KVCache, new: KVCache) -> bool:
-    """Whether a newer cache serves whatever an older one could."""
-    return new.can_crop and common_prefix(old.ids, new.ids, len(old.ids)) == len(old.ids)
+def _is_part(part: Sequence[int], whole: Sequence[int]) -> bool:
+    return common_prefix(part, whole, len(part)) == len(part)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from moray.runtime.generation.detokenizer import Detokenizer
-from moray.runtime.generation.kv import KVCache
+from moray.runtime.generation.kv import AS_PROMPT, AS_STEP, KVCache
 from moray.runtime.generation.request import (
     Finished,
     FinishReason,
@@ -33,7 +33,7 @@ class Sequence:
     kv: KVCache = field(default_factory=KVCache)
     ids: list[int] = field(default_factory=list)  # prompt and generated tokens
     cached_tokens: int = 0
-    prompt_end: int = 0  # tokens that are computed in chunks: the prompt, and after a preemption what was generated
+    kinds: bytearray = field(default_factory=bytearray)  # how each of ``ids`` is computed: kv.AS_PROMPT or AS_STEP
     lookup: PromptLookup | None = None  # proposes tokens; None: nothing is to be tried
     started_s: float = 0.0  # 0: it waits
     first_token_s: float = 0.0
@@ -41,25 +41,39 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
-        self.prompt_end = len(self.ids)
+        self.kinds = bytearray([AS_PROMPT] * len(self.ids))
 
     def start(self, kv: KVCache) -> int:
         """Leave the queue with a cache that may hold some first tokens; returns how many. Again after a preemption."""
-        self.kv = kv
+        self.kv, reused = kv, len(kv.ids)
         if not self.started_s:
-            self.started_s, self.cached_tokens = perf_counter(), len(kv.ids)
-        return len(kv.ids)
+            self.started_s, self.cached_tokens = perf_counter(), reused
+        self.kinds[:reused] = kv.kinds
+        if self.kinds[reused] == AS_PROMPT and self._end_of_kind(reused) == reused + 1:
+            self.kinds[reused] = AS_STEP  # a chunk of one token is a step
+        return reused
 
-    def stop(self, recompute_in_chunks: bool) -> None:
-        """Go back to the queue without the cache. What was generated is computed again like a prompt, or one by one."""
+    def stop(self) -> None:
+        """Go back to the queue without the cache, which will be computed again in the same way."""
         self.kv = KVCache()
-        if recompute_in_chunks:
-            self.prompt_end = len(self.ids)
 
     @property
     def is_prompt(self) -> bool:
-        """Whether its next tokens are computed as a chunk of a prompt; a single one after others is not."""
-        return not self.kv.ids or self.prompt_end - len(self.kv.ids) > 1
+        """Whether its next tokens are computed as a chunk of a prompt; so is a first token."""
+        return not self.kv.ids or self.kinds[len(self.kv.ids)] == AS_PROMPT
+
+    def next_chunk(self, most: int | None) -> list[int]:
+        """Tokens to compute at once, at most ``most`` (2 or more, give or take one); None: as many as there are."""
+        start = len(self.kv.ids)
+        end = self._end_of_kind(start)
+        if most is not None and end - start > most:
+            left = end - start - most
+            end = start + (most if left > 1 else most - 1 if most > 2 else most + 1)
+        return self.ids[start:end]
+
+    def _end_of_kind(self, start: int) -> int:
+        end = self.kinds.find(1 - self.kinds[start], start)
+        return len(self.ids) if end < 0 else end
 
     @property
     def most_tokens(self) -> int:
@@ -81,6 +95,7 @@ class Sequence:
         if not self.num_generated:
             self.first_token_s = self.last_token_s
         self.ids.append(token_id)
+        self.kinds.append(AS_STEP)
         if token_id in self.end_ids:
             return self._event((token_id,), self.detokenizer.finish(), "stop")
         text = self.detokenizer.push(token_id)

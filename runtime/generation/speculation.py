@@ -1,6 +1,6 @@
 """Prompt-lookup speculation: what followed the last tokens before is computed ahead and kept where it is right. Pure.
 
-A token that is computed ahead is only taken if the sampler, given the same logits as without speculation, chooses it: so
+A token that is computed ahead is only taken if the sampler, given the same logits as without speculation, chooses it:
 the output is the same, greedy or not. Prompt lookup: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding;
 verification in one pass: Leviathan et al. 2023, section 2.
 """

@@ -54,7 +54,7 @@ class Pacer:
 
     def __init__(self, chunk: int, can_shrink: bool) -> None:
         """``can_shrink``: whether the size of chunks changes no bit of the results."""
-        self._most, self._can_shrink = chunk, can_shrink
+        self._most, self._can_shrink = max(chunk, 2), can_shrink
         self._prompts, self._steps = StepCost(), StepCost()
         self._owed_s = 0.0  # to those that decode, before the next chunk
 

@@ -40,6 +40,8 @@ from moray.runtime.planning.profile import GenerationLimits
 
 Run = tuple[Sequence, list[int]]  # tokens to compute next; all but the first are proposed
 
+_REPLAYED = 32  # tokens of a preempted sequence in one step
+
 
 class StepLoop:
     """Owns the sequences and their KV caches. Not thread-safe: one thread calls it, but for ``check`` and ``stats``."""
@@ -210,7 +212,7 @@ class StepLoop:
     def _preempt(self, sequence: Sequence) -> None:
         del self._running[sequence.request.request_id]
         self._pool.close(sequence.kv, keep=False)
-        sequence.stop(recompute_in_chunks=self._forward.is_exact)
+        sequence.stop()
         self._waiting.appendleft(sequence)
         self._counters.preemptions += 1
 
@@ -221,7 +223,7 @@ class StepLoop:
             return last
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            kv = self._pool.open(sequence.ids)
+            kv = self._pool.open(sequence.ids, sequence.kinds, is_new=not sequence.started_s)
             if kv is None:
                 return None
             self._waiting.popleft()
@@ -255,9 +257,7 @@ class StepLoop:
 
     def _prefill(self, sequence: Sequence, num_decoding: int) -> list[TokenEvent]:
         """A chunk of a prompt, or all of it where it cannot be cut; an event at its end."""
-        tokens = sequence.ids[len(sequence.kv.ids) : sequence.prompt_end]
-        if sequence.kv.can_chunk:
-            tokens = tokens[: self._pacer.chunk(num_decoding)]
+        tokens = sequence.next_chunk(self._pacer.chunk(num_decoding) if sequence.kv.can_chunk else None)
         started = self._clock()
         try:
             logits = self._forward.chunk(sequence.kv, tokens)
@@ -278,17 +278,20 @@ class StepLoop:
         events = []
         for group in groups:
             for (sequence, tokens), logits in self._compute(group):
-                events += self._push(sequence, tokens[1:], logits)
+                proposed = tokens[1:] if len(sequence.kv.ids) >= len(sequence.ids) else []
+                events += self._push(sequence, proposed, logits[-1 - len(proposed) :])
         num_rows = sum(len(tokens) for _, tokens in runs)
         self._pacer.note_step(num_rows, self._clock() - started)
         self._counters.note_step(len(runs), num_rows)
         return events
 
     def _next_tokens(self, sequence: Sequence, num_sequences: int) -> list[int]:
-        """The known token to compute next, and what may follow it."""
+        """The known token to compute next, and what may follow it; after a preemption several known ones."""
         tokens = sequence.pending
-        if sequence.lookup is None or len(tokens) > 1:
-            return tokens[:1]
+        if len(tokens) > 1:
+            return sequence.next_chunk(_REPLAYED)[: len(tokens) if self._forward.takes_runs else 1]
+        if sequence.lookup is None:
+            return tokens
         most = min(sequence.kv.reserved_tokens, sequence.most_tokens) - len(sequence.ids)
         return [*tokens, *sequence.lookup.propose(sequence.ids, most, self._pacer.steps, num_sequences)]
 

@@ -42,5 +42,5 @@ def make_batch_forward(model: Any) -> BatchForward | None:
 
 
 def describe_batch(batch: BatchForward | None) -> str:
-    """"fused", "padded" or "in turn", for people."""
+    """ "fused", "padded" or "in turn", for people."""
     return "in turn" if batch is None else batch.kind

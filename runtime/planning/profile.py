@@ -79,8 +79,8 @@ class ModelProfile:
 class GenerationLimits:
     """What the step loop keeps to. ``kv_bytes``: of all KV caches, running and kept; None: no limit.
 
-    ``max_running``: sequences that are computed at once, memory permitting. ``speculation``: whether tokens are computed
-    ahead where it is measured to pay; no output depends on it.
+    ``max_running``: sequences that run at once, memory permitting. ``speculation``: whether tokens are computed ahead
+    where it is measured to pay; no output depends on it.
     """
 
     context_length: int

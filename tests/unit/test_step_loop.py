@@ -12,11 +12,12 @@ import torch
 from helpers.reference import runner
 
 from moray.runtime.errors import RequestError
-from moray.runtime.generation import step_loop
+from moray.runtime.generation import forward
+from moray.runtime.generation.kv_pool import KEPT_CACHES
 from moray.runtime.generation.request import Finished, GenerationRequest, SamplingParams, Timings, TokenEvent, Usage
 from moray.runtime.generation.runner import Runner
-from moray.runtime.generation.step_loop import MAX_RUNNING, StepLoop
-from moray.runtime.planning.profile import GenerationLimits, SequenceMemory
+from moray.runtime.generation.step_loop import StepLoop
+from moray.runtime.planning.profile import MAX_RUNNING, GenerationLimits, SequenceMemory
 
 PROMPTS = [
     "import os\nimport sys\n\n\ndef main(argv=None):\n",
@@ -35,12 +36,15 @@ PROMPTS = [
 
 @pytest.fixture
 def make_loop(demo_runner: Runner) -> Callable[..., StepLoop]:
-    """A new loop, without kept caches, over the one model. No token ends a text unless asked for."""
+    """A new loop, without kept caches, over the one model. No token ends a text unless asked for; time stands still."""
+    batch = demo_runner._loop._forward._batch
     return lambda end_ids=(), **limits: StepLoop(
         demo_runner.model,
         demo_runner.tokenizer,
         frozenset(end_ids),
         limits=GenerationLimits(**{"context_length": 2048} | limits),
+        batch=batch,
+        clock=lambda: 0.0,
     )
 
 
@@ -67,6 +71,7 @@ def drive(loop: StepLoop, *requests: GenerationRequest) -> dict[str, list[TokenE
     while not loop.is_idle:
         for event in loop.step():
             events.setdefault(event.request_id, []).append(event)
+        loop.validate()
     return events
 
 
@@ -372,11 +377,11 @@ def test_a_cache_serves_one_request_at_a_time(
 
 
 def test_only_the_last_caches_are_kept(loop: StepLoop, request_of: Callable[..., GenerationRequest]) -> None:
-    requests = [request_of([100 + i] * 10, 1) for i in range(step_loop.KEPT_CACHES + 1)]
+    requests = [request_of([100 + i] * 10, 1) for i in range(KEPT_CACHES + 1)]
     for request in requests:
         run(loop, request)
     cached = [end_of(run(loop, request)).usage.cached_tokens for request in reversed(requests)]
-    assert cached == [9] * step_loop.KEPT_CACHES + [0]
+    assert cached == [9] * KEPT_CACHES + [0]
 
 
 def test_a_cancelled_requests_cache_is_sound(
@@ -433,7 +438,7 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(
 def test_torch_gets_threads_for_a_large_attention_of_its_own_only(
     family: str, wanted: int, store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_loop, "_SMALL_ATTENTION", 100)
+    monkeypatch.setattr(forward, "_SMALL_ATTENTION", 100)
     before, seen = torch.get_num_threads(), []
     with runner(store(family, "none"), "float") as made:
         torch.set_num_threads(2)
