@@ -102,7 +102,9 @@ class KVPool:
         tokens = self._rounded(len(kv.ids))
         kv.reserve(tokens, self._bytes(tokens))
         if kv.can_crop:  # it serves whatever those did that it continues
-            self._kept = [old for old in self._kept if old.reusable_prefix(kv.ids, kv.kinds) < len(old.ids)]
+            self._kept = [
+                old for old in self._kept if not (_is_part(old.ids, kv.ids) and _is_part(old.kinds, kv.kinds))
+            ]
         self._kept.append(kv)
         del self._kept[:-KEPT_CACHES]
 
@@ -134,9 +136,7 @@ class KVPool:
         while self._kept and self._free(spare) < num_bytes:
             del self._kept[0]
 
-    def _best_source(
-        self, ids: Sequence[int], kinds: bytearray, is_new: bool
-    ) -> tuple[KVCache | None, int]:
+    def _best_source(self, ids: Sequence[int], kinds: bytearray, is_new: bool) -> tuple[KVCache | None, int]:
         """Which cache serves most first tokens, and how many. One that can only be moved must be kept."""
         best: tuple[KVCache | None, int] = (None, 0)
         for kv in reversed(self.caches):

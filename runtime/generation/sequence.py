@@ -63,13 +63,20 @@ class Sequence:
         return not self.kv.ids or self.kinds[len(self.kv.ids)] == AS_PROMPT
 
     def next_chunk(self, most: int | None) -> list[int]:
-        """Tokens to compute at once, at most ``most`` (2 or more, give or take one); None: as many as there are."""
+        """Tokens of a prompt to compute at once, at most ``most`` (2 or more, give or take one); None: all of them."""
         start = len(self.kv.ids)
+        if self.kinds[start] == AS_STEP:  # the first of all
+            return self.ids[start : start + 1]
         end = self._end_of_kind(start)
         if most is not None and end - start > most:
             left = end - start - most
             end = start + (most if left > 1 else most - 1 if most > 2 else most + 1)
         return self.ids[start:end]
+
+    def next_steps(self, most: int) -> list[int]:
+        """Known tokens to compute as steps, at most ``most``."""
+        start = len(self.kv.ids)
+        return self.ids[start : min(self._end_of_kind(start), start + most)]
 
     def _end_of_kind(self, start: int) -> int:
         end = self.kinds.find(1 - self.kinds[start], start)

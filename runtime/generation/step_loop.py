@@ -278,8 +278,9 @@ class StepLoop:
         events = []
         for group in groups:
             for (sequence, tokens), logits in self._compute(group):
-                proposed = tokens[1:] if len(sequence.kv.ids) >= len(sequence.ids) else []
-                events += self._push(sequence, proposed, logits[-1 - len(proposed) :])
+                num_proposed = max(0, len(sequence.kv.ids) - len(sequence.ids))
+                proposed = tokens[len(tokens) - num_proposed :]
+                events += self._push(sequence, proposed, logits[-1 - num_proposed :])
         num_rows = sum(len(tokens) for _, tokens in runs)
         self._pacer.note_step(num_rows, self._clock() - started)
         self._counters.note_step(len(runs), num_rows)
@@ -289,7 +290,7 @@ class StepLoop:
         """The known token to compute next, and what may follow it; after a preemption several known ones."""
         tokens = sequence.pending
         if len(tokens) > 1:
-            return sequence.next_chunk(_REPLAYED)[: len(tokens) if self._forward.takes_runs else 1]
+            return sequence.next_steps(_REPLAYED if self._forward.takes_runs else 1)
         if sequence.lookup is None:
             return tokens
         most = min(sequence.kv.reserved_tokens, sequence.most_tokens) - len(sequence.ids)
