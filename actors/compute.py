@@ -131,7 +131,11 @@ class ComputeActor:
 
     def stats(self) -> ComputeStats:
         return ComputeStats(
-            self._runner.stats(), tuple(self._source.describe()), self._source.stats(), self._runner.device_stats()
+            experts=self._runner.stats(),
+            sources=tuple(self._source.describe()),
+            fetches=self._source.stats(),
+            device=self._runner.device_stats(),
+            generation=self._runner.generation_stats(),
         )
 
 

@@ -11,6 +11,7 @@ from moray.runtime.device.stats import DeviceStats
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.shard_host import HostStats
 from moray.runtime.experts.source import SourceInfo, SourceStats
+from moray.runtime.generation.stats import GenerationStats
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.planning.profile import GenerationLimits
@@ -92,6 +93,7 @@ class ComputeStats:
     sources: tuple[SourceInfo, ...]
     fetches: SourceStats
     device: DeviceStats | None  # None: there is none
+    generation: GenerationStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class EngineStats:
     hosts: tuple[HostStats, ...]
     policy: str  # of eviction, and why it was chosen
     device: DeviceStats | None
+    generation: GenerationStats
 
     @property
     def hits(self) -> int:

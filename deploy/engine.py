@@ -67,6 +67,8 @@ def launch(
     host_memory: str | None = None,
     device_memory: str | None = None,
     context: int | None = None,
+    max_running: int | None = None,
+    speculation: Literal["auto", "off"] = "auto",
 ) -> Engine:
     """Start an engine on a store; None is the embedded demonstration model. ``EngineConfig`` describes the options.
 
@@ -77,8 +79,9 @@ def launch(
     """
     values = {"store": store, "device": device, "hosts": hosts, "address": address, "numerics": numerics}
     memory = {"host_memory": host_memory, "device_memory": device_memory, "context": context}
+    batching = {"max_running": max_running, "speculation": speculation}
     caching = {"policy": policy, "prefetch": prefetch, "lanes": lanes, "trace": trace}
-    return Engine(make_config(values | memory | caching | {"threads": threads}))
+    return Engine(make_config(values | memory | batching | caching | {"threads": threads}))
 
 
 class Engine:
@@ -183,7 +186,9 @@ class Engine:
         """What the experts did so far: tokens per expert, bytes by source, hits and misses, loads, prefetch, times."""
         stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
         hosts = tuple(call(host.stats) for host in self.actors.hosts)
-        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts, self._policy, stats.device)
+        return EngineStats(
+            stats.experts, stats.sources, stats.fetches, hosts, self._policy, stats.device, stats.generation
+        )
 
     def wait_filled(self) -> None:
         """Wait until the hosts' memory is full, or holds all experts; generating need not wait.
