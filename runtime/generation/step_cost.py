@@ -83,7 +83,7 @@ class Pacer:
     def note_step(self, rows: int, seconds: float) -> None:
         """A decode step of so many rows."""
         self._steps.note(rows, seconds)
-        self._owed_s = max(0.0, self._owed_s - seconds)
+        self._owed_s = max(-seconds, self._owed_s - seconds)  # what it is too much counts next time
 
     @property
     def steps(self) -> StepCost:
