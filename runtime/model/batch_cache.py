@@ -18,6 +18,8 @@ from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
 
@@ -142,6 +144,14 @@ class StackedStates(LinearAttentionLayer):
                     yield name, index, parts
 
 
+class StackedAndPaddedLayer(StackedStates, PaddedLayer):
+    """One layer of several sequences' caches that keep both, keys and states."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        PaddedLayer.__init__(self, layers)
+        StackedStates.__init__(self, layers)
+
+
 #: A layer of one sequence's cache -> the layer of several.
 _PADDED: dict[type, Any] = {
     GrowingLayer: PaddedLayer,
@@ -149,6 +159,8 @@ _PADDED: dict[type, Any] = {
     DynamicSlidingWindowLayer: PaddedLayer,
     DynamicIndexedLayer: PaddedIndexedLayer,
     LinearAttentionLayer: StackedStates,
+    LinearAttentionAndFullAttentionLayer: StackedAndPaddedLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: StackedAndPaddedLayer,
     DummyLayer: lambda layers: layers[0],
 }
 

@@ -30,6 +30,7 @@ class SequenceMemory:
     bytes_per_token: int  # of layers that keep every token
     windows: tuple[tuple[int, int], ...]
     can_chunk: bool  # whether prompts may be computed in pieces
+    can_batch: bool = True  # whether it can be decoded in one forward pass with others, if a trial shows it (batch.py)
 
     def kv_bytes(self, tokens: int, chunk: int) -> int:
         """Most bytes of a sequence of ``tokens``, its prompt fed in pieces of ``chunk`` tokens."""
