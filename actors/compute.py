@@ -132,11 +132,12 @@ class ComputeActor:
 
     def stats(self) -> ComputeStats:
         return ComputeStats(
-            self._runner.stats(),
-            tuple(self._source.describe()),
-            self._source.stats(),
-            self._runner.device_stats(),
-            self._runner.prefetch(),
+            experts=self._runner.stats(),
+            sources=tuple(self._source.describe()),
+            fetches=self._source.stats(),
+            device=self._runner.device_stats(),
+            generation=self._runner.generation_stats(),
+            prefetch=self._runner.prefetch(),
         )
 
 

@@ -11,6 +11,7 @@ from moray.runtime.device.stats import DeviceStats
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.shard_host import HostStats
 from moray.runtime.experts.source import SourceInfo, SourceStats
+from moray.runtime.generation.stats import GenerationStats
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.planning.profile import GenerationLimits
@@ -93,6 +94,7 @@ class ComputeStats:
     fetches: SourceStats
     device: DeviceStats | None  # None: there is none
     prefetch: str  # on or off, and why
+    generation: GenerationStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class EngineStats:
     policy: str  # of eviction, and why it was chosen
     device: DeviceStats | None
     prefetch: str  # on or off, and why
+    generation: GenerationStats
 
     @property
     def hits(self) -> int:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from moray.runtime.cpu import usable_cores
 from moray.runtime.errors import ConfigError
+from moray.runtime.planning.profile import MAX_RUNNING
 from moray.runtime.planning.sizes import parse_bytes
 from moray.runtime.topology import numa_nodes, read_cores
 
@@ -46,6 +47,11 @@ class EngineConfig(BaseModel):
     #: With a GPU, where experts are computed: auto picks what is done first by measured rates; device-copy: on the GPU,
     #: copied there if need be; host-cpu: on the CPU, in place.
     lanes: Literal["auto", "device-copy", "host-cpu"] = "auto"
+    #: Most sequences that run at once, memory permitting; others wait in their order.
+    max_running: int = Field(MAX_RUNNING, ge=1, le=1024)
+    #: Compute tokens ahead that followed the same ones before; the output does not change. auto: where it is measured
+    #: to pay.
+    speculation: Literal["auto", "off"] = "auto"
     #: File to record every layer call into (moray trace).
     trace: Path | None = None
 

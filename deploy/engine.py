@@ -67,6 +67,8 @@ def launch(
     host_memory: str | None = None,
     device_memory: str | None = None,
     context: int | None = None,
+    max_running: int | None = None,
+    speculation: Literal["auto", "off"] = "auto",
 ) -> Engine:
     """Start an engine on a store; None is the embedded demonstration model. ``EngineConfig`` describes the options.
 
@@ -77,8 +79,9 @@ def launch(
     """
     values = {"store": store, "device": device, "hosts": hosts, "address": address, "numerics": numerics}
     memory = {"host_memory": host_memory, "device_memory": device_memory, "context": context}
+    batching = {"max_running": max_running, "speculation": speculation}
     caching = {"policy": policy, "prefetch": prefetch, "lanes": lanes, "trace": trace}
-    return Engine(make_config(values | memory | caching | {"threads": threads}))
+    return Engine(make_config(values | memory | batching | caching | {"threads": threads}))
 
 
 class Engine:
@@ -184,7 +187,10 @@ class Engine:
         stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
         hosts = tuple(call(host.stats) for host in self.actors.hosts)
         return EngineStats(
-            stats.experts, stats.sources, stats.fetches, hosts, self._policy, stats.device, stats.prefetch
+            *(stats.experts, stats.sources, stats.fetches, hosts, self._policy),
+            stats.device,
+            stats.prefetch,
+            stats.generation,
         )
 
     def wait_filled(self) -> None:

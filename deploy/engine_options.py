@@ -43,6 +43,11 @@ _OPTIONS: dict[str, Any] = {
     "lanes": Annotated[
         str | None, typer.Option(help="With a GPU, where experts are computed: device-copy, host-cpu; auto: by rates.")
     ],
+    "max_running": Annotated[int | None, typer.Option(help="Most sequences that run at once; none: 32.")],
+    "speculation": Annotated[
+        str | None,
+        typer.Option(help="Compute tokens ahead that followed the same ones before: auto, where it pays; off."),
+    ],
     "config": Annotated[Path | None, typer.Option(help="YAML file with the same names; flags win over it.")],
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from moray.cluster.placement import place_evenly
@@ -30,7 +31,9 @@ def plan_engine(path: Path, config: EngineConfig) -> MemoryPlan:
     device_bytes = None if config.device == "cpu" else _free_on_gpu()
     profile = profile_of(path, "cpu" if device_bytes is None else "cuda")
     budgets = Budgets(memory.available_memory(), config.host_memory, config.context, device_bytes, config.device_memory)
-    return plan_memory(profile, manifest.slot_bytes, experts, budgets, f"the store {path}")
+    plan = plan_memory(profile, manifest.slot_bytes, experts, budgets, f"the store {path}")
+    limits = replace(plan.limits, max_running=config.max_running, speculation=config.speculation)
+    return replace(plan, limits=limits)
 
 
 def plan_rows(plan: MemoryPlan) -> dict[str, str]:

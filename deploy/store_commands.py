@@ -29,6 +29,7 @@ from moray.runtime.convert.recipe import Recipe
 from moray.runtime.errors import ConfigError, MorayError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.memory import format_bytes
+from moray.runtime.planning.profiles import profile_of
 from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
 
@@ -110,11 +111,21 @@ def show_store(path: Path | None, *, verify: bool, as_json: bool, console: Conso
         facts = _describe(store.path, store.manifest) | {"fingerprint": store.fingerprint}
         if verify:
             facts["verified"] = "every byte"
+        facts |= _serving(store.path)
         plan = _plan(store.path)
     if as_json:
         console.print_json(json.dumps(facts | {"memory": plan}))
     else:
         console.print(_table(facts | {f"memory: {name}": line for name, line in plan.items()}), highlight=False)
+
+
+def _serving(path: Path) -> dict[str, str]:
+    """How several requests at once are decoded. Nothing where the model cannot be measured: the plan says why."""
+    try:
+        can_batch = profile_of(path).sequence.can_batch
+    except MorayError:
+        return {}
+    return {"several requests": "in one forward pass" if can_batch else "in turn: its caches cannot be batched"}
 
 
 def _plan(path: Path) -> dict[str, str]:

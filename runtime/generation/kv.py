@@ -1,30 +1,38 @@
-"""KV caches that outlive their request, so that the next turn of a chat prefills only what is new."""
+"""One sequence's KV cache and the tokens it holds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 
+#: How a token was computed: with others of its prompt, or by itself. The last bits of its keys and values may differ.
+AS_PROMPT, AS_STEP = 1, 0
 
-@dataclass(slots=True)
+_STRIDE = 256  # tokens compared at once
+
+
+@dataclass(slots=True, eq=False)
 class KVCache:
-    """A transformers cache and the tokens it holds."""
+    """A transformers cache and the tokens it holds: at most ``reserved_tokens`` of them in ``reserved_bytes``."""
 
-    cache: DynamicCache
-    ids: list[int]
-    reserved_bytes: int = 0  # what the cache may grow to
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    ids: list[int] = field(default_factory=list)
+    kinds: bytearray = field(default_factory=bytearray)  # of each: AS_PROMPT or AS_STEP
+    reserved_tokens: int = 0
+    reserved_bytes: int = 0
 
     @classmethod
     def empty(cls, config: PretrainedConfig, kind: type[DynamicCache] = DynamicCache) -> KVCache:
-        return cls(new_cache(config, kind), [])
+        return cls(new_cache(config, kind))
 
     def reserve(self, tokens: int, num_bytes: int) -> None:
-        """Let the cache grow to so many tokens, which take so many bytes."""
-        self.reserved_bytes = num_bytes
+        """Let the cache grow to so many tokens, which take so many bytes. Room beyond them is given back."""
+        self.reserved_tokens, self.reserved_bytes = tokens, num_bytes
         for layer in self.cache.layers:
             if isinstance(layer, GrowingLayer):
                 layer.limit(tokens)
@@ -46,57 +54,54 @@ class KVCache:
             layer.is_croppable and not getattr(layer, "is_sliding", False) for layer in layers
         )
 
-    def reusable_prefix(self, prompt: tuple[int, ...]) -> int:
-        """How many first tokens of the prompt this cache can serve; at least one is always left to compute.
+    @property
+    def can_copy(self) -> bool:
+        """Whether its first tokens' keys and values are those of any other sequence that begins with them."""
+        return self.can_crop and all(isinstance(layer, GrowingLayer) for layer in self.cache.layers)
+
+    def reusable_prefix(self, ids: Sequence[int], kinds: bytearray) -> int:
+        """How many first tokens of a sequence are here as they would be computed; at least one is left to compute.
 
         None if prompts must be fed whole: to go on from such a state with several tokens is not exact.
         """
-        if not self.can_chunk:
-            return 0
-        common = 0
-        for mine, wanted in zip(self.ids, prompt[:-1], strict=False):
-            if mine != wanted:
-                break
-            common += 1
-        return common if common == len(self.ids) or self.can_crop else 0
+        limit = common_prefix(self.kinds, kinds, len(ids) - 1) if self.can_chunk else 0
+        length = common_prefix(self.ids, ids, limit)
+        if length == len(self.ids):
+            return length
+        if list(kinds[length - 1 : length + 2]) in ([AS_PROMPT] * 2, [AS_PROMPT, AS_PROMPT, AS_STEP]):
+            length -= 1  # one token that is left of a prompt would be computed as a step
+        return max(length, 0) if self.can_crop else 0
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` tokens."""
-        surplus = len(self.ids) - length
-        if surplus:
-            self.cache.crop(-surplus)
-            del self.ids[length:]
+        """Keep the first ``length`` tokens, also if a pass failed before all layers had the tokens after ``ids``."""
+        for layer in self.cache.layers:
+            surplus = layer.get_seq_length() - length
+            if surplus > 0:
+                layer.crop(-surplus)  # type: ignore[no-untyped-call]
+        del self.ids[length:], self.kinds[length:]
+
+    def note(self, tokens: Sequence[int], kind: int) -> None:
+        """These tokens were computed, their keys and values appended."""
+        self.ids += tokens
+        self.kinds += bytes([kind]) * len(tokens)
+
+    def copy_prefix(self, other: KVCache, length: int) -> None:
+        """Take the first ``length`` tokens of another cache of the same model into this one, which is empty."""
+        assert other.can_copy and not self.ids and length <= len(other.ids)
+        for mine, its in zip(self.cache.layers, other.cache.layers, strict=True):
+            assert isinstance(mine, GrowingLayer) and isinstance(its, GrowingLayer)
+            mine.copy_prefix(its, length)
+        self.ids, self.kinds = other.ids[:length], other.kinds[:length]
 
 
-class KeptCaches:
-    """The caches of the last finished requests, newest last. One request uses a cache at a time."""
-
-    def __init__(self, capacity: int, kind: type[DynamicCache] = DynamicCache) -> None:
-        self._capacity = capacity
-        self._kind = kind
-        self._kept: list[KVCache] = []
-
-    def take(self, prompt: tuple[int, ...], config: PretrainedConfig) -> KVCache:
-        """The cache that serves most of the prompt, cropped to it; an empty one if none does."""
-        best = max(self._kept, key=lambda kv: kv.reusable_prefix(prompt), default=None)
-        if best is None or best.reusable_prefix(prompt) == 0:
-            return KVCache.empty(config, self._kind)
-        self._kept.remove(best)
-        best.crop(best.reusable_prefix(prompt))
-        return best
-
-    @property
-    def reserved_bytes(self) -> int:
-        return sum(kv.reserved_bytes for kv in self._kept)
-
-    def keep(self, kv: KVCache) -> None:
-        self._kept.append(kv)
-        del self._kept[: -self._capacity]
-
-    def shrink(self, num_bytes: int) -> None:
-        """Drop the oldest until all together have at most so many bytes reserved."""
-        while self.reserved_bytes > num_bytes:
-            del self._kept[0]
+def common_prefix(one: Sequence[int], other: Sequence[int], limit: int) -> int:
+    """How many first tokens, at most ``limit``, are the same."""
+    limit, at = min(limit, len(one), len(other)), 0
+    while at < limit and list(one[at : at + _STRIDE]) == list(other[at : at + _STRIDE]):
+        at += _STRIDE
+    while at < limit and one[at] == other[at]:
+        at += 1
+    return min(at, limit)
 
 
 def _can_go_on(layer: object) -> bool:

@@ -25,9 +25,11 @@ from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.experts.source import ExpertSource
 from moray.runtime.experts.watch import WatchOptions, watch_layers
 from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEvent, joined
+from moray.runtime.generation.stats import GenerationStats
 from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
 from moray.runtime.layout.packed import Numerics
+from moray.runtime.model.batch import make_batch_forward
 from moray.runtime.model.loader import bind_experts, blank_experts
 from moray.runtime.planning.profile import GenerationLimits
 from moray.runtime.store.store import Store
@@ -97,12 +99,13 @@ class Runner:
         self.tokenizer = load_tokenizer(store.path)
         with blank_experts(model, store.manifest):
             cache_kind = _warm_up(model)
+            batch = make_batch_forward(model)
             if tier is not None and tier.cache is not None:
                 tier.cache.clear()
         self._watch = watch_layers(model, store, source, watch or WatchOptions())
         self._meter.reset()
         end_ids = end_token_ids(store.path, self.model.config)
-        self._loop = StepLoop(self.model, self.tokenizer, end_ids, cache_kind, limits)
+        self._loop = StepLoop(self.model, self.tokenizer, end_ids, cache_kind, limits, batch)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
         self._early_cancels: deque[str] = deque(maxlen=_MAX_EARLY_CANCELS)
@@ -185,6 +188,9 @@ class Runner:
         """Whether experts are loaded ahead of need, and why."""
         return "off" if self._watch is None else self._watch.prefetch
 
+    def generation_stats(self) -> GenerationStats:
+        return self._loop.stats()
+
     def device_stats(self) -> DeviceStats | None:
         """Of the experts on a device; None if all are computed on the CPU anyway."""
         return None if self._tier is None else self._tier.stats()
@@ -254,13 +260,15 @@ class Runner:
                 continue
             for event in events:
                 self._deliver(event)
+            for request_id, error in self._loop.take_failures().items():
+                self._outboxes.pop(request_id).put(error)
 
     def _deliver(self, event: TokenEvent) -> None:
         outbox = self._outboxes.pop(event.request_id) if event.finished else self._outboxes[event.request_id]
         outbox.put(event)
 
     def _fail(self, error: BaseException) -> None:
-        """End every stream, also those that ended in the failed step, whose last events are lost with it."""
+        """End every stream: the loop is closed, or wrong in itself. What fails in a model ends fewer."""
         self._loop.abort()
         while self._outboxes:
             self._outboxes.popitem()[1].put(error)

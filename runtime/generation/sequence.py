@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from moray.runtime.generation.detokenizer import Detokenizer
-from moray.runtime.generation.kv import KVCache
+from moray.runtime.generation.kv import AS_PROMPT, AS_STEP, KVCache
 from moray.runtime.generation.request import (
     Finished,
     FinishReason,
@@ -16,29 +16,76 @@ from moray.runtime.generation.request import (
     Usage,
 )
 from moray.runtime.generation.sampler import Sampler
+from moray.runtime.generation.speculation import PromptLookup
 
 
 @dataclass(slots=True)
 class Sequence:
-    """A request, its KV cache and what it has generated.
+    """A request, its KV cache, which is empty while it waits, and what it has generated.
 
     Three lengths are always in this order: tokens in the cache < tokens known <= prompt + max_new_tokens.
     """
 
     request: GenerationRequest
-    kv: KVCache
     detokenizer: Detokenizer
     sampler: Sampler
     end_ids: frozenset[int]
+    kv: KVCache = field(default_factory=KVCache)
     ids: list[int] = field(default_factory=list)  # prompt and generated tokens
     cached_tokens: int = 0
-    started_s: float = field(default_factory=perf_counter)
+    kinds: bytearray = field(default_factory=bytearray)  # how each of ``ids`` is computed: kv.AS_PROMPT or AS_STEP
+    lookup: PromptLookup | None = None  # proposes tokens; None: nothing is to be tried
+    started_s: float = 0.0  # 0: it waits
     first_token_s: float = 0.0
     last_token_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
-        self.cached_tokens = len(self.kv.ids)
+        self.kinds = bytearray([AS_PROMPT] * len(self.ids))
+
+    def start(self, kv: KVCache) -> int:
+        """Leave the queue with a cache that may hold some first tokens; returns how many. Again after a preemption."""
+        self.kv, reused = kv, len(kv.ids)
+        if not self.started_s:
+            self.started_s, self.cached_tokens = perf_counter(), reused
+        self.kinds[:reused] = kv.kinds
+        if self.kinds[reused] == AS_PROMPT and self._end_of_kind(reused) == reused + 1:
+            self.kinds[reused] = AS_STEP  # a chunk of one token is a step
+        return reused
+
+    def stop(self) -> None:
+        """Go back to the queue without the cache, which will be computed again in the same way."""
+        self.kv = KVCache()
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether its next tokens are computed as a chunk of a prompt; so is a first token."""
+        return not self.kv.ids or self.kinds[len(self.kv.ids)] == AS_PROMPT
+
+    def next_chunk(self, most: int | None) -> list[int]:
+        """Tokens of a prompt to compute at once, at most ``most`` (2 or more, give or take one); None: all of them."""
+        start = len(self.kv.ids)
+        if self.kinds[start] == AS_STEP:  # the first of all
+            return self.ids[start : start + 1]
+        end = self._end_of_kind(start)
+        if most is not None and end - start > most:
+            left = end - start - most
+            end = start + (most if left > 1 else most - 1 if most > 2 else most + 1)
+        return self.ids[start:end]
+
+    def next_steps(self, most: int) -> list[int]:
+        """Known tokens to compute as steps, at most ``most``."""
+        start = len(self.kv.ids)
+        return self.ids[start : min(self._end_of_kind(start), start + most)]
+
+    def _end_of_kind(self, start: int) -> int:
+        end = self.kinds.find(1 - self.kinds[start], start)
+        return len(self.ids) if end < 0 else end
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens in its cache at the end: the last one is never computed."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens - 1
 
     @property
     def pending(self) -> list[int]:
@@ -55,6 +102,7 @@ class Sequence:
         if not self.num_generated:
             self.first_token_s = self.last_token_s
         self.ids.append(token_id)
+        self.kinds.append(AS_STEP)
         if token_id in self.end_ids:
             return self._event((token_id,), self.detokenizer.finish(), "stop")
         text = self.detokenizer.push(token_id)
@@ -70,5 +118,5 @@ class Sequence:
     def _event(self, token_ids: tuple[int, ...], text: str, reason: FinishReason) -> TokenEvent:
         usage = Usage(len(self.request.prompt_ids), self.cached_tokens, self.num_generated)
         first = self.first_token_s or perf_counter()
-        timings = Timings(first - self.started_s, max(0.0, self.last_token_s - first))
+        timings = Timings(first - (self.started_s or first), max(0.0, self.last_token_s - first))
         return TokenEvent(self.request.request_id, token_ids, text, Finished(reason, usage, timings))

@@ -67,7 +67,7 @@ from moray.runtime.kernels.programs import (
 from moray.runtime.kernels.rows import add_row, rms_row
 
 # Words of the params of ``prepare_rows`` and ``attend_tiles``: a layer's fields (attention.py), then these.
-QUERIES, NEW_KEYS, NEW_VALUES, NUM_TOKENS, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH, ATTENDED = range(
+QUERIES, NEW_KEYS, NEW_VALUES, NUM_TOKENS, ATTENDED, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH = range(
     NUM_FIELDS, NUM_FIELDS + 12
 )
 NUM_PARAMS = NUM_FIELDS + 12
@@ -181,6 +181,56 @@ def _set_matrix(phases, p, params, kernel, packed, weights, starts, y):
 
 
 @njit(nogil=True, cache=True)
+def layer_room(num_tokens, weights, output_weight):
+    """What ``set_layer`` fills, to be kept until the program is done: params, phases, ends, and what they point to."""
+    params = np.empty((8, max(act.NUM_PARAMS, NUM_PARAMS, mm.NUM_PARAMS)), np.int64)
+    phases, ends = np.empty((10, PHASE_FIELDS), np.int64), np.empty(NUM_ENDS, np.int64)
+    # One "expert", whose pairs are the tokens.
+    starts, expert = np.zeros(2, np.int64), np.zeros(num_tokens, np.int64)
+    starts[1] = num_tokens
+    at = np.empty((4, 1), np.int64)
+    at[0, 0], at[1, 0], at[2, 0], at[3, 0] = weights[0], weights[-2], weights[-1], output_weight
+    return params, phases, ends, starts, expert, at
+
+
+@njit(nogil=True, cache=True)
+def set_layer(
+    functions, fields, query, part, output, norms, x, num_tokens, attended, y, z, scratch, params, phases, ends,
+    starts, expert, at,
+):  # fmt: skip
+    """All phases of T tokens' attention but 5 and 6, which the caller adds: what is between projections and output.
+
+    Their params, params[5], have the fields, and the addresses of projections and of ``attended``. Without norms
+    phase 0 is to be left out. Returns the bytes of the matrices.
+    """
+    heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]
+    columns, source, has_norms = query[K_SOURCE_COLUMNS], x, norms[BEFORE] != 0
+    queries = scratch + aligned(4 * num_tokens * columns)
+    new_keys = queries + aligned(4 * num_tokens * heads * dim)
+    new_values = new_keys + aligned(4 * num_tokens * kv_heads * dim)
+    panels = new_values + aligned(4 * num_tokens * kv_heads * dim)  # of x, then of the attended rows
+    if has_norms:
+        source = scratch
+        params[0, act.N_X], params[0, act.N_WEIGHT], params[0, act.N_OUT] = x, norms[BEFORE], source
+        params[0, act.N_COLUMNS], params[0, act.N_EPSILON] = columns, norms[BEFORE_EPSILON]
+        set_phase(phases, 0, functions[F_NORMALIZE], params[0].ctypes.data, num_tokens, _SUMMED_AT_ONCE)
+    _set_pack(phases, 1, functions, params[1], query, source, panels, starts, expert)
+    num_bytes = _set_matrix(phases, 2, params[2], query, params[1], at[0], starts, queries)
+    num_bytes += _set_matrix(phases, 3, params[3], part, params[1], at[1], starts, new_keys)
+    num_bytes += _set_matrix(phases, 4, params[4], part, params[1], at[2], starts, new_values)
+    middle = params[5]
+    middle[:NUM_FIELDS] = fields
+    middle[QUERIES], middle[NEW_KEYS], middle[NEW_VALUES] = queries, new_keys, new_values
+    middle[NUM_TOKENS], middle[ATTENDED] = num_tokens, attended
+    _set_pack(phases, 7, functions, params[6], output, attended, panels, starts, expert)
+    num_bytes += _set_matrix(phases, 8, params[7], output, params[6], at[3], starts, y)
+    ends[SUM_Y], ends[SUM_X], ends[SUM_BIAS], ends[SUM_Z] = y, x * has_norms, fields[O_BIAS], z
+    ends[SUM_NORM], ends[SUM_EPSILON], ends[SUM_COLUMNS] = norms[AFTER], norms[AFTER_EPSILON], output[K_ROWS]
+    set_phase(phases, 9, functions[F_FINISH_ROWS], ends.ctypes.data, num_tokens, _SUMMED_AT_ONCE)
+    return num_bytes
+
+
+@njit(nogil=True, cache=True)
 def num_attend_items(fields, num_tokens):
     """Items of ``attend_tiles``."""
     heads, kv_heads = fields[HEADS], fields[KV_HEADS]
@@ -203,44 +253,20 @@ def attention_prompt(
     written, and scratch (``prompt_bytes``) by address.
     """
     heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]
-    columns, source, has_norms = query[K_SOURCE_COLUMNS], x, norms[BEFORE] != 0
-    queries = scratch + aligned(4 * num_tokens * columns)
-    new_keys = queries + aligned(4 * num_tokens * heads * dim)
-    new_values = new_keys + aligned(4 * num_tokens * kv_heads * dim)
-    panels = new_values + aligned(4 * num_tokens * kv_heads * dim)  # of x, then of the attended rows
-    params = np.empty((8, max(act.NUM_PARAMS, NUM_PARAMS, mm.NUM_PARAMS)), np.int64)
-    phases, ends = np.empty((10, PHASE_FIELDS), np.int64), np.empty(NUM_ENDS, np.int64)
-    # One "expert", whose pairs are the tokens.
-    starts, expert = np.zeros(2, np.int64), np.zeros(num_tokens, np.int64)
-    starts[1] = num_tokens
-    at = np.empty((4, 1), np.int64)
-    at[0, 0], at[1, 0], at[2, 0], at[3, 0] = weights[0], weights[-2], weights[-1], output_weight
-
-    if has_norms:
-        source = scratch
-        params[0, act.N_X], params[0, act.N_WEIGHT], params[0, act.N_OUT] = x, norms[BEFORE], source
-        params[0, act.N_COLUMNS], params[0, act.N_EPSILON] = columns, norms[BEFORE_EPSILON]
-        set_phase(phases, 0, functions[F_NORMALIZE], params[0].ctypes.data, num_tokens, _SUMMED_AT_ONCE)
-    _set_pack(phases, 1, functions, params[1], query, source, panels, starts, expert)
-    num_bytes = _set_matrix(phases, 2, params[2], query, params[1], at[0], starts, queries)
-    num_bytes += _set_matrix(phases, 3, params[3], part, params[1], at[1], starts, new_keys)
-    num_bytes += _set_matrix(phases, 4, params[4], part, params[1], at[2], starts, new_values)
+    params, phases, ends, starts, expert, at = layer_room(num_tokens, weights, output_weight)
     middle = params[5]
-    middle[:NUM_FIELDS] = fields
-    middle[QUERIES], middle[NEW_KEYS], middle[NEW_VALUES], middle[ATTENDED] = queries, new_keys, new_values, attended
-    middle[NUM_TOKENS], middle[COSINES], middle[SINES], middle[ROTARY] = num_tokens, cosines, sines, rotary
+    num_bytes = set_layer(
+        functions, fields, query, part, output, norms, x, num_tokens, attended, y, z, scratch, params, phases, ends,
+        starts, expert, at,
+    )  # fmt: skip
+    middle[COSINES], middle[SINES], middle[ROTARY] = cosines, sines, rotary
     middle[KEYS], middle[VALUES], middle[HEAD_BYTES], middle[LENGTH] = keys, values, head_bytes, length
     rows = (heads + 2 * kv_heads) * num_tokens
     set_phase(phases, 5, functions[F_PREPARE_ROWS], middle.ctypes.data, rows, _PREPARED_AT_ONCE)
     items = num_attend_items(fields, num_tokens)
     set_phase(phases, 6, functions[F_ATTEND_TILES], middle.ctypes.data, items, 1)
-    _set_pack(phases, 7, functions, params[6], output, attended, panels, starts, expert)
-    num_bytes += _set_matrix(phases, 8, params[7], output, params[6], at[3], starts, y)
-    ends[SUM_Y], ends[SUM_X], ends[SUM_BIAS], ends[SUM_Z] = y, x * has_norms, fields[O_BIAS], z
-    ends[SUM_NORM], ends[SUM_EPSILON], ends[SUM_COLUMNS] = norms[AFTER], norms[AFTER_EPSILON], output[K_ROWS]
-    set_phase(phases, 9, functions[F_FINISH_ROWS], ends.ctypes.data, num_tokens, _SUMMED_AT_ONCE)
-    products = num_tokens * ((heads + 2 * kv_heads) * dim * columns + 2 * heads * dim * length)
-    carry_out(pool, phases[0 if has_norms else 1 :], num_bytes, products)
+    products = num_tokens * ((heads + 2 * kv_heads) * dim * query[K_SOURCE_COLUMNS] + 2 * heads * dim * length)
+    carry_out(pool, phases[0 if norms[BEFORE] else 1 :], num_bytes, products)
     # Alive until here: phases know only their addresses.
     return params[0, 0] + starts[0] + expert[0] + at[0, 0] + ends[0]
 

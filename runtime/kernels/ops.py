@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.kernels import activation, attention, attention_prompt, moe, programs, reference
+from moray.runtime.kernels import activation, attention, attention_batch, attention_prompt, moe, programs, reference
 from moray.runtime.kernels.block import Variant
 from moray.runtime.kernels.gates import SWIGLU, Gate
 from moray.runtime.kernels.isa import INSTRUCTION_SET, PORTABLE
@@ -36,6 +36,8 @@ FUNCTIONS: Ints = np.array(
             attention_prompt.prepare_rows,
             attention_prompt.attend_tiles,
             attention_prompt.finish_rows,
+            attention_batch.prepare_batch,
+            attention_batch.attend_batch,
         )
     ],
     dtype=np.int64,

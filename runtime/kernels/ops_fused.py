@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moray.runtime.kernels import attention, attention_prompt, routed, router
+from moray.runtime.kernels import attention, attention_batch, attention_prompt, routed, router
 from moray.runtime.kernels.ops import FUNCTIONS, PANEL_SLACK, SCRATCH, Ints, LayerKernel, MatrixKernel
 from moray.runtime.kernels.pool import current_pool
 
@@ -69,6 +69,28 @@ def prompt_attention_at(
         attention_prompt.attention_prompt(
             pool.address, FUNCTIONS, kernel.fields, query, kernel.part.fields, kernel.parts, output, kernel.output_at,
             norms, x, num_tokens, *rotary, *cache, length, *out, SCRATCH.address(needed + PANEL_SLACK),
+        )  # fmt: skip
+
+
+def batch_attention_at(
+    kernel: AttentionKernel,
+    x: int,
+    rotary: tuple[int, int, int],
+    rows: Ints,
+    out: tuple[int, int, int],
+    norms: Ints = NO_NORMS,
+) -> None:
+    """Attention of one token of each of several caches; by addresses, as attention_batch.py says.
+
+    rows: int64 [T, NUM_ROW_FIELDS]; rotary and out: as in ``attention_at``, a row for each token.
+    """
+    pool = current_pool()
+    with pool.lock:
+        query, output = kernel.queries.fields, kernel.output.fields
+        needed = int(attention_batch.batch_bytes(kernel.fields, query, output, rows))
+        attention_batch.attention_batch(
+            pool.address, FUNCTIONS, kernel.fields, query, kernel.part.fields, kernel.parts, output, kernel.output_at,
+            norms, x, *rotary, rows, *out, SCRATCH.address(needed + PANEL_SLACK),
         )  # fmt: skip
 
 

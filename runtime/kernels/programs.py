@@ -17,7 +17,7 @@ K_ITEMS, K_INTEGER, K_GROUP, K_ROWS, K_COLUMNS, K_BLOCK_BYTES, K_SOURCE_COLUMNS 
 K_FIELDS = 7
 # Compiled functions of the other phases, by address (ops.py).
 F_PACK, F_ACTIVATE, F_COMBINE, F_NORMALIZE, F_PREPARE_HEADS, F_ATTEND = range(6)
-F_PREPARE_ROWS, F_ATTEND_TILES, F_FINISH_ROWS = range(6, 9)
+F_PREPARE_ROWS, F_ATTEND_TILES, F_FINISH_ROWS, F_PREPARE_BATCH, F_ATTEND_BATCH = range(6, 11)
 
 # A program below both is done by the calling thread: another would not come before it is done.
 SERIAL_BYTES = 96 << 10

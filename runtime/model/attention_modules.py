@@ -20,8 +20,15 @@ from transformers import DynamicCache
 from moray.runtime.experts.source import Ints
 from moray.runtime.kernels import attention as kernels
 from moray.runtime.kernels.ops import MatrixKernel
-from moray.runtime.kernels.ops_fused import NO_NORMS, AttentionKernel, attention_at, prompt_attention_at
+from moray.runtime.kernels.ops_fused import (
+    NO_NORMS,
+    AttentionKernel,
+    attention_at,
+    batch_attention_at,
+    prompt_attention_at,
+)
 from moray.runtime.layout.packed import Numerics, PackedSpec
+from moray.runtime.model.batch_cache import RowsLayer
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 from moray.runtime.model.norm_modules import FusedRMSNorm
 from moray.runtime.model.packed_modules import PackedLinear
@@ -79,6 +86,8 @@ class FusedAttention:
         layer = layers[self.layer] if self.layer < len(layers) else None
         if not isinstance(layer, GrowingLayer) or rotation is None:
             return None
+        if isinstance(layer, RowsLayer):
+            return layer  # whatever the mask: it was made for one sequence
         if x.numel() == self._columns:
             return layer if mask is None else None
         if x.shape[:-2].numel() != 1:
@@ -90,23 +99,22 @@ class FusedAttention:
     def compute(
         self, x: torch.Tensor, rotation: Rotation, layer: GrowingLayer, norms: Ints = NO_NORMS
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """y, z and attended of ``attention_step`` or, for several tokens, of ``attention_prompt``."""
+        """y, z and attended of ``attention_step`` or, for several tokens, of ``attention_prompt``, and so on."""
         cosines, sines, x = rotation[0].contiguous(), rotation[1].contiguous(), x.contiguous()
+        tokens = x.numel() // self._columns
+        attended, y, z = torch.empty(tokens * self._width), torch.empty_like(x), torch.empty_like(x)
+        rotary = (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1])
+        out = (attended.data_ptr(), y.data_ptr(), z.data_ptr())
+        if isinstance(layer, RowsLayer):
+            batch_attention_at(self._kernel, x.data_ptr(), rotary, layer.extend_rows(), out, norms)
+            return y, z, attended
         if not layer.is_initialized:
             kv_heads, dim = (int(self._kernel.fields[field]) for field in (kernels.KV_HEADS, kernels.DIM))
             empty = x.new_empty(1, kv_heads, 0, dim)
             layer.lazy_initialization(empty, empty)
-        tokens = x.numel() // self._columns
         keys, values = layer.extend(tokens)
-        attended, y, z = torch.empty(tokens * self._width), torch.empty_like(x), torch.empty_like(x)
-        at = (
-            x.data_ptr(),
-            (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1]),
-            (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1)),
-            keys.shape[-2],
-            (attended.data_ptr(), y.data_ptr(), z.data_ptr()),
-            norms,
-        )
+        cache = (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1))
+        at = (x.data_ptr(), rotary, cache, keys.shape[-2], out, norms)
         if tokens == 1:
             attention_at(self._kernel, *at)
         else:

@@ -47,6 +47,11 @@ class GrowingLayer(DynamicLayer):
             self._keys, self._values = (_grown(old, length, capacity) for old in (self._keys, self._values))
             self.keys, self.values = self._keys[..., :length, :], self._values[..., :length, :]
 
+    def copy_prefix(self, other: GrowingLayer, length: int) -> None:
+        """Take another layer's first ``length`` tokens into this one, which is empty. Nothing if it has none yet."""
+        if other.is_initialized:
+            self.update(other.keys[..., :length, :], other.values[..., :length, :])
+
     def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make room for ``count`` tokens, whose keys and values the caller writes; returns all of them."""
         before = self.get_seq_length()

@@ -14,6 +14,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 from moray.runtime.model.attention_modules import Rotation, replaced_forward
+from moray.runtime.model.batch_cache import RowsCache
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 
 _USUAL = frozenset(
@@ -25,11 +26,14 @@ _USUAL = frozenset(
     )
 )
 _BLOCK = 256  # positions whose rotations are made at once
+_KEPT_BLOCKS = 16
 _TRIAL_TOKENS = 3
 
 
 class FusedModel:
-    """In place of a base model's forward: one token after others, over caches that grow in place; else its own."""
+    """In place of a base model's forward: a token after others, of one sequence or of several, over caches that grow in
+    place; else its own.
+    """
 
     def __init__(self, model: Any, output: type[ModelOutput]) -> None:
         self._plain = type(model).forward.__get__(model)
@@ -46,11 +50,13 @@ class FusedModel:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
+        if isinstance(past_key_values, RowsCache) and input_ids is not None:
+            return self._step(input_ids, past_key_values, past_key_values.positions)
         is_usual = (
             attention_mask is None and position_ids is None and inputs_embeds is None and not any(kwargs.values())
         )
         if is_usual and input_ids is not None and input_ids.shape == (1, 1) and _goes_on(past_key_values):
-            return self._step(input_ids, past_key_values)
+            return self._step(input_ids, past_key_values, [past_key_values.layers[0].get_seq_length()])
         return self._plain(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -61,28 +67,40 @@ class FusedModel:
             **kwargs,
         )
 
-    def _step(self, input_ids: torch.Tensor, cache: Any) -> ModelOutput:
-        model, position = self._model, cache.layers[0].get_seq_length()
-        x, positions = model.embed_tokens(input_ids), torch.tensor([[position]])
-        how = {"attention_mask": None, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        rotation = self._rotations.at(position, x)
+    def _step(self, input_ids: torch.Tensor, cache: Any, positions: list[int]) -> ModelOutput:
+        """``input_ids`` [1, B]: a new token of each of B sequences, at ``positions``."""
+        model = self._model
+        x, position_ids = model.embed_tokens(input_ids), torch.tensor([positions])
+        how = {"attention_mask": None, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
+        rotation = self._rotations.at(positions, x)
         for layer in model.layers:
             x = layer(x, position_embeddings=rotation, **how)
         return self._output(last_hidden_state=model.norm(x), past_key_values=cache)
 
 
 class _Rotations:
-    """Cosines and sines of one position, [1, 1, D] each: rows of a block of positions that is kept."""
+    """Cosines and sines of positions, [1, B, D] each: rows of blocks of positions, of which the last used are kept."""
 
     def __init__(self, rotary: Any) -> None:
-        self._rotary, self._first = rotary, -1
-        self._block: Rotation | None = None
+        self._rotary = rotary
+        self._blocks: dict[int, Rotation] = {}
 
-    def at(self, position: int, x: torch.Tensor) -> Rotation:
+    def at(self, positions: list[int], x: torch.Tensor) -> Rotation:
+        rows = [self._row(position, x) for position in positions]
+        if len(rows) == 1:
+            return rows[0]
+        cosines, sines = (torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
+        return cosines, sines
+
+    def _row(self, position: int, x: torch.Tensor) -> Rotation:
         first, row = position // _BLOCK * _BLOCK, position % _BLOCK
-        if self._block is None or first != self._first:
-            self._block, self._first = self._rotary(x, torch.arange(first, first + _BLOCK)[None]), first
-        cosines, sines = self._block
+        block = self._blocks.pop(first, None)
+        if block is None:
+            block = self._rotary(x, torch.arange(first, first + _BLOCK)[None])
+        self._blocks[first] = block  # the last one used is the last
+        if len(self._blocks) > _KEPT_BLOCKS:
+            del self._blocks[next(iter(self._blocks))]
+        cosines, sines = block
         return cosines[:, row : row + 1], sines[:, row : row + 1]
 
 

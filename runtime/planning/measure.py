@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from moray.runtime.errors import MorayError
 from moray.runtime.experts.function import IMPLEMENTATION
 from moray.runtime.generation.kv import KVCache
+from moray.runtime.model.batch_cache import can_be_padded
 from moray.runtime.model.families import build_model, context_length, expert_modules, load_config
 from moray.runtime.model.kv_layer import new_cache
 from moray.runtime.model.loader import compute_dtype
@@ -89,9 +90,9 @@ class _Trial:
         self._model = model
         cache, _ = self.feed(None, 5)
         self._kind: type[DynamicCache] = type(cache)
-        is_usual = self._kind is DynamicCache  # else nothing is known of its layers
+        self.is_usual = self._kind is DynamicCache  # else nothing is known of its layers
         #: Layer -> the first layer like it, whose cache stands for its own.
-        self.alike = _skip_repeated_layers(model, len(cache.layers)) if is_usual else {}
+        self.alike = _skip_repeated_layers(model, len(cache.layers)) if self.is_usual else {}
 
     def cache(self, tokens: int) -> DynamicCache:
         return new_cache(self.config, self._kind, tokens)
@@ -167,6 +168,7 @@ def _sequence_memory(trial: _Trial) -> SequenceMemory:
         bytes_per_token=sum(kept.get(layer, slope) for layer, slope in slopes.items()),
         windows=_joined((windows[layer], slopes[layer] - kept[layer]) for layer in windows),
         can_chunk=can_chunk,
+        can_batch=trial.is_usual and can_be_padded(filled[1]),
     )
 
 

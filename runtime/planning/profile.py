@@ -9,10 +9,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 CHUNKS = (128, 512, 1024, 2048)  # tokens of a prompt in one forward pass: what plans choose from
 CHUNK = 512  # if nothing asks for more or less
+MAX_RUNNING = 32  # sequences at once
+
+Speculation = Literal["auto", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class SequenceMemory:
     bytes_per_token: int  # of layers that keep every token
     windows: tuple[tuple[int, int], ...]
     can_chunk: bool  # whether prompts may be computed in pieces
+    can_batch: bool = True  # whether it can be decoded in one forward pass with others, if a trial shows it (batch.py)
 
     def kv_bytes(self, tokens: int, chunk: int) -> int:
         """Most bytes of a sequence of ``tokens``, its prompt fed in pieces of ``chunk`` tokens."""
@@ -74,12 +78,18 @@ class ModelProfile:
 
 @dataclass(frozen=True, slots=True)
 class GenerationLimits:
-    """What the step loop keeps to. ``kv_bytes``: of all KV caches, running and kept; None: no limit."""
+    """What the step loop keeps to. ``kv_bytes``: of all KV caches, running and kept; None: no limit.
+
+    ``max_running``: sequences that run at once, memory permitting. ``speculation``: whether tokens are computed ahead
+    where it is measured to pay; no output depends on it.
+    """
 
     context_length: int
     chunk: int = CHUNK
     kv_bytes: int | None = None
     sequence: SequenceMemory = SequenceMemory(0, 0, (), can_chunk=True)
+    max_running: int = MAX_RUNNING
+    speculation: Speculation = "auto"
 
     def sequence_bytes(self, tokens: int) -> int:
         """What is reserved for a sequence of so many tokens."""

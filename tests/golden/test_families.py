@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.batches import worst_difference
 from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
 
+from moray.runtime.model.batch import describe_batch, make_batch_forward
 from moray.runtime.model.catalog import SAMPLE
 from moray.runtime.planning.profile import GenerationLimits
 
 PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
+
+
+#: How tokens of several sequences are computed, where it is not with padding.
+BATCHES = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "glm4_moe", "qwen3_vl_moe"), "fused"),
+    **dict.fromkeys(("minimax", "deepseek_v4", "zaya"), "in turn"),  # caches of their own
+}
 
 
 @pytest.mark.parametrize("family", SAMPLE)
@@ -29,6 +38,9 @@ def test_logits_and_tokens_equal_transformers(
         ended = tokens[-1] == model.config.get_text_config().eos_token_id
         assert tokens == (wanted[: len(tokens)] if ended else wanted)
         assert made.stats().num_used > 0
+        batch = make_batch_forward(made.model)
+        assert describe_batch(batch) == BATCHES.get(family, "padded")
+        assert batch is None or worst_difference(made.model, batch) < 1e-5
 
 
 #: Which parts run fused: attention, router, block of router and experts, the layer around them, and the whole model.

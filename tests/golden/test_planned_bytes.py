@@ -65,7 +65,7 @@ def test_a_generation_stays_below_its_reservation(family: str, store: Callable[.
             loop.add(GenerationRequest(str(index), prompt, 20))
         while not loop.is_idle:
             loop.step()
-            caches = [*(s.kv for s in loop._running.values()), *loop._kept._kept]
+            caches = loop.caches
             for kv in caches:
                 assert _storage_bytes(kv.cache, set()) <= kv.reserved_bytes
             used.append(sum(_storage_bytes(kv.cache, set()) for kv in caches))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.batches import worst_difference
 from helpers.checkpoints import tiny_checkpoint
 from helpers.reference import greedy, runner, stock_generate, stock_logits, stock_model
 
 from moray.runtime.convert.converter import convert
 from moray.runtime.experts.function import ExpertsBinding
+from moray.runtime.model.batch import make_batch_forward
 from moray.runtime.model.catalog import EXCEPTIONS, list_families
 from moray.runtime.planning.profile import GenerationLimits
 
@@ -40,6 +42,8 @@ def test_logits_tokens_and_turns_equal_transformers(
             patch.setattr(ExpertsBinding, "_compute", lambda self, module, x, *args: torch.zeros_like(x))
             patch.setattr(ExpertsBinding, "compute_routed", lambda self, kernel, x, out: bool(out.zero_().numel()))
             assert (made.logits(PROMPT) - expected).abs().max() > 0.05
+        batch = make_batch_forward(made.model)
+        assert batch is None or worst_difference(made.model, batch) < 1e-4
         # Through the step loop, over the family's own cache.
         assert greedy(made, PROMPT, 12) == stock_generate(model, PROMPT, 12)
         # Prompts in chunks, and a second turn on the first one's cache, where the cache can do it.

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from moray.runtime.experts.source import Ints
 from moray.runtime.kernels import attention, ops_fused
 from moray.runtime.kernels.ops import MatrixKernel
-from moray.runtime.kernels.ops_fused import AttentionKernel, attention_at, prompt_attention_at
+from moray.runtime.kernels.ops_fused import AttentionKernel, attention_at, batch_attention_at, prompt_attention_at
 from moray.runtime.layout.packed import PackedSpec, pack_plain
 
 Tensor = torch.Tensor
@@ -63,20 +64,37 @@ class Attention:
         tokens, length = len(x), keys.shape[1]
         out = [torch.empty(tokens, self.heads * self.dim), torch.empty_like(x), torch.empty_like(x)]
         cosines, sines = self.rotations[:, length - tokens : length]
-        around = np.array([*(n.data_ptr() for n in self.around), bits(1e-5), bits(1e-6)])
         at = (
             x.data_ptr(),
             (cosines.data_ptr(), sines.data_ptr(), self.rotary),
             (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(0)),
             length,
             (out[0].data_ptr(), out[1].data_ptr(), out[2].data_ptr()),
-            around if is_layer else ops_fused.NO_NORMS,
+            self._around() if is_layer else ops_fused.NO_NORMS,
         )
         if tokens == 1:
             attention_at(self.kernel, *at)
         else:
             prompt_attention_at(self.kernel, *at, tokens)
         return out if is_layer else out[:2]
+
+    def batched(self, x: Tensor, caches: list[tuple[Tensor, int]], is_layer: bool = False) -> list[Tensor]:
+        """``fused`` of rows: each has keys and values [2, V, ., D] and how many tokens of them it sees, itself last."""
+        out = [torch.empty(len(x), self.heads * self.dim), torch.empty_like(x), torch.empty_like(x)]
+        cosines, sines = self.rotations[:, [length - 1 for _, length in caches]]
+        rows = [(*(part.data_ptr() for part in cache), 4 * cache.stride(1), length) for cache, length in caches]
+        batch_attention_at(
+            self.kernel,
+            x.data_ptr(),
+            (cosines.data_ptr(), sines.data_ptr(), self.rotary),
+            np.array(rows, dtype=np.int64),
+            (out[0].data_ptr(), out[1].data_ptr(), out[2].data_ptr()),
+            self._around() if is_layer else ops_fused.NO_NORMS,
+        )
+        return out if is_layer else out[:2]
+
+    def _around(self) -> Ints:
+        return np.array([*(n.data_ptr() for n in self.around), bits(1e-5), bits(1e-6)])
 
     def stock(self, x: Tensor, keys: Tensor, values: Tensor, is_layer: bool = False) -> list[Tensor]:
         """The same with torch in float64, scores and softmax written out."""

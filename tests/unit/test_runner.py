@@ -13,6 +13,7 @@ from moray.runtime.experts.source import Fetch, InProcessSource, Ints, SourceInf
 from moray.runtime.generation.request import GenerationRequest, SamplingParams, TokenEvent
 from moray.runtime.generation.runner import Runner
 from moray.runtime.model.loader import load_model
+from moray.runtime.planning.profile import GenerationLimits
 from moray.runtime.store.store import Store
 
 pytestmark = pytest.mark.timeout(60)  # what hangs fails soon
@@ -26,15 +27,16 @@ class BrittleSource(InProcessSource):
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
-        self.calls_until_failure = -1
+        self.calls_until_failure, self.failures = -2, 1  # then so many calls fail
+        self.error: MorayError = HostLostError("expert host host-3 did not answer")
         self.gate = threading.Event()
         self.gate.set()
 
     def fetch(self, layer: int, experts: Ints) -> Fetch:
         self.gate.wait()
         self.calls_until_failure -= 1
-        if self.calls_until_failure == -1:
-            raise HostLostError("expert host host-3 did not answer")
+        if -1 - self.failures < self.calls_until_failure <= -1:
+            raise self.error
         return super().fetch(layer, experts)
 
     def table(self, layer: int) -> None:  # type: ignore[override]
@@ -51,7 +53,8 @@ def source(demo: Store) -> Iterator[BrittleSource]:
 
 @contextmanager
 def runner_of(store: Store, source: InProcessSource) -> Iterator[Runner]:
-    made = Runner(store, source, load_model(store, "int8", torch.device("cpu")))
+    limits = GenerationLimits(2048, speculation="off")  # steps are counted
+    made = Runner(store, source, load_model(store, "int8", torch.device("cpu")), limits=limits)
     try:
         yield made
     finally:
@@ -185,28 +188,58 @@ def test_a_failing_step_raises_in_the_stream_and_the_runner_lives_on(
     assert tokens_of(list(brittle.stream(request_of(brittle)))) == expected
 
 
-def test_a_failing_step_ends_every_stream(brittle: Runner, source: BrittleSource) -> None:
+def test_a_failing_prompt_ends_its_stream_and_no_other(
+    brittle: Runner, source: BrittleSource, expected: list[int]
+) -> None:
     source.gate.clear()
-    streams = [brittle.stream(request_of(brittle, name)) for name in ("a", "b", "c")]
-    source.calls_until_failure = 7
+    streams = [brittle.stream(request_of(brittle, name, 3)) for name in ("a", "b", "c")]
+    source.calls_until_failure = 7  # the second prompt's second layer
     source.gate.set()
+    assert tokens_of(list(streams[0])) == expected[:3]
+    with pytest.raises(HostLostError):
+        list(streams[1])
+    assert tokens_of(list(streams[2])) == expected[:3]
+
+
+def test_a_lost_host_ends_all_that_a_step_computes(brittle: Runner, source: BrittleSource) -> None:
+    streams = [brittle.stream(request_of(brittle, name, LONG)) for name in ("a", "b")]
+    for stream in streams:
+        next(stream)
+    wait_for_commands(brittle)
+    source.calls_until_failure = 7
     for stream in streams:
         with pytest.raises(HostLostError):
             list(stream)
 
 
-def test_a_stream_that_ends_in_the_step_that_fails_does_not_wait_for_ever(
-    brittle: Runner, source: BrittleSource
+def test_one_sequences_damaged_shard_is_no_others_concern(
+    brittle: Runner, source: BrittleSource, expected: list[int]
 ) -> None:
-    """The first request gets its last token, the second fails, in one step."""
+    """A step of both fails; computed alone, one of them fails again."""
+    source.gate.clear()
+    streams = [brittle.stream(request_of(brittle, name)) for name in ("a", "b")]
+    source.error = StoreError("layer 3 expert 1 is damaged")
+    source.calls_until_failure = 6 + 6 + 6 + 4  # both prompts, a step of the first beside the second, a layer of both
+    source.failures = 2
+    source.gate.set()
+    outcomes = []
+    for stream in streams:
+        try:
+            outcomes.append(tokens_of(list(stream)))
+        except StoreError as error:
+            outcomes.append(str(error))
+    assert outcomes == ["layer 3 expert 1 is damaged", expected]
+
+
+def test_a_stream_that_ends_in_the_step_that_fails_gets_its_last_token(brittle: Runner, source: BrittleSource) -> None:
     source.gate.clear()
     ended = brittle.stream(GenerationRequest("ended", (5,), 1))
     failed = brittle.stream(GenerationRequest("failed", (6,), 5))
     source.calls_until_failure = 6  # the first request's layers
     source.gate.set()
-    for stream in (ended, failed):
-        with pytest.raises(HostLostError):
-            list(stream)
+    assert len(tokens_of(list(ended))) == 1
+    with pytest.raises(HostLostError):
+        list(failed)
 
 
 def test_a_request_cancelled_in_the_step_that_fails_does_not_wait_for_ever(

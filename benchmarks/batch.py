@@ -1,0 +1,162 @@
+"""Decoding several sequences in one forward pass, against the bytes that it must read.
+
+    python benchmarks/batch.py                                     # both geometries, uniformly random choices
+    python benchmarks/batch.py --models qwen3 --rounds 9
+
+Stores of random hqq4 weights with planted choices (make_store.py): 2 layers of Mixtral-8x7B, 4 of Qwen3-30B-A3B, each
+in this process, all experts in memory. B sequences at different places are prefilled, then decode greedily; after id t
+must come t + 1, for every sequence and B.
+
+*step*: median seconds of one forward pass over a new token of each of B sequences, without sampling. *in turn*: of B
+passes of one token each. *bytes*: what a step reads: the trunk (an embedding's rows are not counted), each expert that
+at least one of the B tokens chose, and the sequences' keys and values. *bound*: bytes / bandwidth, that of the faster
+reader of ``runtime/kernels/readers.py``, measured before every round of all B and in the same run. *of bound*: bound /
+step; 1 would be reading alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+from common import describe_machine, in_process, print_table, working_directory
+from geometry import PRESETS, Geometry
+from make_store import write_store
+from routing import replay_of
+
+from moray.runtime.convert.recipe import DEFAULT_RECIPE, Recipe
+from moray.runtime.generation.runner import Runner
+from moray.runtime.kernels.readers import read_bandwidth
+from moray.runtime.model.batch import BatchForward, make_batch_forward
+from moray.runtime.model.families import build_model, load_config
+from moray.runtime.model.kv_layer import new_cache
+from moray.runtime.model.weights_read import trunk_bytes_read
+from moray.runtime.store.store import Store
+
+BATCHES = (1, 2, 4, 8)
+MODELS = {
+    "mixtral": replace(PRESETS["mixtral-8x7b"], layers=2),
+    "qwen3": replace(PRESETS["qwen3-30b-a3b"], layers=4),
+}
+_READ_BYTES = 512 << 20
+_PROMPT = 48  # tokens of the shortest
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Of one round: seconds a step, the same in turn, bytes a step, and what reading them takes."""
+
+    step_s: float
+    in_turn_s: float
+    num_bytes: float
+    bound_s: float
+
+
+def measure(runner: Runner, batch: BatchForward, size: int, steps: int, trunk_bytes: int, bandwidth: float) -> Steps:
+    """B sequences, ``steps`` tokens each in one pass, then as many in turn."""
+    model = runner.model
+    first = [1000 * (row + 1) for row in range(size)]
+    caches = [new_cache(model.config) for _ in first]
+    tokens = []
+    for row, (start, cache) in enumerate(zip(first, caches, strict=True)):
+        ids = list(range(start, start + _PROMPT + 3 * row))
+        logits = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        tokens.append(int(logits[0, -1].argmax()))
+        assert tokens[-1] == ids[-1] + 1
+    before, together, apart, kv_bytes = runner.stats(), [], [], 0
+    for _ in range(steps):
+        started = perf_counter()
+        logits = batch(tokens, caches)
+        together.append(perf_counter() - started)
+        tokens = _follows(tokens, logits)
+        kv_bytes += sum(layer.keys.nbytes + layer.values.nbytes for cache in caches for layer in cache.layers)
+    after = runner.stats()
+    for _ in range(max(3, steps // 3)):
+        started = perf_counter()
+        rows = [
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0]
+            for token, cache in zip(tokens, caches, strict=True)
+        ]
+        apart.append(perf_counter() - started)
+        tokens = _follows(tokens, torch.cat(rows))
+    read = sum(after.bytes_by_source.values()) - sum(before.bytes_by_source.values())
+    num_bytes = trunk_bytes + (read + kv_bytes) / steps
+    return Steps(median(together), median(apart), num_bytes, num_bytes / bandwidth)
+
+
+def _follows(tokens: list[int], logits: torch.Tensor) -> list[int]:
+    chosen: list[int] = logits.argmax(dim=-1).tolist()
+    assert chosen == [token + 1 for token in tokens], f"after {tokens} came {chosen}"
+    return chosen
+
+
+def run(name: str, geometry: Geometry, root: Path, routing: str, rounds: int, steps: int) -> None:
+    replay = replay_of(routing, geometry)
+    path = write_store(root / name, geometry, Recipe.parse(DEFAULT_RECIPE), replay=replay)
+    buffer = np.ones(_READ_BYTES, dtype=np.uint8)
+    results: dict[int, list[Steps]] = {size: [] for size in BATCHES}
+    bandwidths = []
+    with in_process(path) as runner, torch.inference_mode(), Store.open(path) as store:
+        trunk_bytes = trunk_bytes_read(build_model(load_config(path), torch.float32, "meta"), store.manifest)
+        torch.set_num_threads(1)  # as the step loop does it
+        batch = make_batch_forward(runner.model)
+        assert batch is not None and batch.kind == "fused"
+        for number in range(-1, rounds):
+            bandwidths.append(read_bandwidth(buffer, len(os.sched_getaffinity(0)), passes=3))
+            for size in BATCHES:
+                steps_of = measure(runner, batch, size, steps, trunk_bytes, bandwidths[-1])
+                if number >= 0:
+                    results[size].append(steps_of)
+    report(name, geometry, results, bandwidths)
+
+
+def report(name: str, geometry: Geometry, results: dict[int, list[Steps]], bandwidths: list[float]) -> None:
+    print(
+        f"\n{name}: {geometry.experts} experts, top-{geometry.active}, {geometry.layers} layers; bandwidth "
+        f"{median(bandwidths) / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f}-{max(bandwidths) / 1e9:.1f})\n"
+    )
+    rows = []
+    for size, found in results.items():
+        ratios = [one.bound_s / one.step_s for one in found]
+        step = median(one.step_s for one in found)
+        rows.append(
+            (
+                str(size),
+                f"{1e3 * step:.1f}",
+                f"{1e3 * median(one.in_turn_s for one in found):.1f}",
+                f"{median(one.num_bytes for one in found) / 1e6:.0f}",
+                f"{1e3 * median(one.bound_s for one in found):.1f}",
+                f"{median(ratios):.2f}",
+                f"{min(ratios):.2f}-{max(ratios):.2f}",
+                f"{size / step:.1f}",
+            )
+        )
+    print_table(("B", "step ms", "in turn ms", "MB", "bound ms", "of bound", "lowest-highest", "tokens/s"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layers", type=int, help="of each model")
+    parser.add_argument("--routing", default="random", help="as make_store.py's; must plant choices (random)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="of a round, each B (12)")
+    arguments = parser.parse_args()
+    print(describe_machine())
+    for name in arguments.models:
+        geometry = MODELS[name]
+        geometry = replace(geometry, layers=arguments.layers or geometry.layers)
+        with working_directory(4 << 30) as root:
+            run(name, geometry, root, arguments.routing, arguments.rounds, arguments.steps)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Attention of single tokens of several sequences, each over its own cache, in one launch.
+
+Shapes: T rows, each one new token of a sequence; H, V, D and G as in attention.py. Matrices are read once for all
+rows; each row's heads are computed as ``attention_step`` does it, in the same order, so it has the same bits as alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cfunc, njit
+
+from moray.runtime.kernels.attention import (
+    BEFORE,
+    DIM,
+    EPSILON,
+    HEADS,
+    KV_HEADS,
+    NUM_FIELDS,
+    Q_BIAS,
+    Q_NORM,
+    SCALE,
+    score_bytes,
+)
+from moray.runtime.kernels.attention_prompt import (
+    ATTENDED,
+    QUERIES,
+    layer_room,
+    prompt_bytes,
+    set_layer,
+)
+from moray.runtime.kernels.attention_rows import (
+    PADDING,
+    copy_row,
+    mix_values,
+    rotate_row,
+    score_keys,
+    softmax_row,
+    store_float,
+)
+from moray.runtime.kernels.matmul import ITEMS, word
+from moray.runtime.kernels.programs import (
+    F_ATTEND_BATCH,
+    F_PREPARE_BATCH,
+    K_SOURCE_COLUMNS,
+    aligned,
+    carry_out,
+    set_phase,
+)
+from moray.runtime.kernels.rows import add_row, rms_row
+
+# A row's cache, int64 [T, NUM_ROW_FIELDS]: addresses of keys and of values float32 [V, ., D], bytes from head to head,
+# and the tokens that the row sees, itself the last.
+ROW_KEYS, ROW_VALUES, ROW_HEAD_BYTES, ROW_LENGTH = range(4)
+NUM_ROW_FIELDS = 4
+# Words of the params of ``prepare_batch`` and ``attend_batch``: a layer's fields, those of attention_prompt.py up to
+# ATTENDED, then these. ROW_SCORES: address of the address of each row's scratch.
+BATCH_COSINES, BATCH_SINES, BATCH_ROTARY, ROWS, ROW_SCORES = range(NUM_FIELDS + 5, NUM_FIELDS + 10)
+
+_PADDING_BITS = int(np.float32(PADDING).view(np.int32))
+_PREPARED_AT_ONCE = 16  # heads in a chunk
+
+
+@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
+def prepare_batch(params, first, last):
+    """``prepare_heads`` for T rows, each with its own cache. Items: (row, head of any kind).
+
+    Heads lie at QUERIES float32 [T, H, D], where the queries stay, and at NEW_KEYS and NEW_VALUES [T, V, D].
+    """
+    heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
+    rotary = word(params, BATCH_ROTARY)
+    for item in range(first, last):
+        row, head = item // (heads + 2 * kv_heads), item % (heads + 2 * kv_heads)
+        kind = 0 if head < heads else 1 if head < heads + kv_heads else 2
+        head -= (0, heads, heads + kv_heads)[kind]
+        at = word(params, QUERIES + kind) + 4 * dim * (row * (kv_heads if kind else heads) + head)
+        bias = word(params, Q_BIAS + kind)
+        if bias:
+            add_row(at, bias + 4 * head * dim, dim)
+        if kind < 2:
+            norm = word(params, Q_NORM + kind)
+            if norm:
+                rms_row(at, norm, at, dim, word(params, EPSILON))
+            turn = 4 * row * rotary
+            rotate_row(at, word(params, BATCH_COSINES) + turn, word(params, BATCH_SINES) + turn, rotary // 2)
+        if kind:
+            cache = word(params, ROWS) + 8 * NUM_ROW_FIELDS * row
+            place = head * word(cache, ROW_HEAD_BYTES) + 4 * dim * (word(cache, ROW_LENGTH) - 1)
+            copy_row(at, word(cache, ROW_KEYS + kind - 1) + place, dim)
+
+
+@cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
+def attend_batch(params, first, last):
+    """softmax(scale * q . k) v of each row's query heads, into ATTENDED float32 [T, H, D]. Items: (row, query head)."""
+    heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
+    for item in range(first, last):
+        row, head = item // heads, item % heads
+        cache = word(params, ROWS) + 8 * NUM_ROW_FIELDS * row
+        length = word(cache, ROW_LENGTH)
+        padded = (length + 15) // 16 * 16
+        cached = head // (heads // kv_heads) * word(cache, ROW_HEAD_BYTES)
+        scores = word(word(params, ROW_SCORES), row) + head * score_bytes(length)
+        total = scores + 4 * padded
+        query, out = word(params, QUERIES) + 4 * dim * item, word(params, ATTENDED) + 4 * dim * item
+        score_keys(query, word(cache, ROW_KEYS) + cached, scores, 0, length, dim, word(params, SCALE))
+        for j in range(length, padded):
+            store_float(_PADDING_BITS, scores + 4 * j)
+        softmax_row(scores, padded, total)
+        mix_values(scores, word(cache, ROW_VALUES) + cached, out, length, dim, total)
+
+
+@njit(nogil=True, cache=True)
+def attention_batch(
+    pool, functions, fields, query, part, weights, output, output_weight, norms, x, cosines, sines, rotary, rows,
+    attended, y, z, scratch,
+):  # fmt: skip
+    """y = output(attention(x)) for T rows; their keys and values are written to their caches.
+
+    rows: int64 [T, NUM_ROW_FIELDS], above; several rows may be of one cache, each one token longer than the last.
+    scratch: ``batch_bytes``. Everything else is as in ``attention_prompt``.
+    """
+    heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]
+    num_rows = rows.shape[0]
+    params, phases, ends, starts, expert, at = layer_room(num_rows, weights, output_weight)
+    num_bytes = set_layer(
+        functions, fields, query, part, output, norms, x, num_rows, attended, y, z, scratch, params, phases, ends,
+        starts, expert, at,
+    )  # fmt: skip
+    scores, free, num_keys = (
+        np.empty(num_rows, np.int64),
+        scratch + aligned(prompt_bytes(fields, query, output, num_rows)),
+        0,
+    )
+    for row in range(num_rows):
+        scores[row] = free
+        free += heads * score_bytes(rows[row, ROW_LENGTH])
+        num_keys += rows[row, ROW_LENGTH]
+    middle = params[5]
+    middle[BATCH_COSINES], middle[BATCH_SINES], middle[BATCH_ROTARY] = cosines, sines, rotary
+    middle[ROWS], middle[ROW_SCORES] = rows.ctypes.data, scores.ctypes.data
+    items = num_rows * (heads + 2 * kv_heads)
+    set_phase(phases, 5, functions[F_PREPARE_BATCH], middle.ctypes.data, items, _PREPARED_AT_ONCE)
+    set_phase(phases, 6, functions[F_ATTEND_BATCH], middle.ctypes.data, num_rows * heads, 1)
+    num_bytes += 8 * kv_heads * num_keys * dim
+    products = num_rows * (heads + 2 * kv_heads) * dim * query[K_SOURCE_COLUMNS] + 2 * heads * dim * num_keys
+    carry_out(pool, phases[0 if norms[BEFORE] else 1 :], num_bytes, products)
+    # Alive until here: phases know only their addresses.
+    return params[0, 0] + starts[0] + expert[0] + at[0, 0] + ends[0] + rows[0, 0] + scores[0]
+
+
+@njit(nogil=True, cache=True)
+def batch_bytes(fields, query, output, rows):
+    """Scratch of ``attention_batch``."""
+    needed = aligned(prompt_bytes(fields, query, output, rows.shape[0]))
+    for row in range(rows.shape[0]):
+        needed += fields[HEADS] * score_bytes(rows[row, ROW_LENGTH])
+    return needed
