@@ -78,6 +78,7 @@ class StepLoop:
         if length >= self.context_length:
             raise RequestError(self._too_long(length))
         self.check_ids(request.prompt_ids)
+        self.check_ids(token_id for token_id, _ in request.sampling.logit_bias)
         if request.stop and self._tokenizer is None:
             raise RequestError("this store has no tokenizer, so a text cannot stop a request; leave out stop")
 
@@ -172,7 +173,8 @@ class StepLoop:
 
     def _sequence(self, request: GenerationRequest, kv: KVCache) -> Sequence:
         detokenizer = Detokenizer(self._tokenizer, request.prompt_ids, request.stop)
-        return Sequence(request, kv, detokenizer, Sampler(request.sampling), self._end_ids)
+        sampler = Sampler(request.sampling, num_prompt=len(request.prompt_ids))
+        return Sequence(request, kv, detokenizer, sampler, self._end_ids)
 
     def _advance(self, sequence: Sequence) -> list[TokenEvent]:
         """One forward pass of one sequence; an event if it reached the end of the known tokens."""
@@ -184,7 +186,7 @@ class StepLoop:
         sequence.kv.ids += chunk
         if len(chunk) < len(pending):
             return []
-        event = sequence.push(sequence.sampler.sample(sequence.ids, output.logits[0, -1]))
+        event = sequence.take(output.logits[0, -1])
         if event.finished:
             self._retire(sequence)
         return [event]
