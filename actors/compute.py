@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from moray.runtime.device.tier import DeviceTier
     from moray.runtime.evaluation import Ids, TokenScores
+    from moray.runtime.generation.vocabulary import Vocabulary
 
 _PREFETCH_DEPTH = 2  # MoE layers ahead
 EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nobody reads more than 25 a second
@@ -129,9 +130,12 @@ class ComputeActor:
         request = GenerationRequest(request_id, ids, max_new_tokens, sampling, stop, timeout_s=timeout_s)
         yield from self._runner.stream(request, interval_s)
 
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """What each token of the vocabulary writes. Raises RequestError if the store has no tokenizer."""
-        return self._runner.token_bytes()
+    def vocabulary(self) -> Vocabulary:
+        """What each token writes, and which ones end a text. Raises RequestError if the store has no tokenizer."""
+        return self._runner.vocabulary()
+
+    def ping(self) -> None:
+        """Answers if the process lives."""
 
     def cancel(self, request_id: str) -> None:
         self._runner.cancel(request_id)

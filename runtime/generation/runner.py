@@ -28,7 +28,7 @@ from moray.runtime.experts.watch import WatchOptions, watch_layers
 from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEvent, joined
 from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
-from moray.runtime.generation.vocabulary import token_bytes
+from moray.runtime.generation.vocabulary import Vocabulary, token_bytes
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.loader import bind_experts, blank_experts
 from moray.runtime.planning.profile import GenerationLimits
@@ -103,8 +103,8 @@ class Runner:
                 tier.cache.clear()
         self._watch = watch_layers(model, store, source, watch or WatchOptions())
         self._meter.reset()
-        end_ids = end_token_ids(store.path, self.model.config)
-        self._loop = StepLoop(self.model, self.tokenizer, end_ids, cache_kind, limits)
+        self._end_ids = end_token_ids(store.path, self.model.config)
+        self._loop = StepLoop(self.model, self.tokenizer, self._end_ids, cache_kind, limits)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
         self._early_cancels: deque[str] = deque(maxlen=_MAX_EARLY_CANCELS)
@@ -127,11 +127,11 @@ class Runner:
         """Raise RequestError if the request can never be served."""
         self._loop.check(request)
 
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """What each token of the vocabulary writes, by id. Raises RequestError if the store has no tokenizer."""
+    def vocabulary(self) -> Vocabulary:
+        """What each token writes, and which ones end a text. Raises RequestError if the store has no tokenizer."""
         if self.tokenizer is None:
             raise RequestError("this store has no tokenizer, so tokens have no text")
-        return token_bytes(self.tokenizer, self._loop.vocabulary_size)
+        return Vocabulary(token_bytes(self.tokenizer, self._loop.vocabulary_size), self._end_ids)
 
     def stream(self, request: GenerationRequest, interval_s: float = 0.0) -> Iterator[TokenEvent]:
         """Yield the request's events; the last has ``finished``. Closing the iterator cancels the request.

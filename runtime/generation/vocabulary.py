@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a reader of log-probabilities needs to know of token ids."""
+
+    pieces: tuple[bytes, ...]  # what each token writes, by id
+    end_ids: frozenset[int]  # tokens that end a text and are no part of it
 
 
 def token_bytes(tokenizer: Any, vocabulary_size: int) -> tuple[bytes, ...]:
