@@ -40,7 +40,6 @@ def run_server(args: ServeArgs, host: str, port: int, console: Console) -> None:
 @contextmanager
 def serving(args: ServeArgs, host: str, port: int, console: Console) -> Iterator[None]:
     """A server that answers, on a Ray of its own if this process has none; nothing of it is left afterwards."""
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with console.status("Starting Ray, the engine and the server..."):
         session = ray_session.start_local(args.engine.num_threads)
     try:
@@ -51,7 +50,7 @@ def serving(args: ServeArgs, host: str, port: int, console: Console) -> Iterator
             _start(args, host, port)
         yield
     finally:
-        _stop()
+        _stop(whole_serve=not session.started_here)
         ray_session.leave(session)
 
 
@@ -60,6 +59,7 @@ def _start(args: ServeArgs, host: str, port: int) -> None:
 
     from moray.deploy.app import build
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its import has set another
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
@@ -69,10 +69,13 @@ def _start(args: ServeArgs, host: str, port: int) -> None:
         raise ClusterError(f"Ray Serve did not start the server ({first}); run `moray doctor`") from error
 
 
-def _stop() -> None:
+def _stop(*, whole_serve: bool) -> None:
+    """Let running requests end, then end the engine. ``whole_serve``: and Serve, in a Ray that lives on."""
     from ray import serve
 
-    serve.shutdown()
+    serve.delete(_APPLICATION)
+    if whole_serve:
+        serve.shutdown()
     keeper = find_kept(KEEPER)
     if keeper is not None:
         call(keeper.stop)

@@ -101,7 +101,9 @@ def install_handlers(api: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, in words."""
-    first = error.errors()[0]
+    found = error.errors()
+    # Of a choice of types, each reports: what is wrong with the value says more than what type it is not.
+    first = next((detail for detail in found if not str(detail["type"]).endswith("_type")), found[0])
     kind, message = str(first["type"]), str(first["msg"])
     param = _path(tuple(first["loc"])[1:], error.body)
     if kind == "json_invalid":
