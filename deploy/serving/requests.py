@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from moray.runtime.generation.request import Message, Prompt, SamplingParams
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 _LEGACY_MAX_TOKENS = 16  # OpenAI's default of /v1/completions
 
+
+def _is_text(text: str) -> str:
+    """JSON can write half of a surrogate pair, which is no character and which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("is not valid Unicode: half of a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 TokenText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
-StopText = Annotated[str, Field(min_length=1)]
+StopText = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -38,7 +47,7 @@ class TextPart(BaseModel):
     model_config = _STRICT
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -47,7 +56,7 @@ class ChatMessage(BaseModel):
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     @property
     def message(self) -> Message:
@@ -69,7 +78,7 @@ class _SamplingRequest(BaseModel):
 
     model_config = _STRICT
 
-    model: str
+    model: Text
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -81,7 +90,7 @@ class _SamplingRequest(BaseModel):
     frequency_penalty: Penalty | None = None
     logit_bias: dict[TokenText, Bias] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    user: str | None = Field(None, description="Accepted and not used: every caller is treated alike.")
+    user: Text | None = Field(None, description="Accepted and not used: every caller is treated alike.")
 
     @model_validator(mode="after")
     def _options_of_streams(self) -> _SamplingRequest:
@@ -157,9 +166,9 @@ class CompletionRequest(_SamplingRequest):
     """Body of POST /v1/completions."""
 
     prompt: (
-        str
+        Text
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=128)]
+        | Annotated[list[Text], Field(min_length=1, max_length=128)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=128)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -121,6 +121,8 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
     "more",
     [
         {"tools": []},
+        {"model": "\ud800"},
+        {"messages": [{"role": "user", "content": "\udfff"}]},
         {"functions": []},
         {"response_format": {"type": "json_object"}},
         {"store": True},
