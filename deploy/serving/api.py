@@ -84,8 +84,8 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 def _generating(kind: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     answer = {
-        "description": "The answer; with stream: true, server-sent events, each a chunk as OpenAI defines it or an error "
-        "body, the last [DONE] if there was no error.",
+        "description": "The answer; with stream: true, server-sent events, each a chunk as OpenAI defines it or an "
+        "error body, the last [DONE] if there was no error.",
         "content": {"text/event-stream": {}},
     }
     return _errors(400, 404, 429, 500, 503) | {200: answer}

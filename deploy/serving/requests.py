@@ -18,8 +18,10 @@ _LEGACY_MAX_TOKENS = 16  # OpenAI's default of /v1/completions
 
 def _is_text(text: str) -> str:
     """JSON can write half of a surrogate pair, which is no character and which no tokenizer takes."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("is not valid Unicode: half of a surrogate pair")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is not valid Unicode: half of a surrogate pair at {error.start}") from error
     return text
 
 
