@@ -120,7 +120,7 @@ def start_actors(
 
 def keep(kind: type, name: str, *args: object) -> Any:
     """The one actor of this name, started if there is none. It outlives this process, and ends with the cluster."""
-    options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    options: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
     return _remote(kind, max_concurrency=_KEEPER_CALLS, **options).remote(*args)
 
 

@@ -39,7 +39,7 @@ class ServeArgs(EngineConfig):
 
     @field_validator("max_body")
     @classmethod
-    def _is_size(cls, text: str) -> str:
+    def _is_body_size(cls, text: str) -> str:
         parse_bytes(text, option="max_body")
         return text
 

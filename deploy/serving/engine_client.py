@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class EngineClient:
             ids: tuple[int, ...] = await prepare.remote(prompt, max_new_tokens, sampling, stop)
         return ids
 
-    async def stream(self, generation: Generation, timeout_s: float) -> AsyncIterator[TokenEvent]:
+    async def stream(self, generation: Generation, timeout_s: float) -> AsyncGenerator[TokenEvent]:
         """Each token as it comes. Leaving the iterator cancels."""
         request_id = secrets.token_hex(8)
         events = self._compute.generate.options(num_returns="streaming").remote(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -47,9 +48,9 @@ class ApiError(HTTPException):
         *,
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status_code, message, headers)
+        super().__init__(status_code, message, dict(headers) if headers else None)
         self.param, self.code = param, code
 
     @property

@@ -20,7 +20,7 @@ _MAX_ONGOING = 4096
 class Server:
     """Finds or starts the engine, then answers. Holds no state that a successor would miss."""
 
-    async def __init__(self, args: ServeArgs) -> None:
+    async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         self._args = args
         self._keys = None if args.api_keys is None else KeyFile(args.api_keys)
         self._service = Service(args, await EngineClient.connect(args.engine, args.linger_s))

@@ -50,8 +50,7 @@ class EngineKeeper:
         with self._changing:
             self._linger_s = linger_s
             if self._engine is not None and not (self._engine.config == config and _is_alive(self._engine)):
-                self._engine, old = None, self._engine
-                old.close()
+                self.stop()
             if self._engine is None:
                 self._engine = Engine(config)
             self._heard_s = monotonic()

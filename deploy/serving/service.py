@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from time import monotonic
@@ -120,7 +120,7 @@ class Job:
             self._is_closed = True
             self._service.give_back(len(self.generations), monotonic() - self._started_s)
 
-    async def events(self) -> AsyncIterator[ChoiceEvent]:
+    async def events(self) -> AsyncGenerator[ChoiceEvent]:
         """All choices' events as they come. Leaving the iterator cancels. Raises ApiError, MorayError."""
         if len(self.generations) == 1:
             async with aclosing(self._choice(0)) as events:
@@ -154,7 +154,7 @@ class Job:
         except Exception as error:
             queue.put_nowait(error)
 
-    async def _choice(self, index: int) -> AsyncIterator[ChoiceEvent]:
+    async def _choice(self, index: int) -> AsyncGenerator[ChoiceEvent]:
         timeout_s = self._service.args.request_timeout_s
         async with aclosing(self._service.engine.stream(self.generations[index], timeout_s)) as events:
             async for event in events:

@@ -93,6 +93,7 @@ def test_arguments_are_the_engine_s_and_the_server_s() -> None:
     for values, words in [
         ({"max_requests": 1000}, "max_requests"),
         ({"max_body": "many"}, "max_body is 'many'"),
+        ({"host_memory": "some"}, "host_memory is 'some'"),
         ({"address": "10.0.0.1:6379"}, "address"),
         ({"maximum": 5}, "unknown configuration key 'maximum'"),
     ]:
