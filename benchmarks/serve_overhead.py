@@ -7,7 +7,7 @@ side is an HTTP client of this process that reads server-sent events.
 First token: from the request to the first event, median. Per token: time between first and last event divided by the
 events between, median of the requests. What is added is the difference of the two medians.
 
-    python benchmarks/serve_overhead.py [--store STORE] [--repeat 20] [--json FILE]
+    python benchmarks/serve_overhead.py [--store STORE] [--threads N] [--repeat 20] [--json FILE]
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, help="of the engine; the server and the client need cores, too")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--vocabulary", type=int, default=4000, help="random token ids are below it")
     parser.add_argument("--json", type=Path)
@@ -49,7 +50,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    args = make_args({"store": options.store})
+    args = make_args({"store": options.store, "threads": options.threads})
     with serving(args, "127.0.0.1", port, Console(stderr=True)):
         found = measure(args, f"http://127.0.0.1:{port}", options)
     print(json.dumps(found, indent=2))
