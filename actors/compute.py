@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from moray.runtime.device.tier import DeviceTier
     from moray.runtime.evaluation import Ids, TokenScores
+    from moray.runtime.generation.vocabulary import Vocabulary
 
 _PREFETCH_DEPTH = 2  # MoE layers ahead
-_EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nobody reads more than 25 a second
+EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nobody reads more than 25 a second
 
 
 class ComputeActor:
@@ -107,13 +108,35 @@ class ComputeActor:
             return self._config.numerics
         return f"gpu-{str(self._model.dtype).removeprefix('torch.')}"
 
-    def generate(
-        self, request_id: str, prompt: Prompt, max_new_tokens: int, sampling: SamplingParams, stop: tuple[str, ...]
-    ) -> Iterator[TokenEvent]:
-        """Stream a request's events. Raises RequestError."""
+    def prepare(
+        self, prompt: Prompt, max_new_tokens: int, sampling: SamplingParams, stop: tuple[str, ...]
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt, for ``generate``. Raises RequestError if such a request can never be served."""
         ids = self._runner.encode(prompt)
-        request = GenerationRequest(request_id, ids, max_new_tokens, sampling, stop)
-        yield from self._runner.stream(request, _EVENT_INTERVAL_S)
+        self._runner.check(GenerationRequest("prepared", ids, max_new_tokens, sampling, stop))
+        return ids
+
+    def generate(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        stop: tuple[str, ...],
+        timeout_s: float | None = None,
+        interval_s: float = EVENT_INTERVAL_S,
+    ) -> Iterator[TokenEvent]:
+        """Stream a request's events, at least ``interval_s`` apart. Raises RequestError."""
+        ids = self._runner.encode(prompt)
+        request = GenerationRequest(request_id, ids, max_new_tokens, sampling, stop, timeout_s=timeout_s)
+        yield from self._runner.stream(request, interval_s)
+
+    def vocabulary(self) -> Vocabulary:
+        """What each token writes, and which ones end a text. Raises RequestError if the store has no tokenizer."""
+        return self._runner.vocabulary()
+
+    def ping(self) -> None:
+        """Answers if the process lives."""
 
     def cancel(self, request_id: str) -> None:
         self._runner.cancel(request_id)

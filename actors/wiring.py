@@ -9,8 +9,8 @@ The classes themselves are plain. Options worth knowing:
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from moray.actors.host import ExpertHost
 from moray.actors.messages import Caching, ComputeConfig, ComputeReport, HostConfig, HostReport
 from moray.actors.orchestrator import Orchestrator
 from moray.cluster.client import HostAddress
+from moray.cluster.ray_session import NAMESPACE
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.layout.packed import Numerics
@@ -30,8 +31,9 @@ from moray.runtime.planning.plan import MemoryPlan
 
 T = TypeVar("T")
 
-_MAX_STREAMS = 64
+MAX_STREAMS = 64
 _FINISH_S = 10.0
+_KEEPER_CALLS = 8
 _HOST_CALLS = 4  # statistics while somebody waits for the arena to fill
 #: Concurrency group of short calls to the compute actor: they never wait behind streams.
 CONTROL = "control"
@@ -85,7 +87,7 @@ def start_actors(
         here: dict[str, Any] = {"label_selector": {_NODE_LABEL: node_id}}
         orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator", **here).remote(store_path, host_ids, owner)
         started.append(orchestrator)
-        options = {"name": f"{name}-compute", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus} | here
+        options = {"name": f"{name}-compute", "max_concurrency": MAX_STREAMS, "num_gpus": num_gpus} | here
         slots, on_device, limits = (plan.num_slots, plan.device_expert_bytes, plan.limits) if plan else (None,) * 3
         compute_config = ComputeConfig(
             store_path, numerics, device, num_threads, owner, caching, slots, lanes, on_device, limits
@@ -116,6 +118,20 @@ def start_actors(
     return Actors(compute, hosts, orchestrator, compute_report, host_reports)
 
 
+def keep(kind: type, name: str, *args: object) -> Any:
+    """The one actor of this name, started if there is none. It outlives this process, and ends with the cluster."""
+    options: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    return _remote(kind, max_concurrency=_KEEPER_CALLS, **options).remote(*args)
+
+
+def find_kept(name: str) -> Any | None:
+    """The actor that ``keep`` started under this name, if it lives."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
 def finish_actors(actors: Actors) -> None:
     """Let the compute actor write what it recorded; an engine that is broken is ended all the same."""
     with suppress(MorayError, GetTimeoutError, RayTaskError):
@@ -133,9 +149,16 @@ def call(method: Any, *args: object) -> Any:
 
 
 def fetch(get: Callable[[], T]) -> T:
+    """What ``get`` gives. Raises our own errors as they were raised in the actor."""
+    with our_errors():
+        return get()
+
+
+@contextmanager
+def our_errors() -> Iterator[None]:
     """Map Ray's errors to ours, at this one edge."""
     try:
-        return get()
+        yield
     except RayTaskError as error:
         if isinstance(error.cause, MorayError):
             raise error.cause from None

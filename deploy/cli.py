@@ -30,6 +30,8 @@ bench = typer.Typer(help="Measure this machine: kernels against its memory, deco
 app.add_typer(bench, name="bench")
 store_tools = typer.Typer(help="Check, rewrite and compare stores.", no_args_is_help=True)
 app.add_typer(store_tools, name="store")
+key_tools = typer.Typer(help="API keys of `moray serve`.", no_args_is_help=True)
+app.add_typer(key_tools, name="api-keys")
 console = Console()
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -246,6 +248,74 @@ def demo(hosts: HostsOption = 2, max_new_tokens: MaxTokensOption = 120) -> None:
     from moray.deploy.terminal import run_demo
 
     run_demo(make_config({"hosts": hosts}), max_new_tokens, console)
+
+
+# -------------------------------------------------------------------------------------- serving
+
+
+@command("moray serve ./mixtral-hqq4 --port 8000")
+@takes_engine("address")
+def serve(
+    store: StoreArgument = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need keys.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys (moray api-keys); none: this machine only.")
+    ] = None,
+    model_name: Annotated[str | None, typer.Option(help="The model's name; none: the store's directory.")] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Choices generated or waiting at a time, beyond it callers get 429; none: 48.")
+    ] = None,
+    max_body: Annotated[str | None, typer.Option(help="Largest body of a request; none: 4MiB.")] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which a request is ended; none: 3600.")
+    ] = None,
+    drain: Annotated[
+        float | None, typer.Option(help="Seconds that running requests get to end after Ctrl-C; none: 120.")
+    ] = None,
+    *,
+    engine: EngineFlags,
+) -> None:
+    """Serve a store through an OpenAI-compatible API, until Ctrl-C."""
+    limits = {"max_requests": max_requests, "max_body": max_body, "request_timeout_s": request_timeout}
+    values = {"store": store, "api_keys": api_keys, "model_name": model_name, "drain_s": drain}
+    from moray.deploy.serving.args import make_args
+    from moray.deploy.serving.command import run_server
+
+    run_server(make_args(engine.values | limits | values, engine.config), host, port, console)
+
+
+@command("moray api-keys add keys.txt alice", "add", key_tools)
+def api_keys_add(
+    file: Annotated[Path, typer.Argument(help="File of names and hashes; made if there is none.")],
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+) -> None:
+    """Make a key and print it: it is kept nowhere, only its hash is."""
+    from moray.deploy.serving.keys import add_key
+
+    console.print(add_key(file, name), highlight=False, soft_wrap=True)
+
+
+@command("moray api-keys list keys.txt", "list", key_tools)
+def api_keys_list(file: Annotated[Path, typer.Argument(help="File of names and hashes.")]) -> None:
+    """List whose keys there are."""
+    from moray.deploy.serving.keys import read_keys
+
+    for name in read_keys(file):
+        console.print(name, markup=False, highlight=False)
+
+
+@command("moray api-keys remove keys.txt alice", "remove", key_tools)
+def api_keys_remove(
+    file: Annotated[Path, typer.Argument(help="File of names and hashes.")],
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+) -> None:
+    """Remove a key: running servers refuse it from the next request on."""
+    from moray.deploy.serving.keys import remove_key
+
+    remove_key(file, name)
 
 
 # ----------------------------------------------------------------------------------- evaluation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -77,6 +77,9 @@ class EngineConfig(BaseModel):
         return self.threads or usable_cores()
 
 
+Config = TypeVar("Config", bound=EngineConfig)
+
+
 def demo_store() -> Path:
     """The embedded demonstration model: a small trained Mixtral (its MODEL_CARD.md says what it is)."""
     return Path(__file__).parent / "demo" / "store"
@@ -84,12 +87,17 @@ def demo_store() -> Path:
 
 def make_config(values: dict[str, Any], file: Path | None = None) -> EngineConfig:
     """Defaults < ``file`` < ``values`` (None: not given). Raises ConfigError."""
+    return load_config(EngineConfig, values, file)
+
+
+def load_config(kind: type[Config], values: dict[str, Any], file: Path | None) -> Config:
+    """``make_config`` for a configuration that has more keys than an engine's."""
     settings = _read(file) if file is not None else {}
     settings |= {name: value for name, value in values.items() if value is not None}
     try:
-        return EngineConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, kind)) from error
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -104,10 +112,10 @@ def _read(file: Path) -> dict[str, Any]:
     return {str(name): value for name, value in document.items()}
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[EngineConfig]) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = ", ".join(EngineConfig.model_fields)
+        known = ", ".join(kind.model_fields)
         return f"unknown configuration key {name!r}; known keys: {known}"
     return f"configuration key {name!r} is {first['input']!r}: {first['msg']}"

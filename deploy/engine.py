@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
+from moray.actors.compute import EVENT_INTERVAL_S
 from moray.actors.guard import Owner
 from moray.actors.messages import Caching, ComputeStats, EngineStats
 from moray.actors.wiring import CONTROL, Actors, call, fetch, finish_actors, start_actors, stop_actors
@@ -29,6 +30,7 @@ from moray.runtime.generation.request import (
     SamplingParams,
     Timings,
     TokenEvent,
+    TokenLogProbs,
     Usage,
 )
 from moray.runtime.planning.plan import MemoryPlan
@@ -50,6 +52,7 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    log_probs: tuple[TokenLogProbs, ...] = ()  # one for each token, if asked for
 
 
 def launch(
@@ -123,6 +126,7 @@ class Engine:
             finish_reason=finished.reason,
             usage=finished.usage,
             timings=finished.timings,
+            log_probs=tuple(found for event in events for found in event.log_probs),
         )
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
@@ -142,20 +146,36 @@ class Engine:
         top_k: int = 0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        num_log_probs: int | None = None,
+        timeout_s: float | None = None,
+        interval_s: float = EVENT_INTERVAL_S,
     ) -> Iterator[TokenEvent]:
-        """Yield tokens and text as they come, at most 25 times a second; the last event has ``finished``.
+        """Yield tokens and text as they come, at least ``interval_s`` apart; the last event has ``finished``.
 
         Leaving the iterator cancels.
 
         ``prompt`` is a text, token ids, or a list of ``Message``. Temperature 0 is greedy; ``top_k`` 0 is all.
+        Penalties, ``logit_bias`` (token id -> what is added to its logit) and ``num_log_probs`` are those of
+        ``SamplingParams``. After ``timeout_s`` seconds the request is ended, with reason "deadline".
         Raises RequestError.
         """
-        sampling = SamplingParams(temperature, top_p, top_k, seed)
+        penalties = presence_penalty, frequency_penalty
+        biases = tuple((logit_bias or {}).items())
+        sampling = SamplingParams(temperature, top_p, top_k, seed, *penalties, biases, num_log_probs)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         request_id = secrets.token_hex(8)
         compute = self.actors.compute
         generator = compute.generate.options(num_returns="streaming").remote(
-            request_id, prompt if isinstance(prompt, str) else list(prompt), max_new_tokens, sampling, stops
+            request_id,
+            prompt if isinstance(prompt, str) else list(prompt),
+            max_new_tokens,
+            sampling,
+            stops,
+            timeout_s,
+            interval_s,
         )
         finished = False
         try:

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from queue import SimpleQueue
 from time import perf_counter
 from typing import TypeVar
@@ -28,6 +29,7 @@ from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEve
 from moray.runtime.generation.stats import GenerationStats
 from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
+from moray.runtime.generation.vocabulary import Vocabulary, token_bytes
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.batch import make_batch_forward
 from moray.runtime.model.loader import bind_experts, blank_experts
@@ -104,11 +106,13 @@ class Runner:
                 tier.cache.clear()
         self._watch = watch_layers(model, store, source, watch or WatchOptions())
         self._meter.reset()
-        end_ids = end_token_ids(store.path, self.model.config)
-        self._loop = StepLoop(self.model, self.tokenizer, end_ids, cache_kind, limits, batch)
+        self._end_ids = end_token_ids(store.path, self.model.config)
+        self._loop = StepLoop(self.model, self.tokenizer, self._end_ids, cache_kind, limits, batch)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
         self._early_cancels: deque[str] = deque(maxlen=_MAX_EARLY_CANCELS)
+        self._due: dict[str, float] = {}  # request id -> perf_counter when it is ended
+        self._overdue: set[str] = set()
         self._closing = threading.RLock()  # held to queue a command; reentrant: collected streams cancel themselves
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="moray-step-loop", daemon=True)
@@ -122,6 +126,16 @@ class Runner:
         """Token ids of a prompt. Raises RequestError."""
         return encode_prompt(self.tokenizer, prompt)
 
+    def check(self, request: GenerationRequest) -> None:
+        """Raise RequestError if the request can never be served."""
+        self._loop.check(request)
+
+    def vocabulary(self) -> Vocabulary:
+        """What each token writes, and which ones end a text. Raises RequestError if the store has no tokenizer."""
+        if self.tokenizer is None:
+            raise RequestError("this store has no tokenizer, so tokens have no text")
+        return Vocabulary(token_bytes(self.tokenizer, self._loop.vocabulary_size), self._end_ids)
+
     def stream(self, request: GenerationRequest, interval_s: float = 0.0) -> Iterator[TokenEvent]:
         """Yield the request's events; the last has ``finished``. Closing the iterator cancels the request.
 
@@ -129,7 +143,7 @@ class Runner:
         Raises RequestError before anything is computed, MorayError after ``close``, or whatever made a step fail.
         """
         self._loop.check(request)
-        outbox = _Outbox()
+        outbox, arrived = _Outbox(), perf_counter()
 
         def start() -> None:
             if request.request_id in self._outboxes:
@@ -137,6 +151,8 @@ class Runner:
                 return
             self._outboxes[request.request_id] = outbox
             self._loop.add(request)
+            if request.timeout_s is not None:
+                self._due[request.request_id] = arrived + request.timeout_s
             if request.request_id in self._early_cancels:
                 self._loop.cancel(request.request_id)
 
@@ -253,6 +269,7 @@ class Runner:
                     self._fail(MorayError(_CLOSED))
                     return
                 command()
+            self._end_overdue()
             try:
                 events = self._loop.step()
             except Exception as error:
@@ -263,13 +280,28 @@ class Runner:
             for request_id, error in self._loop.take_failures().items():
                 self._outboxes.pop(request_id).put(error)
 
+    def _end_overdue(self) -> None:
+        now = perf_counter()
+        for request_id in [request_id for request_id, due in self._due.items() if due <= now]:
+            del self._due[request_id]
+            self._overdue.add(request_id)
+            self._loop.cancel(request_id)
+
     def _deliver(self, event: TokenEvent) -> None:
+        if event.finished:
+            self._due.pop(event.request_id, None)
+            if event.request_id in self._overdue:
+                self._overdue.remove(event.request_id)
+                if event.finished.reason == "cancelled":
+                    event = replace(event, finished=replace(event.finished, reason="deadline"))
         outbox = self._outboxes.pop(event.request_id) if event.finished else self._outboxes[event.request_id]
         outbox.put(event)
 
     def _fail(self, error: BaseException) -> None:
         """End every stream: the loop is closed, or wrong in itself. What fails in a model ends fewer."""
         self._loop.abort()
+        self._due.clear()
+        self._overdue.clear()
         while self._outboxes:
             self._outboxes.popitem()[1].put(error)
 

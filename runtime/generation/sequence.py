@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import torch
+
 from moray.runtime.generation.detokenizer import Detokenizer
 from moray.runtime.generation.kv import AS_PROMPT, AS_STEP, KVCache
 from moray.runtime.generation.request import (
@@ -13,6 +15,7 @@ from moray.runtime.generation.request import (
     GenerationRequest,
     Timings,
     TokenEvent,
+    TokenLogProbs,
     Usage,
 )
 from moray.runtime.generation.sampler import Sampler
@@ -96,7 +99,12 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.ids) - len(self.request.prompt_ids)
 
-    def push(self, token_id: int) -> TokenEvent:
+    def take(self, logits_V: torch.Tensor) -> TokenEvent:
+        """Sample the next token from the logits [V] after the last known one. The event says if it was the last."""
+        token_id = self.sampler.sample(self.ids, logits_V)
+        return self.push(token_id, self.sampler.explain(token_id, logits_V))
+
+    def push(self, token_id: int, log_probs: tuple[TokenLogProbs, ...] = ()) -> TokenEvent:
         """Take the sampled token. The event says if it was the last."""
         self.last_token_s = perf_counter()
         if not self.num_generated:
@@ -104,19 +112,25 @@ class Sequence:
         self.ids.append(token_id)
         self.kinds.append(AS_STEP)
         if token_id in self.end_ids:
-            return self._event((token_id,), self.detokenizer.finish(), "stop")
+            return self._event((token_id,), self.detokenizer.finish(), "stop", log_probs)
         text = self.detokenizer.push(token_id)
         if self.detokenizer.stopped:
-            return self._event((token_id,), text, "stop")
+            return self._event((token_id,), text, "stop", log_probs)
         if self.num_generated >= self.request.max_new_tokens:
-            return self._event((token_id,), text + self.detokenizer.finish(), "length")
-        return TokenEvent(self.request.request_id, (token_id,), text)
+            return self._event((token_id,), text + self.detokenizer.finish(), "length", log_probs)
+        return TokenEvent(self.request.request_id, (token_id,), text, None, log_probs)
 
     def cancel(self) -> TokenEvent:
         return self._event((), self.detokenizer.finish(), "cancelled")
 
-    def _event(self, token_ids: tuple[int, ...], text: str, reason: FinishReason) -> TokenEvent:
+    def _event(
+        self,
+        token_ids: tuple[int, ...],
+        text: str,
+        reason: FinishReason,
+        log_probs: tuple[TokenLogProbs, ...] = (),
+    ) -> TokenEvent:
         usage = Usage(len(self.request.prompt_ids), self.cached_tokens, self.num_generated)
         first = self.first_token_s or perf_counter()
         timings = Timings(first - (self.started_s or first), max(0.0, self.last_token_s - first))
-        return TokenEvent(self.request.request_id, token_ids, text, Finished(reason, usage, timings))
+        return TokenEvent(self.request.request_id, token_ids, text, Finished(reason, usage, timings), log_probs)

@@ -111,6 +111,7 @@ class StepLoop:
         if length >= self.context_length:
             raise RequestError(self._too_long(length))
         self.check_ids(request.prompt_ids)
+        self.check_ids(token_id for token_id, _ in request.sampling.logit_bias)
         if request.stop and self._tokenizer is None:
             raise RequestError("this store has no tokenizer, so a text cannot stop a request; leave out stop")
 
@@ -128,7 +129,7 @@ class StepLoop:
         request = replace(request, max_new_tokens=min(request.max_new_tokens, most))
         detokenizer = Detokenizer(self._tokenizer, request.prompt_ids, request.stop)
         lookup = PromptLookup() if self._speculates else None
-        sampler = Sampler(request.sampling)
+        sampler = Sampler(request.sampling, num_prompt=len(request.prompt_ids))
         self._waiting.append(Sequence(request, detokenizer, sampler, self._end_ids, lookup=lookup))
 
     def cancel(self, request_id: str) -> None:
@@ -322,7 +323,7 @@ class StepLoop:
         num_right = 0
         try:
             for row, logits_V in enumerate(logits_TV):
-                pushed = sequence.push(sequence.sampler.sample(sequence.ids, logits_V))
+                pushed = sequence.take(logits_V)
                 event = pushed if event is None else joined(event, pushed)
                 if event.finished or proposed[row : row + 1] != sequence.ids[-1:]:
                     break

@@ -1,0 +1,98 @@
+"""The server's end of an engine: asynchronous, token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from moray.actors.wiring import CONTROL, keep, our_errors
+from moray.deploy.config import EngineConfig
+from moray.deploy.serving.keeper import KEEPER, EngineAccess, EngineKeeper
+from moray.runtime.errors import ClusterError
+from moray.runtime.generation.request import Prompt, SamplingParams, TokenEvent
+from moray.runtime.generation.vocabulary import Vocabulary
+
+_PING_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One choice to generate."""
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+
+
+class EngineClient:
+    """One server's access to the engine, which is found or started by ``connect``."""
+
+    def __init__(self, keeper: Any, access: EngineAccess, linger_s: float) -> None:
+        self.access = access
+        self._keeper, self._compute = keeper, access.compute
+        self._vocabulary: Vocabulary | None = None
+        self._beat = asyncio.get_running_loop().create_task(self._tell_keeper(linger_s / 4))
+
+    @classmethod
+    async def connect(cls, config: EngineConfig, linger_s: float) -> EngineClient:
+        """Raises MorayError: what keeps the engine from starting."""
+        keeper = keep(EngineKeeper, KEEPER, linger_s, None)
+        with our_errors():
+            access: EngineAccess = await keeper.ensure.remote(config, linger_s)
+        return cls(keeper, access, linger_s)
+
+    async def prepare(
+        self, prompt: Prompt, max_new_tokens: int, sampling: SamplingParams, stop: tuple[str, ...]
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt. Raises RequestError if such a request can never be served."""
+        prepare = self._compute.prepare.options(concurrency_group=CONTROL)
+        with our_errors():
+            ids: tuple[int, ...] = await prepare.remote(prompt, max_new_tokens, sampling, stop)
+        return ids
+
+    async def stream(self, generation: Generation, timeout_s: float) -> AsyncGenerator[TokenEvent]:
+        """Each token as it comes. Leaving the iterator cancels."""
+        request_id = secrets.token_hex(8)
+        events = self._compute.generate.options(num_returns="streaming").remote(
+            request_id,
+            generation.prompt_ids,
+            generation.max_new_tokens,
+            generation.sampling,
+            generation.stop,
+            timeout_s,
+            0.0,
+        )
+        finished = False
+        try:
+            with our_errors():
+                async for reference in events:
+                    event: TokenEvent = await reference
+                    finished = event.finished is not None
+                    yield event
+        finally:
+            if not finished:
+                self._compute.cancel.options(concurrency_group=CONTROL).remote(request_id)
+
+    async def vocabulary(self) -> Vocabulary:
+        """Asked for once. Raises RequestError if the store has no tokenizer."""
+        if self._vocabulary is None:
+            with our_errors():
+                self._vocabulary = await self._compute.vocabulary.options(concurrency_group=CONTROL).remote()
+        return self._vocabulary
+
+    async def ping(self) -> None:
+        """Raises ClusterError if the engine does not answer."""
+        try:
+            with our_errors():
+                await asyncio.wait_for(self._compute.ping.options(concurrency_group=CONTROL).remote(), _PING_S)
+        except TimeoutError as error:
+            raise ClusterError(f"the engine has not answered for {_PING_S:.0f} s") from error
+
+    async def _tell_keeper(self, interval_s: float) -> None:
+        while True:
+            self._keeper.touch.remote()
+            await asyncio.sleep(interval_s)
