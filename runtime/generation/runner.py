@@ -256,8 +256,8 @@ class Runner:
                 continue
             for event in events:
                 self._deliver(event)
-            for request_id, error in self._loop.take_failures().items():
-                self._outboxes.pop(request_id).put(error)
+            for request_id, failure in self._loop.take_failures().items():
+                self._outboxes.pop(request_id).put(failure)
 
     def _deliver(self, event: TokenEvent) -> None:
         outbox = self._outboxes.pop(event.request_id) if event.finished else self._outboxes[event.request_id]
