@@ -75,9 +75,10 @@ class KVCache:
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens, also if a pass failed before all layers had the tokens after ``ids``."""
         for layer in self.cache.layers:
+            assert isinstance(layer, DynamicLayer)
             surplus = layer.get_seq_length() - length
             if surplus > 0:
-                layer.crop(-surplus)  # type: ignore[no-untyped-call]
+                layer.crop(-surplus)
         del self.ids[length:], self.kinds[length:]
 
     def note(self, tokens: Sequence[int], kind: int) -> None:

@@ -277,8 +277,8 @@ class Runner:
                 continue
             for event in events:
                 self._deliver(event)
-            for request_id, error in self._loop.take_failures().items():
-                self._outboxes.pop(request_id).put(error)
+            for request_id, failure in self._loop.take_failures().items():
+                self._outboxes.pop(request_id).put(failure)
 
     def _end_overdue(self) -> None:
         now = perf_counter()

@@ -50,6 +50,7 @@ class GrowingLayer(DynamicLayer):
     def copy_prefix(self, other: GrowingLayer, length: int) -> None:
         """Take another layer's first ``length`` tokens into this one, which is empty. Nothing if it has none yet."""
         if other.is_initialized:
+            assert other.keys is not None and other.values is not None
             self.update(other.keys[..., :length, :], other.values[..., :length, :])
 
     def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
