@@ -49,13 +49,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate. ``prompt_ids`` are the tokens as the model sees them, special ones included."""
+    """One sequence to generate. ``prompt_ids`` are the tokens as the model sees them, special ones included.
+
+    ``generated``: tokens of the answer that the caller already has, of an engine that died: what follows is what it
+    would have given, text and end included. ``max_new_tokens`` counts them.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
+    generated: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -64,6 +69,11 @@ class GenerationRequest:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
         if any(not text for text in self.stop):
             raise RequestError("a stop string is empty, expected at least one character")
+        if len(self.generated) >= self.max_new_tokens:
+            raise RequestError(
+                f"{len(self.generated)} tokens are generated already, expected fewer than max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
 
 
 @dataclass(frozen=True, slots=True)

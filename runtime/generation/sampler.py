@@ -11,9 +11,13 @@ _LEAST_TEMPERATURE = 1e-30  # below it, float32 would divide by zero
 
 
 class Sampler:
-    """One request's sampler: its own random state, so a batch never changes what a seed gives."""
+    """One request's sampler: its own random state, so a batch never changes what a seed gives.
 
-    def __init__(self, params: SamplingParams) -> None:
+    ``num_drawn``: tokens that another sampler of the same seed has drawn: this one goes on after them.
+    """
+
+    def __init__(self, params: SamplingParams, num_drawn: int = 0) -> None:
+        self._to_skip = num_drawn
         self._greedy = params.temperature == 0
         self._generator = torch.Generator()
         if params.seed is None:
@@ -37,4 +41,7 @@ class Sampler:
             return int(logits.argmax())
         logits = logits - logits.max()  # the same probabilities, and no overflow at a temperature near 0
         scores = self._processors(torch.LongTensor([ids]), logits[None])
+        while self._to_skip:  # a draw takes as much of the random state whatever the probabilities
+            torch.multinomial(torch.ones_like(scores), 1, generator=self._generator)
+            self._to_skip -= 1
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))

@@ -37,13 +37,24 @@ class Sequence:
     last_token_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.ids = list(self.request.prompt_ids)
+        self.ids = [*self.request.prompt_ids, *self.request.generated]
         self.cached_tokens = len(self.kv.ids)
+        for token_id in self.request.generated:
+            self.detokenizer.push(token_id)  # its text was given before
 
     @property
     def pending(self) -> list[int]:
         """Tokens known but not yet in the cache: what the next forward passes compute."""
         return self.ids[len(self.kv.ids) :]
+
+    @property
+    def next_chunk(self) -> list[int]:
+        """Those of them that go through the model together: the prompt's, or one generated token.
+
+        So replayed tokens have the bits that they had: a prompt's attention rounds otherwise than one token's.
+        """
+        left = len(self.request.prompt_ids) - len(self.kv.ids)
+        return self.pending[: max(left, 1)]
 
     @property
     def num_generated(self) -> int:
@@ -52,7 +63,7 @@ class Sequence:
     def push(self, token_id: int) -> TokenEvent:
         """Take the sampled token. The event says if it was the last."""
         self.last_token_s = perf_counter()
-        if not self.num_generated:
+        if not self.first_token_s:
             self.first_token_s = self.last_token_s
         self.ids.append(token_id)
         if token_id in self.end_ids:

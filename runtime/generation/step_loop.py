@@ -74,10 +74,11 @@ class StepLoop:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError if the request can never be served. Thread-safe: reads constants only."""
-        length = len(request.prompt_ids)
+        length = len(request.prompt_ids) + len(request.generated)
         if length >= self.context_length:
             raise RequestError(self._too_long(length))
         self.check_ids(request.prompt_ids)
+        self.check_ids(request.generated)
         if request.stop and self._tokenizer is None:
             raise RequestError("this store has no tokenizer, so a text cannot stop a request; leave out stop")
 
@@ -172,12 +173,13 @@ class StepLoop:
 
     def _sequence(self, request: GenerationRequest, kv: KVCache) -> Sequence:
         detokenizer = Detokenizer(self._tokenizer, request.prompt_ids, request.stop)
-        return Sequence(request, kv, detokenizer, Sampler(request.sampling), self._end_ids)
+        return Sequence(request, kv, detokenizer, Sampler(request.sampling, len(request.generated)), self._end_ids)
 
     def _advance(self, sequence: Sequence) -> list[TokenEvent]:
         """One forward pass of one sequence; an event if it reached the end of the known tokens."""
-        pending = sequence.pending
-        chunk = pending[: self._limits.chunk] if sequence.kv.can_chunk else pending
+        pending, chunk = sequence.pending, sequence.next_chunk
+        if sequence.kv.can_chunk:
+            chunk = chunk[: self._limits.chunk]
         ids = torch.tensor([chunk], device=self._model.device)
         self._give_torch_threads(len(chunk), len(sequence.kv.ids) + len(chunk))
         output = self._model(input_ids=ids, past_key_values=sequence.kv.cache, use_cache=True, logits_to_keep=1)
