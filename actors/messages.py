@@ -82,21 +82,24 @@ class ComputeReport:
     has_tokenizer: bool
     arenas: dict[str, ArenaRef]  # host id -> this process's descriptor of its arena
     load_s: float
+    num_restarts: int
+    cause: str  # of the last restart
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeStats:
-    """What the compute actor has done so far."""
+    """What the compute actor's process has done so far."""
 
     experts: ExpertsStats
     sources: tuple[SourceInfo, ...]
     fetches: SourceStats
     device: DeviceStats | None  # None: there is none
+    num_restarts: int  # of the compute actor: what it did before the last is not counted
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine has done so far."""
+    """What an engine has done so far: its compute actor and its hosts each since their own last start."""
 
     experts: ExpertsStats
     sources: tuple[SourceInfo, ...]
@@ -104,6 +107,7 @@ class EngineStats:
     hosts: tuple[HostStats, ...]
     policy: str  # of eviction, and why it was chosen
     device: DeviceStats | None
+    compute_restarts: int
 
     @property
     def hits(self) -> int:
