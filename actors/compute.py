@@ -12,7 +12,7 @@ from moray.actors.ledger import COMPUTE, LedgerClient
 from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
 from moray.cluster.client import HostAddress
 from moray.runtime.errors import ClusterError, MorayError
-from moray.runtime.events import ComputeFailed, ComputeRestarted
+from moray.runtime.events import ComputeFailed, ComputeRestarted, Event
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
 from moray.runtime.memory import reuse_freed_memory
 from moray.runtime.store.store import Store
@@ -85,7 +85,8 @@ class ComputeActor:
         if self._failure is not None:
             raise self._failure
         config = self._config
-        self._source = ArenaSource(self._store, hosts, whole_layers=config.caching.whole_layers)
+        report: Callable[[Event], None] = lambda event: self._ledger.note([event])  # noqa: E731
+        self._source = ArenaSource(self._store, hosts, whole_layers=config.caching.whole_layers, report=report)
         depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
         watch = WatchOptions(depth, self._trace(), config.num_slots, config.caching.policy)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from time import perf_counter, sleep
 from typing import Any, TypeVar
 
@@ -90,7 +91,7 @@ def stream(compute: Any, ledger: LedgerClient, replay: Replay) -> Iterator[Token
             generator = compute.generate.options(num_returns="streaming").remote(*replay.arguments)
             try:
                 while not is_over:
-                    event = replay.take(fetch(lambda: ray.get(next(generator))))
+                    event = replay.take(fetch(partial(_next, generator)))
                     is_over = event.finished is not None
                     yield event
                 return
@@ -99,6 +100,11 @@ def stream(compute: Any, ledger: LedgerClient, replay: Replay) -> Iterator[Token
     finally:
         if not is_over:
             cancel(compute, replay.attempt_id)
+
+
+def _next(generator: Any) -> TokenEvent:
+    event: TokenEvent = ray.get(next(generator))
+    return event
 
 
 def _resume(compute: Any, ledger: LedgerClient, replay: Replay, error: ActorLostError) -> None:
@@ -132,7 +138,7 @@ def await_compute(compute: Any) -> ComputeReport:
     while perf_counter() < deadline:
         reference = compute.report.options(concurrency_group=CONTROL).remote()
         try:
-            report: ComputeReport = fetch(lambda: ray.get(reference, timeout=max(0.0, deadline - perf_counter())))
+            report: ComputeReport = fetch(partial(ray.get, reference, timeout=max(0.0, deadline - perf_counter())))
             return report
         except ActorLostError as error:
             if not isinstance(error.__cause__, ActorUnavailableError):

@@ -20,8 +20,8 @@ from moray.cluster.ray_session import RaySession
 from moray.deploy.config import EngineConfig, make_config
 from moray.deploy.memory_plan import plan_engine
 from moray.runtime.errors import ClusterError, ConfigError
-from moray.runtime.events import Event
 from moray.runtime.evaluation import Ids, TokenScores
+from moray.runtime.events import Event
 from moray.runtime.generation.request import (
     FinishReason,
     Message,

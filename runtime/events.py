@@ -1,7 +1,7 @@
 """What went wrong in an engine, and what was done about it.
 
-Every event carries the id of its cause, ``ACTOR:PID`` of the process that was lost, with ``.N`` if it was lost more than
-once. Whoever notices a loss derives the same id, so one id finds the loss, the restart and the streams it delayed.
+Every event carries the id of its cause, ``ACTOR:PID`` of the process that was lost, with ``.N`` if it was lost more
+than once. Whoever notices a loss derives the same id, so one id finds the loss, the restart and the streams it delayed.
 """
 
 from __future__ import annotations
