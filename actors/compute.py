@@ -61,8 +61,8 @@ class ComputeActor:
         except MorayError as error:
             self._failure = error
             if orders.hosts:
-                ledger.note([ComputeFailed(self._cause, str(error))])
-                raise  # ends this process: another one tries again
+                ledger.note([ComputeFailed(self._cause, str(error))], wait=True)
+                os._exit(1)  # Ray tries again after that, but not after an error
 
     def attach(self, hosts: Sequence[HostAddress]) -> ComputeReport:
         """Connect to the hosts, once they are ready. Raises ClusterError, or what kept the trunk from loading."""

@@ -122,5 +122,4 @@ class LedgerClient(Protocol):
 
     def compute_ready(self, arenas: dict[str, ArenaRef]) -> None: ...
 
-    def note(self, events: Sequence[Event]) -> None:
-        """Does not wait."""
+    def note(self, events: Sequence[Event], *, wait: bool = False) -> None: ...

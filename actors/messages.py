@@ -87,6 +87,13 @@ class ComputeReport:
 
 
 @dataclass(frozen=True, slots=True)
+class OrchestratorReport:
+    """An orchestrator that is ready."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class ComputeStats:
     """What the compute actor's process has done so far."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from moray.actors.guard import Owner, exit_with
 from moray.actors.ledger import Ledger, Memory, StartOrders
+from moray.actors.messages import OrchestratorReport
 from moray.cluster.client import HostAddress
 from moray.cluster.placement import place_evenly
 from moray.runtime.arena import ArenaRef
@@ -26,6 +28,9 @@ class Orchestrator:
         """Host id -> the experts it holds. Raises StoreError, ConfigError."""
         with Store.open(self._store_path) as store:
             return place_evenly(store.manifest, self._host_ids)
+
+    def report(self) -> OrchestratorReport:
+        return OrchestratorReport(os.getpid())
 
     def starting(self, actor: str, pid: int) -> StartOrders:
         return self._ledger.starting(actor, pid)

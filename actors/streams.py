@@ -134,12 +134,17 @@ def insist(compute: Any, work: Callable[[], T]) -> T:
 
 def await_compute(compute: Any) -> ComputeReport:
     """Wait until supervision has brought the compute actor back. Raises ClusterError if it cannot."""
+    report: ComputeReport = await_actor(compute, concurrency_group=CONTROL)
+    return report
+
+
+def await_actor(actor: Any, **options: Any) -> Any:
+    """What an actor reports, once it serves. Raises ClusterError if it cannot be brought back."""
     deadline = perf_counter() + RESTART_S
     while perf_counter() < deadline:
-        reference = compute.report.options(concurrency_group=CONTROL).remote()
+        reference = actor.report.options(**options).remote()
         try:
-            report: ComputeReport = fetch(partial(ray.get, reference, timeout=max(0.0, deadline - perf_counter())))
-            return report
+            return fetch(partial(ray.get, reference, timeout=max(0.0, deadline - perf_counter())))
         except ActorLostError as error:
             if not isinstance(error.__cause__, ActorUnavailableError):
                 raise  # for good
@@ -147,5 +152,5 @@ def await_compute(compute: Any) -> ComputeReport:
         except GetTimeoutError:
             break
     raise ClusterError(
-        f"the compute actor was not back after {RESTART_S:g} s; see Ray's logs, close the engine and start it again"
+        f"an actor of the engine was not back after {RESTART_S:g} s; see Ray's logs, close the engine and start it again"
     )

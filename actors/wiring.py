@@ -75,8 +75,10 @@ class OrchestratorLedger:
     def compute_ready(self, arenas: dict[str, ArenaRef]) -> None:
         call(self._actor().compute_ready, arenas)
 
-    def note(self, events: Sequence[Event]) -> None:
-        self._actor().note.remote(tuple(events))
+    def note(self, events: Sequence[Event], *, wait: bool = False) -> None:
+        reference = self._actor().note.remote(tuple(events))
+        if wait:
+            fetch(lambda: ray.get(reference))
 
     def _actor(self) -> Any:
         return ray.get_actor(self.orchestrator)
