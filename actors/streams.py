@@ -152,5 +152,6 @@ def await_actor(actor: Any, **options: Any) -> Any:
         except GetTimeoutError:
             break
     raise ClusterError(
-        f"an actor of the engine was not back after {RESTART_S:g} s; see Ray's logs, close the engine and start it again"
+        f"an actor of the engine was not back after {RESTART_S:g} s; see Ray's logs, then close the engine and start "
+        "it again"
     )
