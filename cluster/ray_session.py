@@ -106,8 +106,12 @@ def join(address: str) -> RaySession:
 
 
 def _keep_off_the_terminal() -> None:
-    """Ray prints paragraphs on a lost worker among the text that is generated; our events tell it in a line."""
-    ray._private.worker.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    """Ray prints paragraphs on a lost worker among the text that is generated, and has no option against it.
+
+    With ``log_to_driver=False`` nothing else is printed there; our events tell of the loss in a line.
+    """
+    worker: Any = ray._private.worker
+    worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
 def leave(session: RaySession) -> None:
