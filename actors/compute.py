@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moray.runtime.device.tier import DeviceTier
     from moray.runtime.evaluation import Ids, TokenScores
 
+_JOIN_S, _REJOIN_S = 30.0, 300.0  # for hosts to answer: at first they are there, later they may be restarting too
 _PREFETCH_DEPTH = 2  # MoE layers ahead
 _EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nobody reads more than 25 a second
 
@@ -86,7 +87,9 @@ class ComputeActor:
             raise self._failure
         config = self._config
         report: Callable[[Event], None] = lambda event: self._ledger.note([event])  # noqa: E731
-        self._source = ArenaSource(self._store, hosts, whole_layers=config.caching.whole_layers, report=report)
+        join_s = _REJOIN_S if self._num_restarts else _JOIN_S
+        whole_layers = config.caching.whole_layers
+        self._source = ArenaSource(self._store, hosts, whole_layers=whole_layers, join_s=join_s, report=report)
         depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
         watch = WatchOptions(depth, self._trace(), config.num_slots, config.caching.policy)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from

@@ -91,8 +91,8 @@ class ArenaSource:
     """The experts of all hosts.
 
     ``whole_layers``: a layer call that misses anything asks for all experts of its layer and waits for them: what
-    offloading whole layers costs, to compare with. ``report`` is told of hosts that are lost and come back; it may
-    not wait.
+    offloading whole layers costs, to compare with. ``join_s``: how long a host may take to answer at first.
+    ``report`` is told of hosts that are lost and come back; it may not wait.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class ArenaSource:
         hosts: Sequence[HostAddress],
         *,
         whole_layers: bool = False,
+        join_s: float = 30.0,
         report: Callable[[Event], None] = lambda event: None,
     ) -> None:
         """Connect to all hosts. Raises ClusterError if they do not hold this store's experts between them."""
@@ -108,7 +109,7 @@ class ArenaSource:
         self._layers = [_Layer(layer.num_experts) for layer in store.manifest.layers]
         self._shard_bytes = [layer.layout.num_bytes for layer in store.manifest.layers]
         self._hosts: list[_Host] = []
-        self._clients = [HostClient(host, _CLIENT) for host in hosts]
+        self._clients = [HostClient(host, _CLIENT, timeout_s=join_s) for host in hosts]
         self._stats = SourceStats()
         try:
             for client in self._clients:
