@@ -19,7 +19,8 @@ from typing import Any, Protocol
 from moray.actors.streams import await_actor
 from moray.deploy.engine import Engine
 
-PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n"
+PROMPT = "import os\n"
+SAMPLINGS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "seed": 1})  # the demonstration model goes on long
 STOP_S = 3.0  # a stopped host
 _POLL_S = 0.02
 

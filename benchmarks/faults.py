@@ -18,11 +18,10 @@ from random import Random
 from statistics import median
 
 from common import describe_machine, print_table
-from fault_injection import FAULTS, PROMPT, generate_struck
+from fault_injection import FAULTS, PROMPT, SAMPLINGS, generate_struck
 
 import moray
 
-SAMPLINGS = ({}, {"temperature": 1.0, "seed": 7})
 BOUND_S = 2.0  # for the loss of a host
 
 

@@ -21,13 +21,11 @@ from time import perf_counter
 
 import psutil
 from common import describe_machine, print_table
-from fault_injection import FAULTS, PROMPT, generate_struck, pid_of
+from fault_injection import FAULTS, PROMPT, SAMPLINGS, generate_struck, pid_of
 
 import moray
 from moray.deploy.engine import Engine
 from moray.runtime.memory import format_bytes
-
-SAMPLINGS = ({}, {"temperature": 1.0, "seed": 7})
 
 
 @dataclass(frozen=True)
