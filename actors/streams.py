@@ -118,8 +118,9 @@ def _resume(compute: Any, ledger: LedgerClient, replay: Replay, error: ActorLost
 
 
 def cancel(compute: Any, request_id: str) -> None:
-    """Without waiting."""
-    compute.cancel.options(concurrency_group=CONTROL).remote(request_id)
+    """Without waiting. A stream may be left after its engine was closed: then there is nothing to cancel."""
+    if ray.is_initialized():
+        compute.cancel.options(concurrency_group=CONTROL).remote(request_id)
 
 
 def insist(compute: Any, work: Callable[[], T]) -> T:

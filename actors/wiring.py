@@ -133,10 +133,10 @@ def start_actors(
         here: dict[str, Any] = {"label_selector": {_NODE_LABEL: node_id}}
         memory, ledger = KeyValueMemory(name), OrchestratorLedger(f"{name}-orchestrator")
         supervised: dict[str, Any] = {"max_restarts": _FOR_EVER} | here
-        options = {"name": ledger.orchestrator, "max_task_retries": _FOR_EVER} | supervised
+        options = supervised | {"name": ledger.orchestrator, "max_task_retries": _FOR_EVER}
         orchestrator = _remote(Orchestrator, **options).remote(store_path, host_ids, owner, memory)
         started.append(orchestrator)
-        options = {"name": f"{name}-{COMPUTE}", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus} | supervised
+        options = supervised | {"name": f"{name}-{COMPUTE}", "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus}
         slots, on_device, limits = (plan.num_slots, plan.device_expert_bytes, plan.limits) if plan else (None,) * 3
         compute_config = ComputeConfig(
             store_path, numerics, device, num_threads, owner, caching, slots, lanes, on_device, limits

@@ -150,8 +150,8 @@ class Engine:
         """
         sampling = SamplingParams(temperature, top_p, top_k, seed)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        prompt = prompt if isinstance(prompt, str) else list(prompt)
-        replay = Replay(secrets.token_hex(8), prompt, max_new_tokens, sampling, stops)
+        plain: Any = prompt if isinstance(prompt, str) else list(prompt)
+        replay = Replay(secrets.token_hex(8), plain, max_new_tokens, sampling, stops)
         yield from stream(self.actors.compute, self.actors.ledger, replay)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
