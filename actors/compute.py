@@ -8,9 +8,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from moray.actors.guard import exit_with
+from moray.actors.ledger import COMPUTE, LedgerClient
 from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
 from moray.cluster.client import HostAddress
-from moray.runtime.errors import MorayError
+from moray.runtime.errors import ClusterError, MorayError
+from moray.runtime.events import ComputeFailed, ComputeRestarted, Event
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
 from moray.runtime.memory import reuse_freed_memory
 from moray.runtime.store.store import Store
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from moray.runtime.evaluation import Ids, TokenScores
     from moray.runtime.generation.vocabulary import Vocabulary
 
+_JOIN_S, _REJOIN_S = 30.0, 300.0  # for hosts to answer: at first they are there, later they may be restarting too
 _PREFETCH_DEPTH = 2  # MoE layers ahead
 EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nobody reads more than 25 a second
 
@@ -31,23 +34,52 @@ EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nob
 class ComputeActor:
     """Loads the trunk when it is made, while the hosts load their experts; generates after ``attach``.
 
+    When it was restarted it attaches by itself, to where the ledger says that the hosts are.
+
     torch, transformers and Numba are imported in methods, so that the driver, which only needs this class to
     start an actor of it, does not load them.
     """
 
-    def __init__(self, config: ComputeConfig, node_id: Callable[[], str]) -> None:
+    def __init__(self, config: ComputeConfig, node_id: Callable[[], str], ledger: LedgerClient) -> None:
+        started = perf_counter()
         exit_with(config.owner)
-        self._config, self._node_id = config, node_id()
+        self._config, self._node_id, self._ledger = config, node_id(), ledger
+        self._report: ComputeReport | None = None
         self._failure: MorayError | None = None
+        self._num_restarts, self._cause = 0, ""
+        try:
+            orders = ledger.starting(COMPUTE, os.getpid())
+            self._num_restarts, self._cause = orders.num_restarts, orders.cause
+        except MorayError as error:
+            self._failure = error  # Ray would turn an error of the constructor into text
+            return
         self._cores = CoreClaim(read_cores(), config.num_threads)
         try:
             with on_cores(self._cores.cpus):  # the threads of the kernels are made here
                 self._load()
+            if orders.hosts:
+                self.attach(orders.hosts)
+                ledger.note([ComputeRestarted(self._cause, os.getpid(), self._num_restarts, perf_counter() - started)])
         except MorayError as error:
-            self._failure = error  # Ray would turn an error of the constructor into text
+            self._failure = error
+            if orders.hosts:
+                ledger.note([ComputeFailed(self._cause, str(error))], wait=True)
+                os._exit(1)  # Ray tries again after that, but not after an error
 
     def attach(self, hosts: Sequence[HostAddress]) -> ComputeReport:
         """Connect to the hosts, once they are ready. Raises ClusterError, or what kept the trunk from loading."""
+        if self._report is None:
+            self._report = self._attach(hosts)
+            self._ledger.compute_ready(self._report.arenas)
+        return self._report
+
+    def report(self) -> ComputeReport:
+        """Answers once the actor serves. Raises ClusterError if it cannot be brought back."""
+        if self._report is None:
+            raise self._failure or ClusterError("the compute actor knows no hosts; start the engine again")
+        return self._report
+
+    def _attach(self, hosts: Sequence[HostAddress]) -> ComputeReport:
         from moray.cluster.arena_source import ArenaSource
         from moray.runtime.experts.watch import WatchOptions
         from moray.runtime.generation.runner import Runner
@@ -55,10 +87,13 @@ class ComputeActor:
         if self._failure is not None:
             raise self._failure
         config = self._config
-        self._source = ArenaSource(self._store, hosts, whole_layers=config.caching.whole_layers)
+        report: Callable[[Event], None] = lambda event: self._ledger.note([event])  # noqa: E731
+        join_s = _REJOIN_S if self._num_restarts else _JOIN_S
+        whole_layers = config.caching.whole_layers
+        self._source = ArenaSource(self._store, hosts, whole_layers=whole_layers, join_s=join_s, report=report)
         depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
         is_auto = config.caching.prefetch == "auto"
-        watch = WatchOptions(depth, is_auto, config.caching.trace, config.num_slots, config.caching.policy)
+        watch = WatchOptions(depth, is_auto, self._trace(), config.num_slots, config.caching.policy)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
             tier = self._device_tier()
             self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits, watch, tier)
@@ -71,7 +106,14 @@ class ComputeActor:
             has_tokenizer=self._runner.tokenizer is not None,
             arenas=self._source.arena_refs(),
             load_s=self._load_s,
+            num_restarts=self._num_restarts,
+            cause=self._cause,
         )
+
+    def _trace(self) -> str | None:
+        """File to record into: another one after a restart, for a recorder replaces its file."""
+        trace = self._config.caching.trace
+        return trace if trace is None or not self._num_restarts else f"{trace}.{self._num_restarts}"
 
     def _device_tier(self) -> DeviceTier | None:
         """The experts on the GPU, if there is one, which may read the arenas by itself."""
@@ -123,12 +165,14 @@ class ComputeActor:
         max_new_tokens: int,
         sampling: SamplingParams,
         stop: tuple[str, ...],
+        generated: tuple[int, ...] = (),
         timeout_s: float | None = None,
         interval_s: float = EVENT_INTERVAL_S,
     ) -> Iterator[TokenEvent]:
-        """Stream a request's events, at least ``interval_s`` apart. Raises RequestError."""
+        """Stream a request's events, those after ``generated``, at least ``interval_s`` apart. Raises RequestError."""
+        self.report()
         ids = self._runner.encode(prompt)
-        request = GenerationRequest(request_id, ids, max_new_tokens, sampling, stop, timeout_s=timeout_s)
+        request = GenerationRequest(request_id, ids, max_new_tokens, sampling, stop, generated, timeout_s)
         yield from self._runner.stream(request, interval_s)
 
     def vocabulary(self) -> Vocabulary:
@@ -161,6 +205,7 @@ class ComputeActor:
             device=self._runner.device_stats(),
             generation=self._runner.generation_stats(),
             prefetch=self._runner.prefetch(),
+            num_restarts=self._num_restarts,
         )
 
 

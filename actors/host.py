@@ -8,10 +8,12 @@ from time import perf_counter
 from typing import Any
 
 from moray.actors.guard import exit_with
+from moray.actors.ledger import LedgerClient
 from moray.actors.messages import HostConfig, HostReport
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import HostLostError, MorayError
+from moray.runtime.events import HostRestarted
 from moray.runtime.experts.shard_host import HostStats, ShardHost
 from moray.runtime.store.store import Store
 from moray.runtime.topology import cores_of_host, on_cores, read_cores
@@ -20,15 +22,12 @@ from moray.runtime.topology import cores_of_host, on_cores, read_cores
 class ExpertHost:
     """Fills its arena when it is made, and serves over the data plane meanwhile and until its process ends."""
 
-    def __init__(
-        self, config: HostConfig, node_id: Callable[[], str], survivor: Callable[[str], ArenaRef | None]
-    ) -> None:
-        """``survivor`` tells who still holds the arena of a host that was restarted."""
+    def __init__(self, config: HostConfig, node_id: Callable[[], str], ledger: LedgerClient) -> None:
         exit_with(config.owner)
         self._outcome: HostReport | MorayError
         try:
             with on_cores(cores_of_host(read_cores(), config.index, config.num_hosts)):
-                self._outcome = self._start(config, node_id(), survivor(config.address.host_id))
+                self._outcome = self._start(config, node_id(), ledger)
         except MorayError as error:
             self._outcome = error  # Ray would turn an error of the constructor into text
 
@@ -45,16 +44,19 @@ class ExpertHost:
         """Wait until the arena is full or holds all. Raises what kept a shard from being loaded."""
         self._host.wait_filled()
 
-    def _start(self, config: HostConfig, node_id: str, survivor: ArenaRef | None) -> HostReport:
+    def _start(self, config: HostConfig, node_id: str, ledger: LedgerClient) -> HostReport:
         started = perf_counter()
+        orders = ledger.starting(config.address.host_id, os.getpid())
         store = Store.open(config.store_path)
         num_threads = min(config.num_threads, len(os.sched_getaffinity(0)))
-        arena = _take_back(survivor)
+        arena = _take_back(orders.survivor)
         caching = config.caching
         options: dict[str, Any] = {"policy": caching.policy, "prefetch": caching.prefetch}
         self._host = ShardHost(store, config.keys, num_threads, arena, num_slots=config.num_slots, **options)
         address = config.address
         self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)
+        if orders.num_restarts:
+            ledger.note([HostRestarted(orders.cause, address.host_id, os.getpid(), self._host.num_adopted)])
         return HostReport(
             host_id=address.host_id,
             node_id=node_id,

@@ -83,11 +83,20 @@ class ComputeReport:
     has_tokenizer: bool
     arenas: dict[str, ArenaRef]  # host id -> this process's descriptor of its arena
     load_s: float
+    num_restarts: int
+    cause: str  # of the last restart
+
+
+@dataclass(frozen=True, slots=True)
+class OrchestratorReport:
+    """An orchestrator that is ready."""
+
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeStats:
-    """What the compute actor has done so far."""
+    """What the compute actor's process has done so far."""
 
     experts: ExpertsStats
     sources: tuple[SourceInfo, ...]
@@ -95,11 +104,12 @@ class ComputeStats:
     device: DeviceStats | None  # None: there is none
     prefetch: str  # on or off, and why
     generation: GenerationStats
+    num_restarts: int  # of the compute actor: what it did before the last is not counted
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine has done so far."""
+    """What an engine has done so far: its compute actor and its hosts each since their own last start."""
 
     experts: ExpertsStats
     sources: tuple[SourceInfo, ...]
@@ -109,6 +119,7 @@ class EngineStats:
     device: DeviceStats | None
     prefetch: str  # on or off, and why
     generation: GenerationStats
+    compute_restarts: int
 
     @property
     def hits(self) -> int:

@@ -2,30 +2,35 @@
 
 The classes themselves are plain. Options worth knowing:
 - ``num_cpus=0``: threads are set explicitly, and an engine must start on a machine whose CPU slots Ray thinks taken;
-- ``max_restarts=-1`` for hosts: a lost host comes back by itself and takes its arena back;
+- ``max_restarts=-1``: a lost actor comes back by itself, with what the orchestrator's ledger says of the others;
+- ``max_task_retries=-1`` for the orchestrator: calls of it are made again when it is back, so its methods may be
+  called twice;
 - ``max_concurrency`` for the compute actor: streams, cancels and statistics at once.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from moray.actors.compute import ComputeActor
 from moray.actors.guard import Owner
 from moray.actors.host import ExpertHost
+from moray.actors.ledger import COMPUTE, StartOrders
 from moray.actors.messages import Caching, ComputeConfig, ComputeReport, HostConfig, HostReport
 from moray.actors.orchestrator import Orchestrator
 from moray.cluster.client import HostAddress
 from moray.cluster.ray_session import NAMESPACE
 from moray.runtime.arena import ArenaRef
-from moray.runtime.errors import ClusterError, MorayError
+from moray.runtime.errors import ActorLostError, MorayError
+from moray.runtime.events import Event
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.planning.plan import MemoryPlan
 
@@ -37,7 +42,48 @@ _KEEPER_CALLS = 8
 _HOST_CALLS = 4  # statistics while somebody waits for the arena to fill
 #: Concurrency group of short calls to the compute actor: they never wait behind streams.
 CONTROL = "control"
+_FOR_EVER = -1
+_KV_NAMESPACE = b"moray"
 _NODE_LABEL = "ray.io/node-id"  # every node has this label from Ray
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValueMemory:
+    """An engine's ledger in the key-value store of Ray's control service, which outlives all actors."""
+
+    engine: str
+
+    def keep(self, state: bytes) -> None:
+        _internal_kv_put(self.engine.encode(), state, overwrite=True, namespace=_KV_NAMESPACE)
+
+    def recall(self) -> bytes | None:
+        state: bytes | None = _internal_kv_get(self.engine.encode(), namespace=_KV_NAMESPACE)
+        return state
+
+    def forget(self) -> None:
+        _internal_kv_del(self.engine.encode(), namespace=_KV_NAMESPACE)
+
+
+@dataclass(frozen=True, slots=True)
+class OrchestratorLedger:
+    """The ledger, through whichever process is the orchestrator now."""
+
+    orchestrator: str
+
+    def starting(self, actor: str, pid: int) -> StartOrders:
+        orders: StartOrders = call(self._actor().starting, actor, pid)
+        return orders
+
+    def compute_ready(self, arenas: dict[str, ArenaRef]) -> None:
+        call(self._actor().compute_ready, arenas)
+
+    def note(self, events: Sequence[Event], *, wait: bool = False) -> None:
+        reference = self._actor().note.remote(tuple(events))
+        if wait:
+            fetch(lambda: ray.get(reference))
+
+    def _actor(self) -> Any:
+        return ray.get_actor(self.orchestrator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +95,8 @@ class Actors:
     orchestrator: Any
     compute_report: ComputeReport
     host_reports: tuple[HostReport, ...]
+    memory: KeyValueMemory
+    ledger: OrchestratorLedger
 
     @property
     def num_actors(self) -> int:
@@ -85,17 +133,19 @@ def start_actors(
     started: list[Any] = []
     try:
         here: dict[str, Any] = {"label_selector": {_NODE_LABEL: node_id}}
-        orchestrator = _remote(Orchestrator, name=f"{name}-orchestrator", **here).remote(store_path, host_ids, owner)
+        memory, ledger = KeyValueMemory(name), OrchestratorLedger(f"{name}-orchestrator")
+        supervised: dict[str, Any] = {"max_restarts": _FOR_EVER} | here
+        options = supervised | {"name": ledger.orchestrator, "max_task_retries": _FOR_EVER}
+        orchestrator = _remote(Orchestrator, **options).remote(store_path, host_ids, owner, memory)
         started.append(orchestrator)
-        options = {"name": f"{name}-compute", "max_concurrency": MAX_STREAMS, "num_gpus": num_gpus} | here
+        options = supervised | {"name": f"{name}-{COMPUTE}", "max_concurrency": MAX_STREAMS, "num_gpus": num_gpus}
         slots, on_device, limits = (plan.num_slots, plan.device_expert_bytes, plan.limits) if plan else (None,) * 3
         compute_config = ComputeConfig(
             store_path, numerics, device, num_threads, owner, caching, slots, lanes, on_device, limits
         )
-        compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, _node_id)
+        compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, _node_id, ledger)
         started.append(compute)
         placement = call(orchestrator.placement)
-        lookup = _survivor_lookup(f"{name}-orchestrator")
         # Abstract sockets: no files, and gone with their processes.
         addresses = [HostAddress(host_id, f"ipc://@moray-{name}-{host_id}", token) for host_id in host_ids]
         for index, address in enumerate(addresses):
@@ -104,18 +154,17 @@ def start_actors(
             config = HostConfig(address, store_path, keys, index, num_hosts, num_threads, num_slots, caching, owner)
             host_options: dict[str, Any] = {
                 "name": f"{name}-{address.host_id}",
-                "max_restarts": -1,
                 "max_concurrency": _HOST_CALLS,
-            } | here
-            started.append(_remote(ExpertHost, **host_options).remote(config, _node_id, lookup))
+            } | supervised
+            started.append(_remote(ExpertHost, **host_options).remote(config, _node_id, ledger))
         hosts = tuple(started[2:])
         host_reports = tuple(call(actor.report) for actor in hosts)
         compute_report = call(compute.attach, addresses)
-        call(orchestrator.record_survivors, compute_report.arenas)
+        call(orchestrator.record_hosts, addresses)
     except BaseException:
         _kill(started)
         raise
-    return Actors(compute, hosts, orchestrator, compute_report, host_reports)
+    return Actors(compute, hosts, orchestrator, compute_report, host_reports, memory, ledger)
 
 
 def keep(kind: type, name: str, *args: object) -> Any:
@@ -141,6 +190,7 @@ def finish_actors(actors: Actors) -> None:
 def stop_actors(actors: Actors) -> None:
     """End the actors. Their memory is gone with their processes."""
     _kill([actors.compute, *actors.hosts, actors.orchestrator])
+    actors.memory.forget()
 
 
 def call(method: Any, *args: object) -> Any:
@@ -164,7 +214,9 @@ def our_errors() -> Iterator[None]:
             raise error.cause from None
         raise
     except RayActorError as error:
-        raise ClusterError(f"an actor of the engine is gone ({_first_line(error)}); start the engine again") from error
+        raise ActorLostError(
+            f"an actor of the engine is gone ({_first_line(error)}); start the engine again"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -179,16 +231,6 @@ def _remote(kind: type, groups: dict[str, int] | None = None, **options: Any) ->
 
 def _node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
-
-
-def _survivor_lookup(orchestrator_name: str) -> Callable[[str], ArenaRef | None]:
-    def lookup(host_id: str) -> ArenaRef | None:
-        orchestrator = ray.get_actor(orchestrator_name)
-        reference: Any = orchestrator.survivor.remote(host_id)
-        found: ArenaRef | None = ray.get(reference)
-        return found
-
-    return lookup
 
 
 def _kill(actors: list[Any]) -> None:

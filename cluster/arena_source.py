@@ -1,29 +1,34 @@
 """The experts of hosts on this node, used in place: their arenas mapped into the compute process.
 
 What is in memory is found in the arenas' directories, without a message. Only a layer call that misses something
-sends, one Need a host; the shards then appear in the directory.
+sends, one Need a host; the shards then appear in the directory. What a host lacks that is lost (host_link.py) is read
+from the disk into this process, computed with, and forgotten.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import numpy as np
 
 from moray.cluster.client import HostAddress, HostClient
+from moray.cluster.host_link import HostLink
 from moray.cluster.messages import Ask, Hint, Need, Release, Welcome
 from moray.runtime import futex
 from moray.runtime.arena import FAILED, Arena, ArenaRef
 from moray.runtime.errors import ClusterError, HostLostError
+from moray.runtime.events import Event
 from moray.runtime.experts.source import Fetch, Ints, Lease, LeaseTable, SourceInfo, SourceStats
 from moray.runtime.kernels.memory import all_equal, look_up
-from moray.runtime.layout.packed import LAYOUT_ID
+from moray.runtime.layout.packed import LAYOUT_ID, Bytes
+from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
 
+_CLIENT = "compute"  # an engine has one: a new one takes the place of one that died, whose claims are dropped
 _SLICE_S = 0.005  # of a wait, when shards may come from several hosts: one can only sleep on one
-_ASK_S = 1.0  # without an arrival, before a host is asked whether it lives
+_LOOK_S = 0.02  # of a wait for one host, before it is looked after
+_ASK_S = 0.5  # without an arrival, before a host is asked whether it answers
 _STALL_S = 30.0  # without an arrival, before a living host's disk is given up
 _MAX_USES = 512  # layer calls kept to be told with the next message
 
@@ -37,6 +42,17 @@ class ArenaLease:
 
     def is_valid(self) -> bool:
         return bool(all_equal(self._counters, self._generations))
+
+
+class _ReadLease:
+    """A shard in memory of its own."""
+
+    def __init__(self, shard: Bytes) -> None:
+        self._shard = shard
+        self.addresses: Ints = np.array([shard.ctypes.data], dtype=np.int64)
+
+    def is_valid(self) -> bool:
+        return True
 
 
 class _Layer:
@@ -59,9 +75,9 @@ class _Layer:
 class _Host:
     """What this process knows of one host."""
 
-    def __init__(self, client: HostClient, welcome: Welcome) -> None:
-        self.client, self.holds_all = client, welcome.holds_all
-        self.arena = Arena.attach(ArenaRef(welcome.arena_pid, welcome.arena_fd, welcome.arena_bytes))
+    def __init__(self, client: HostClient, welcome: Welcome, report: Callable[[Event], None]) -> None:
+        self.link, self.holds_all = HostLink(client, welcome, report), welcome.holds_all
+        self.arena = self.link.arena
         self.num_experts = sum(len(experts) for experts in welcome.experts)
         self.info = SourceInfo(welcome.host_id, "arena", self.num_experts, welcome.arena_bytes)
         self.uses: list[list[int]] = []
@@ -75,16 +91,25 @@ class ArenaSource:
     """The experts of all hosts.
 
     ``whole_layers``: a layer call that misses anything asks for all experts of its layer and waits for them: what
-    offloading whole layers costs, to compare with.
+    offloading whole layers costs, to compare with. ``join_s``: how long a host may take to answer at first.
+    ``report`` is told of hosts that are lost and come back; it may not wait.
     """
 
-    def __init__(self, store: Store, hosts: Sequence[HostAddress], *, whole_layers: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        hosts: Sequence[HostAddress],
+        *,
+        whole_layers: bool = False,
+        join_s: float = 30.0,
+        report: Callable[[Event], None] = lambda event: None,
+    ) -> None:
         """Connect to all hosts. Raises ClusterError if they do not hold this store's experts between them."""
-        self._store, self._whole_layers = store, whole_layers
+        self._store, self._whole_layers, self._report = store, whole_layers, report
         self._layers = [_Layer(layer.num_experts) for layer in store.manifest.layers]
         self._shard_bytes = [layer.layout.num_bytes for layer in store.manifest.layers]
         self._hosts: list[_Host] = []
-        self._clients = [HostClient(host, f"compute-{os.getpid()}") for host in hosts]
+        self._clients = [HostClient(host, _CLIENT, timeout_s=join_s) for host in hosts]
         self._stats = SourceStats()
         try:
             for client in self._clients:
@@ -120,7 +145,7 @@ class ArenaSource:
             if mine:
                 host.uses.append([layer, *mine])
             if len(host.uses) > _MAX_USES:
-                host.client.send(Hint(layer=layer, experts=[], uses=host.take_uses()))
+                host.link.send(Hint(layer=layer, experts=[], uses=host.take_uses()))
 
     def hint(self, layer: int, experts: list[int]) -> None:
         of_layer = self._layers[layer]
@@ -129,7 +154,7 @@ class ArenaSource:
         for index, host in enumerate(self._hosts):
             mine = [e for e in absent if of_layer.owners[e] == index]
             if mine and host.arena.wants_hints:
-                host.client.send(Hint(layer=layer, experts=mine, uses=host.take_uses()))
+                host.link.send(Hint(layer=layer, experts=mine, uses=host.take_uses()))
 
     def describe(self) -> list[SourceInfo]:
         return [host.info for host in self._hosts]
@@ -152,13 +177,13 @@ class ArenaSource:
         for client in self._clients:
             client.close()
         for host in self._hosts:
-            host.arena.close()
+            host.link.close()
 
     def _join(self, client: HostClient) -> None:
         """Map a host's arena and note where its experts' entries lie."""
         welcome = client.greet()
         _check(welcome, self._store.fingerprint, self._store.manifest.numerics_id)
-        host, first = _Host(client, welcome), 0
+        host, first = _Host(client, welcome, self._report), 0
         self._hosts.append(host)
         for of_layer, experts in zip(self._layers, welcome.experts, strict=True):
             entries, first_slots, slot_bytes, first_counters = of_layer.places
@@ -196,11 +221,15 @@ class _ArenaFetch:
             ready = self._ready()
             if len(ready) < len(self._left) and len(self._asked) < len(self._source._hosts):
                 self._need()  # something was evicted before a host knew that it is needed
-            if len(ready) and not (self._source._whole_layers and len(ready) < len(self._left)):
+            waits = self._source._whole_layers and len(ready) < len(self._left) and self._lost() is None
+            if len(ready) and not waits:
                 leases, experts = self._of_layer.leases, self._experts[ready]
                 return ready, ArenaLease(
                     leases.addresses[experts], leases.counters[experts], leases.generations[experts]
                 )
+            lost = self._lost()
+            if lost is not None:
+                return self._read(*lost)
             self._wait(arrivals)
 
     def finish(self, positions: Ints) -> None:
@@ -214,7 +243,7 @@ class _ArenaFetch:
             done = self._experts[positions]
             done = done[self._of_layer.owners[done] == index]
             if len(done):  # others wait for these slots
-                host.client.send(Release(layer=self._layer, experts=done.tolist()))
+                host.link.send(Release(layer=self._layer, experts=done.tolist()))
 
     def _ready(self) -> Ints:
         self._of_layer.refresh()
@@ -225,33 +254,58 @@ class _ArenaFetch:
         generations = self._of_layer.leases.generations
         experts = np.arange(len(self._of_layer.owners)) if self._source._whole_layers else self._experts
         for index, host, mine in self._by_host(experts):
-            if index not in self._asked and (generations[mine] < 0).any():
+            if host.link.is_lost:
+                self._asked.discard(index)
+                host.link.check()
+            elif index not in self._asked and (generations[mine] < 0).any():
                 self._asked.add(index)
-                host.client.send(Need(layer=self._layer, experts=mine.tolist(), uses=host.take_uses()))
+                host.link.send(Need(layer=self._layer, experts=mine.tolist(), uses=host.take_uses()))
         return self._experts[generations[self._experts] < 0]
 
     def _wait(self, arrivals: list[int]) -> None:
         """Sleep until something arrives. Raises what keeps it from arriving."""
         started = perf_counter()
         pending = self._by_host(self._experts[self._left])
-        slice_s = _ASK_S if len(pending) == 1 else _SLICE_S
+        slice_s = _LOOK_S if len(pending) == 1 else _SLICE_S
         while True:
-            for index, host, mine in pending:
-                if self._has_failed(host, mine):
-                    host.client.insist(Ask(layer=self._layer, experts=mine.tolist()))
-                futex.wait(host.arena.arrivals_address, arrivals[index], slice_s)
             now = perf_counter()
-            if now - self._asked_at > _ASK_S:  # what arrives meanwhile may be for others
+            is_due = now - self._asked_at > _ASK_S  # what arrives meanwhile may be for others
+            for index, host, mine in pending:
+                if is_due or self._has_failed(host, mine):
+                    host.link.ask(Ask(layer=self._layer, experts=mine.tolist()))
+                host.link.check()
+                if not host.link.is_lost:
+                    futex.wait(host.arena.arrivals_address, arrivals[index], slice_s)
+            if is_due:
                 self._asked_at = now
-                for _, host, mine in pending:
-                    host.client.insist(Ask(layer=self._layer, experts=mine.tolist()))
                 if len(self._ready()):
                     break
+            if self._lost() is not None:
+                break
             if any(int(host.arena.arrivals[0]) != arrivals[index] for index, host, _ in pending):
                 break
-            if now - started > _STALL_S:
+            if perf_counter() - started > _STALL_S:
                 raise HostLostError(f"no expert has come from the disk for {_STALL_S:g} s; is it failing? See dmesg")
         self._source._stats.wait_s += perf_counter() - started
+
+    def _lost(self) -> tuple[int, _Host] | None:
+        """The first expert, as a position, that a lost host should have and that is not here."""
+        if not any(host.link.is_lost for host in self._source._hosts):
+            return None
+        absent = self._left[self._of_layer.leases.generations[self._experts[self._left]] < 0]
+        for position in absent.tolist():
+            host = self._source._hosts[self._of_layer.owners[self._experts[position]]]
+            if host.link.is_lost:
+                return position, host
+        return None
+
+    def _read(self, position: int, host: _Host) -> tuple[Ints, Lease]:
+        """An expert of a lost host, from the disk. Raises CorruptShardError, StoreError."""
+        started = perf_counter()
+        shard = self._source._store.read_shard(ExpertKey(self._layer, int(self._experts[position])))
+        host.link.shards_read += 1
+        self._source._stats.wait_s += perf_counter() - started
+        return np.array([position]), _ReadLease(shard)
 
     def _has_failed(self, host: _Host, experts: Ints) -> bool:
         entries = self._of_layer.places[0][experts] - host.arena.entry_addresses(np.zeros(1, dtype=np.int64))

@@ -27,7 +27,7 @@ class HostClient:
 
     def __init__(self, host: HostAddress, client: str, *, timeout_s: float = 30.0) -> None:
         self.host = host
-        self._client, self._timeout_s = client, timeout_s
+        self.name, self._timeout_s = client, timeout_s
         self._next_id = 0
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
@@ -37,7 +37,7 @@ class HostClient:
 
     def greet(self) -> Welcome:
         """Introduce this process; again after the host was restarted."""
-        reply, _ = self.receive(self.send(Hello(client=self._client, token=self.host.token)))
+        reply = self.insist(Hello(client=self.name, token=self.host.token))
         if not isinstance(reply, Welcome):
             raise ProtocolError(f"host {self.host.host_id} answered Hello with {type(reply).__name__}")
         return reply
@@ -48,6 +48,14 @@ class HostClient:
         # Frames without a copy cost more than copying a header does.
         self._socket.send_multipart([encode(self._next_id, message), *buffers], copy=not buffers)
         return self._next_id
+
+    def try_receive(self) -> tuple[int, Message, list[bytes]] | None:
+        """The next reply, whatever it answers, or None if there is none yet. Raises ProtocolError."""
+        try:
+            header, *buffers = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return *decode(header), buffers
 
     def receive(self, request_id: int, timeout_s: float | None = None) -> tuple[Message, list[bytes]]:
         """The reply to a request, and its buffers; replies to older, abandoned requests are skipped.
@@ -62,12 +70,9 @@ class HostClient:
             if answered != request_id:
                 continue
             if isinstance(message, Refused):
-                raise _refusal(self.host.host_id, message)
+                raise refusal(self.host.host_id, message)
             return message, buffers
-        raise HostLostError(
-            f"expert host {self.host.host_id} did not answer within {timeout_s:g} s; "
-            "its process may have died: see `ray list actors`, then start the engine again"
-        )
+        raise self._silent(timeout_s)
 
     def request(self, message: Message, *buffers: memoryview) -> tuple[Message, list[bytes]]:
         """Send and receive, introducing this process again if the host was restarted meanwhile."""
@@ -82,12 +87,18 @@ class HostClient:
         deadline = monotonic() + self._timeout_s
         while True:
             try:
-                return self.receive(self.send(message), _ATTEMPT_S)[0]
+                return self.receive(self.send(message), min(_ATTEMPT_S, self._timeout_s))[0]
             except HelloRequiredError:
-                self.send(Hello(client=self._client, token=self.host.token))
+                self.send(Hello(client=self.name, token=self.host.token))
             except HostLostError:
                 if monotonic() > deadline:
-                    raise
+                    raise self._silent(self._timeout_s) from None
+
+    def _silent(self, timeout_s: float) -> HostLostError:
+        return HostLostError(
+            f"expert host {self.host.host_id} did not answer within {timeout_s:g} s; "
+            "its process may have died: see `ray list actors`, then start the engine again"
+        )
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -98,7 +109,8 @@ class HelloRequiredError(ProtocolError):
     """The host does not know this client: it was restarted."""
 
 
-def _refusal(host_id: str, refused: Refused) -> Exception:
+def refusal(host_id: str, refused: Refused) -> Exception:
+    """What a host's refusal is raised as."""
     text = f"expert host {host_id}: {refused.message}"
     if refused.reason == "hello":
         return HelloRequiredError(text)

@@ -66,6 +66,7 @@ def start_local(num_cpus: int) -> RaySession:
     except Exception as error:
         raise ClusterError(f"Ray did not start on this machine ({error}); run `moray doctor`") from error
     _end_unused()
+    _keep_off_the_terminal()
     return RaySession(True, tuple(_children() - before))
 
 
@@ -100,7 +101,17 @@ def join(address: str) -> RaySession:
             f"the Ray cluster at {address} refused this process ({error}); RAY_AUTH_MODE and the token must be the "
             "same on every machine"
         ) from error
+    _keep_off_the_terminal()
     return RaySession(False)
+
+
+def _keep_off_the_terminal() -> None:
+    """Ray prints paragraphs on a lost worker among the text that is generated, and has no option against it.
+
+    With ``log_to_driver=False`` nothing else is printed there; our events tell of the loss in a line.
+    """
+    worker: Any = ray._private.worker
+    worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
 def leave(session: RaySession) -> None:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import ray
-
 from moray.actors.compute import EVENT_INTERVAL_S
 from moray.actors.guard import Owner
 from moray.actors.messages import Caching, ComputeStats, EngineStats
-from moray.actors.wiring import CONTROL, Actors, call, fetch, finish_actors, start_actors, stop_actors
+from moray.actors.streams import Replay, insist, stream
+from moray.actors.wiring import CONTROL, Actors, call, finish_actors, start_actors, stop_actors
 from moray.cluster import ray_session
 from moray.cluster.nodes import choose_compute_node
 from moray.cluster.ray_session import RaySession
@@ -23,6 +22,7 @@ from moray.deploy.config import EngineConfig, make_config
 from moray.deploy.memory_plan import plan_engine
 from moray.runtime.errors import ClusterError, ConfigError
 from moray.runtime.evaluation import Ids, TokenScores
+from moray.runtime.events import Event
 from moray.runtime.generation.request import (
     FinishReason,
     Message,
@@ -160,58 +160,54 @@ class Engine:
         ``prompt`` is a text, token ids, or a list of ``Message``. Temperature 0 is greedy; ``top_k`` 0 is all.
         Penalties, ``logit_bias`` (token id -> what is added to its logit) and ``num_log_probs`` are those of
         ``SamplingParams``. After ``timeout_s`` seconds the request is ended, with reason "deadline".
-        Raises RequestError.
+        If the compute actor dies, the stream pauses and goes on with the token that comes next.
+        Raises RequestError, or ClusterError if the actor cannot be brought back.
         """
         penalties = presence_penalty, frequency_penalty
         biases = tuple((logit_bias or {}).items())
         sampling = SamplingParams(temperature, top_p, top_k, seed, *penalties, biases, num_log_probs)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        request_id = secrets.token_hex(8)
-        compute = self.actors.compute
-        generator = compute.generate.options(num_returns="streaming").remote(
-            request_id,
-            prompt if isinstance(prompt, str) else list(prompt),
-            max_new_tokens,
-            sampling,
-            stops,
-            timeout_s,
-            interval_s,
-        )
-        finished = False
-        try:
-            while not finished:
-                event: TokenEvent = fetch(lambda: ray.get(next(generator)))
-                finished = event.finished is not None
-                yield event
-        finally:
-            if not finished and self._actors is not None:
-                compute.cancel.options(concurrency_group=CONTROL).remote(request_id)
+        plain: Any = prompt if isinstance(prompt, str) else list(prompt)
+        replay = Replay(secrets.token_hex(8), plain, max_new_tokens, sampling, stops, timeout_s, interval_s)
+        yield from stream(self.actors.compute, self.actors.ledger, replay)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 [T, V]: the model's logits after each of the T tokens."""
         import torch
 
-        return torch.from_numpy(call(self.actors.compute.logits, list(token_ids)).copy())
+        compute = self.actors.compute
+        return torch.from_numpy(insist(compute, lambda: call(compute.logits, list(token_ids))).copy())
 
     def score(self, token_ids: Sequence[int], candidates: Ids | None = None) -> TokenScores:
         """How well the model predicts T tokens: log-probabilities of each next token and of the 64 most likely ones.
 
         ``candidates`` [T-1, K]: token ids whose log-probabilities are wanted as well. Raises RequestError.
         """
-        scores: TokenScores = call(self.actors.compute.score, list(token_ids), candidates)
+        compute = self.actors.compute
+        scores: TokenScores = insist(compute, lambda: call(compute.score, list(token_ids), candidates))
         # A copy: what Ray gives are views of its object store, which would fill up and does not outlive the engine.
         return copy.deepcopy(scores)
 
     def stats(self) -> EngineStats:
-        """What the experts did so far: tokens per expert, bytes by source, hits and misses, loads, prefetch, times."""
-        stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
+        """What the experts did so far: tokens per expert, bytes by source, hits and misses, loads, prefetch, times.
+
+        An actor that was restarted counts from then on; ``compute_restarts`` and ``events`` say if one was.
+        """
+        compute = self.actors.compute
+        stats: ComputeStats = insist(compute, lambda: call(compute.stats.options(concurrency_group=CONTROL)))
         hosts = tuple(call(host.stats) for host in self.actors.hosts)
         return EngineStats(
             *(stats.experts, stats.sources, stats.fetches, hosts, self._policy),
             stats.device,
             stats.prefetch,
             stats.generation,
+            stats.num_restarts,
         )
+
+    def events(self) -> tuple[Event, ...]:
+        """What went wrong and what was done about it, oldest first: the last 1000 events, each with its cause's id."""
+        events: tuple[Event, ...] = call(self.actors.orchestrator.events)
+        return events
 
     def wait_filled(self) -> None:
         """Wait until the hosts' memory is full, or holds all experts; generating need not wait.

@@ -14,6 +14,7 @@ MorayError
 │   ├── EvaluationError        a text that cannot be evaluated on, or stores that cannot be compared
 │   └── TraceError             a trace that is missing, newer or damaged, or traces that do not go together
 ├── ClusterError               Ray or a node is not there
+│   ├── ActorLostError         an actor's process ended; it may be back soon
 │   └── HostLostError          an expert host does not answer
 └── ProtocolError              a data-plane peer sent something we do not accept
 
@@ -87,6 +88,10 @@ class TraceError(InputError):
 
 class ClusterError(MorayError):
     """Ray, a node or an actor is not there."""
+
+
+class ActorLostError(ClusterError):
+    """An actor's process ended; supervision may bring it back."""
 
 
 class HostLostError(ClusterError):

@@ -8,10 +8,13 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+from ray.exceptions import ActorUnavailableError
+
+from moray.actors.streams import Replay, cancel, resume
 from moray.actors.wiring import CONTROL, keep, our_errors
 from moray.deploy.config import EngineConfig
 from moray.deploy.serving.keeper import KEEPER, EngineAccess, EngineKeeper
-from moray.runtime.errors import ClusterError
+from moray.runtime.errors import ActorLostError, ClusterError
 from moray.runtime.generation.request import Prompt, SamplingParams, TokenEvent
 from moray.runtime.generation.vocabulary import Vocabulary
 
@@ -55,27 +58,28 @@ class EngineClient:
         return ids
 
     async def stream(self, generation: Generation, timeout_s: float) -> AsyncGenerator[TokenEvent]:
-        """Each token as it comes. Leaving the iterator cancels."""
-        request_id = secrets.token_hex(8)
-        events = self._compute.generate.options(num_returns="streaming").remote(
-            request_id,
-            generation.prompt_ids,
-            generation.max_new_tokens,
-            generation.sampling,
-            generation.stop,
-            timeout_s,
-            0.0,
+        """Each token as it comes, also after the compute actor was lost and came back. Leaving it cancels."""
+        of = generation
+        replay = Replay(
+            secrets.token_hex(8), of.prompt_ids, of.max_new_tokens, of.sampling, of.stop, timeout_s, interval_s=0.0
         )
-        finished = False
+        is_over = False
         try:
-            with our_errors():
-                async for reference in events:
-                    event: TokenEvent = await reference
-                    finished = event.finished is not None
-                    yield event
+            while not is_over:
+                try:
+                    async for event in self._attempt(replay):
+                        is_over = event.finished is not None
+                        yield event
+                except ActorLostError as error:
+                    await asyncio.to_thread(resume, self._compute, self.access.ledger, replay, error)
         finally:
-            if not finished:
-                self._compute.cancel.options(concurrency_group=CONTROL).remote(request_id)
+            if not is_over:
+                cancel(self._compute, replay.attempt_id)
+
+    async def _attempt(self, replay: Replay) -> AsyncGenerator[TokenEvent]:
+        with our_errors():
+            async for reference in self._compute.generate.options(num_returns="streaming").remote(*replay.arguments):
+                yield replay.take(await reference)
 
     async def vocabulary(self) -> Vocabulary:
         """Asked for once. Raises RequestError if the store has no tokenizer."""
@@ -85,10 +89,13 @@ class EngineClient:
         return self._vocabulary
 
     async def ping(self) -> None:
-        """Raises ClusterError if the engine does not answer."""
+        """Raises ClusterError if the engine does not answer, and is not being brought back either."""
         try:
             with our_errors():
                 await asyncio.wait_for(self._compute.ping.options(concurrency_group=CONTROL).remote(), _PING_S)
+        except ActorLostError as error:
+            if not isinstance(error.__cause__, ActorUnavailableError):
+                raise
         except TimeoutError as error:
             raise ClusterError(f"the engine has not answered for {_PING_S:.0f} s") from error
 

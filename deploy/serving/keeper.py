@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError
-
 from moray.actors.guard import Owner, exit_with
-from moray.actors.wiring import CONTROL, fetch
+from moray.actors.ledger import LedgerClient
+from moray.actors.streams import await_compute
 from moray.deploy.config import EngineConfig
 from moray.deploy.engine import Engine
 from moray.runtime.errors import MorayError
 from moray.runtime.store.store import Store
 
 KEEPER = "moray-engine-keeper"
-_PING_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +24,7 @@ class EngineAccess:
     """A running engine, for servers."""
 
     compute: Any  # handle of its compute actor
+    ledger: LedgerClient  # where its events are noted
     context_length: int
     fingerprint: str  # of the store and the class of numerics
 
@@ -80,13 +78,13 @@ def _access(engine: Engine) -> EngineAccess:
     report = engine.actors.compute_report
     with Store.open(engine.config.store_path) as store:
         fingerprint = f"{store.fingerprint[:12]}-{report.numerics}"
-    return EngineAccess(engine.actors.compute, report.context_length, fingerprint)
+    return EngineAccess(engine.actors.compute, engine.actors.ledger, report.context_length, fingerprint)
 
 
 def _is_alive(engine: Engine) -> bool:
-    ping: Any = engine.actors.compute.ping.options(concurrency_group=CONTROL)
+    """Whether it serves, if need be after its compute actor was brought back."""
     try:
-        fetch(lambda: ray.get(ping.remote(), timeout=_PING_S))
-    except (MorayError, GetTimeoutError):
+        await_compute(engine.actors.compute)
+    except MorayError:
         return False
     return True

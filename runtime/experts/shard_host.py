@@ -79,6 +79,7 @@ class ShardHost:
         layer_of, entries = [key.layer for key in self.keys], [store.manifest.shards[key] for key in self.keys]
         self._manager = ResidencyManager(layer_of, count, make_policy(policy, layers, count))
         self._adopt()
+        self.num_adopted = self._manager.num_resident  # shards that an earlier process had loaded
         self._prefetch = HostPrefetch(prefetch, layer_of, [entry.num_bytes for entry in entries])
         reader = ShardReader(store.path)
         self._loader = Loader(self._manager, self.arena, reader, self.keys, entries, self._prefetch)

@@ -73,6 +73,8 @@ class SamplingParams:
 class GenerationRequest:
     """One sequence to generate. ``prompt_ids`` are the tokens as the model sees them, special ones included.
 
+    ``generated``: tokens of the answer that the caller already has, of an engine that died: what follows is what it
+    would have given, text and end included. ``max_new_tokens`` counts them.
     ``timeout_s``: seconds from its arrival after which it is ended, with reason "deadline". None: never.
     """
 
@@ -81,6 +83,7 @@ class GenerationRequest:
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
+    generated: tuple[int, ...] = ()
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +95,11 @@ class GenerationRequest:
             raise RequestError("a stop string is empty, expected at least one character")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise RequestError(f"timeout_s is {self.timeout_s}, expected more than 0")
+        if len(self.generated) >= self.max_new_tokens:
+            raise RequestError(
+                f"{len(self.generated)} tokens are generated already, expected fewer than max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
 
 
 @dataclass(frozen=True, slots=True)

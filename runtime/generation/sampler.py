@@ -15,11 +15,12 @@ _LEAST_TEMPERATURE = 1e-30  # below it, float32 would divide by zero
 class Sampler:
     """One request's sampler: its own random state, so a batch never changes what a seed gives.
 
-    ``num_prompt``: tokens at the beginning of ``ids`` that penalties do not count.
+    ``num_prompt``: tokens at the beginning of ``ids`` that penalties do not count. ``num_drawn``: tokens that another
+    sampler of the same seed has drawn: this one goes on after them.
     """
 
-    def __init__(self, params: SamplingParams, *, num_prompt: int = 0) -> None:
-        self._params, self._num_counted = params, num_prompt
+    def __init__(self, params: SamplingParams, *, num_prompt: int = 0, num_drawn: int = 0) -> None:
+        self._params, self._num_counted, self._to_skip = params, num_prompt, num_drawn
         self._counts: Counter[int] = Counter()  # of generated tokens
         self._greedy = params.temperature == 0
         self._generator = torch.Generator()
@@ -46,6 +47,9 @@ class Sampler:
             return int(logits.argmax())
         logits = logits - logits.max()  # the same probabilities, and no overflow at a temperature near 0
         scores = self._processors(torch.LongTensor([ids]), logits[None])
+        while self._to_skip:  # a draw takes as much of the random state whatever the probabilities
+            torch.multinomial(torch.ones_like(scores), 1, generator=self._generator)
+            self._to_skip -= 1
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
 
     def explain(self, token_id: int, logits_V: torch.Tensor) -> tuple[TokenLogProbs, ...]:

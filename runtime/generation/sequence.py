@@ -43,8 +43,11 @@ class Sequence:
     last_token_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.ids = list(self.request.prompt_ids)
-        self.kinds = bytearray([AS_PROMPT] * len(self.ids))
+        prompt, generated = self.request.prompt_ids, self.request.generated
+        self.ids = [*prompt, *generated]
+        self.kinds = bytearray([AS_PROMPT] * len(prompt) + [AS_STEP] * len(generated))
+        for token_id in generated:
+            self.detokenizer.push(token_id)  # its text was given before
 
     def start(self, kv: KVCache) -> int:
         """Leave the queue with a cache that may hold some first tokens; returns how many. Again after a preemption."""
@@ -107,7 +110,7 @@ class Sequence:
     def push(self, token_id: int, log_probs: tuple[TokenLogProbs, ...] = ()) -> TokenEvent:
         """Take the sampled token. The event says if it was the last."""
         self.last_token_s = perf_counter()
-        if not self.num_generated:
+        if not self.first_token_s:
             self.first_token_s = self.last_token_s
         self.ids.append(token_id)
         self.kinds.append(AS_STEP)

@@ -107,11 +107,12 @@ class StepLoop:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError if the request can never be served. Thread-safe: reads constants only."""
-        length = len(request.prompt_ids)
+        length = len(request.prompt_ids) + len(request.generated)
         if length >= self.context_length:
             raise RequestError(self._too_long(length))
         self.check_ids(request.prompt_ids)
         self.check_ids(token_id for token_id, _ in request.sampling.logit_bias)
+        self.check_ids(request.generated)
         if request.stop and self._tokenizer is None:
             raise RequestError("this store has no tokenizer, so a text cannot stop a request; leave out stop")
 
@@ -129,7 +130,7 @@ class StepLoop:
         request = replace(request, max_new_tokens=min(request.max_new_tokens, most))
         detokenizer = Detokenizer(self._tokenizer, request.prompt_ids, request.stop)
         lookup = PromptLookup() if self._speculates else None
-        sampler = Sampler(request.sampling, num_prompt=len(request.prompt_ids))
+        sampler = Sampler(request.sampling, num_prompt=len(request.prompt_ids), num_drawn=len(request.generated))
         self._waiting.append(Sequence(request, detokenizer, sampler, self._end_ids, lookup=lookup))
 
     def cancel(self, request_id: str) -> None:

@@ -83,11 +83,11 @@ def test_killing_the_driver_frees_memory_at_once() -> None:
         assert_nothing_left(running)
 
 
-def test_killing_the_compute_actor_ends_in_one_clear_error() -> None:
+def test_killing_the_compute_actor_pauses_the_text_and_leaves_nothing() -> None:
     with generating(1900) as running:
         running.named(":ComputeActor").kill()
-        output = finish(running, expected={1})
-        assert "error: an actor of the engine is gone" in output.splitlines()[-1]
+        output = finish(running, expected={0})
+        assert "1900 tokens" in output and "ray" not in output.lower().replace("1 s: ray", "")
 
 
 @pytest.mark.parametrize("victim", ["raylet/raylet", pytest.param("gcs_server", marks=pytest.mark.long)])

@@ -1,0 +1,159 @@
+"""Faults of a running engine, and a generation that one of them strikes. What faults.py, soak.py and tests share.
+
+A fault is a ``Fault``: ``strike`` does it, and may return before its effect is over; ``heal`` undoes what does not pass
+by itself and waits until the engine is whole again. Another kind (a link that is down, a slow one) is one more class in
+``FAULTS``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from time import perf_counter, sleep
+from typing import Any, Protocol
+
+from moray.actors.streams import await_actor
+from moray.deploy.engine import Engine
+
+PROMPT = "import os\n"
+SAMPLINGS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "seed": 1})  # the demonstration model goes on long
+STOP_S = 3.0  # a stopped host
+_POLL_S = 0.02
+
+
+class Fault(Protocol):
+    name: str
+
+    def strike(self, engine: Engine, random: Random) -> None: ...
+
+    def heal(self, engine: Engine) -> None: ...
+
+
+def pid_of(actor: Any) -> int:
+    """The process that is this actor now; waits for one that is being restarted."""
+    pid: int = await_actor(actor).pid
+    return pid
+
+
+class Kill:
+    """kill -9 of the chosen actors' processes."""
+
+    name = ""
+
+    def victims(self, engine: Engine, random: Random) -> Sequence[Any]:
+        raise NotImplementedError
+
+    def strike(self, engine: Engine, random: Random) -> None:
+        self._killed = [(actor, pid_of(actor)) for actor in self.victims(engine, random)]
+        for _, pid in self._killed:
+            os.kill(pid, signal.SIGKILL)
+
+    def heal(self, engine: Engine) -> None:
+        for actor, pid in self._killed:
+            while pid_of(actor) == pid:
+                sleep(_POLL_S)
+
+
+class KillHost(Kill):
+    name = "kill a host"
+
+    def victims(self, engine: Engine, random: Random) -> Sequence[Any]:
+        return [random.choice(engine.actors.hosts)]
+
+
+class KillAllHosts(Kill):
+    name = "kill all hosts"
+
+    def victims(self, engine: Engine, random: Random) -> Sequence[Any]:
+        return engine.actors.hosts
+
+
+class KillCompute(Kill):
+    name = "kill the compute actor"
+
+    def victims(self, engine: Engine, random: Random) -> Sequence[Any]:
+        return [engine.actors.compute]
+
+
+class KillOrchestrator(Kill):
+    name = "kill the orchestrator"
+
+    def victims(self, engine: Engine, random: Random) -> Sequence[Any]:
+        return [engine.actors.orchestrator]
+
+
+class KillComputeAndHost(Kill):
+    name = "kill compute and a host"
+
+    def victims(self, engine: Engine, random: Random) -> Sequence[Any]:
+        return [engine.actors.compute, random.choice(engine.actors.hosts)]
+
+
+class StopHost:
+    """SIGSTOP of a host, for ``STOP_S`` seconds."""
+
+    name = "stop a host"
+
+    def strike(self, engine: Engine, random: Random) -> None:
+        self._pid = pid_of(random.choice(engine.actors.hosts))
+        os.kill(self._pid, signal.SIGSTOP)
+        self._timer = threading.Timer(STOP_S, os.kill, (self._pid, signal.SIGCONT))
+        self._timer.start()
+
+    def heal(self, engine: Engine) -> None:
+        self._timer.join()
+
+
+FAULTS: tuple[type[Fault], ...] = (
+    KillHost,
+    KillAllHosts,
+    StopHost,
+    KillCompute,
+    KillOrchestrator,
+    KillComputeAndHost,
+)
+
+
+@dataclass(frozen=True)
+class Struck:
+    """A generation that a fault struck."""
+
+    fault: str
+    token_ids: tuple[int, ...]
+    text: str
+    at_s: float  # from the request to the fault
+    stall_s: float  # longest time between two events, from the fault on
+    duration_s: float
+
+
+def generate_struck(engine: Engine, fault: Fault, random: Random, within_s: float, **options: Any) -> Struck:
+    """Stream an answer, struck by the fault at a random time within so many seconds; heal it."""
+    errors: list[BaseException] = []
+    at_s, struck = random.uniform(0, within_s), threading.Event()
+
+    def strike() -> None:
+        try:
+            fault.strike(engine, random)
+        except BaseException as error:
+            errors.append(error)
+        struck.set()
+
+    timer, started = threading.Timer(at_s, strike), perf_counter()
+    timer.start()
+    token_ids, text, stall_s, last = [], "", 0.0, started
+    for event in engine.stream(PROMPT, **options):
+        now = perf_counter()
+        if struck.is_set():
+            stall_s = max(stall_s, now - max(last, started + at_s))
+        token_ids += event.token_ids
+        text, last = text + event.text, now
+    timer.join()
+    duration_s = perf_counter() - started
+    for error in errors:
+        raise error
+    fault.heal(engine)
+    return Struck(fault.name, tuple(token_ids), text, at_s, stall_s, duration_s)
