@@ -278,6 +278,8 @@ class Runner:
             for event in events:
                 self._deliver(event)
             for request_id, failure in self._loop.take_failures().items():
+                self._due.pop(request_id, None)
+                self._overdue.discard(request_id)
                 self._outboxes.pop(request_id).put(failure)
 
     def _end_overdue(self) -> None:
