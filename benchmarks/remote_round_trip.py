@@ -141,7 +141,7 @@ def ray_calls(num_experts: int, calls: int) -> list[float]:
         def compute(self, data: bytes) -> bytes:
             return b"\0" * (4 * num_experts * GEOMETRY.hidden)
 
-    ray_session.start_local(2)
+    session = ray_session.start_local(2)
     times = []
     try:
         actor = ray.remote(Echo).options(num_cpus=0).remote()
@@ -151,7 +151,7 @@ def ray_calls(num_experts: int, calls: int) -> list[float]:
             ray.get(actor.compute.remote(data))
             times.append(perf_counter() - started)
     finally:
-        ray.shutdown()
+        ray_session.leave(session)
     return times[_WARM_UP:]
 
 

@@ -67,13 +67,13 @@ class RemoteLanes:
                 monotonic(),
             )  # fmt: skip
             self.poller.register(host.client.socket, zmq.POLLIN)
-            self.hosts.append(host)
+            self.hosts = [*self.hosts, host]  # a new list: others may be reading the old one
 
     def leave(self, host_id: str) -> None:
         """Use a host no more. Does nothing if it is not known."""
         with self.lock:
             for host in [host for host in self.hosts if host.address.host_id == host_id]:
-                self.hosts.remove(host)
+                self.hosts = [other for other in self.hosts if other is not host]
                 self.poller.unregister(host.client.socket)
                 self._free.append(host.number)
                 host.close()
@@ -115,6 +115,8 @@ class RemoteLanes:
 
     def _begin(self, layer: int, grouping: Grouping, x_TH: Floats, gate: Gate, is_here: Bools) -> RemoteCall | None:
         held = {host: host.resident[layer][grouping.active].tolist() for host in self.hosts if host.is_up}
+        if not held:
+            return None
         offers = [tuple([host.number for host, has in held.items() if has[i]]) for i in range(len(is_here))]
         layout = self._store.manifest.layers[layer].layout
         counts = np.diff(grouping.starts).tolist()

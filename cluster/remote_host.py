@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 import numpy as np
@@ -360,14 +360,16 @@ class RemoteHost:
 
     def _tell(self, old: HostState, why: str) -> None:
         if (new := self.health.state) is not old:
-            self.stats.state = new.value
             _log.info("host %s: %s -> %s, %s", self.address.host_id, old.value, new.value, why)
             self._on_change(self.address.host_id, old, new, why)
 
     def snapshot(self) -> RemoteStats:
-        stats = self.stats
-        stats.round_trip_us, stats.bytes_per_s = 1e6 * self.link.round_trip_s, 1 / self.link.byte_s
-        return stats
+        return replace(
+            self.stats,
+            state=self.health.state.value,
+            round_trip_us=1e6 * self.link.round_trip_s,
+            bytes_per_s=1 / self.link.byte_s,
+        )
 
     def close(self) -> None:
         self.client.close()

@@ -39,7 +39,6 @@ from moray.runtime.layout.shard import ExpertKey
 
 _LARGEST = 3e38
 _HANDSHAKE_MS = 5000  # a connection that has not shown its key by then is closed
-_FAILURES = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 _Answer = tuple[Message | None, list[memoryview]]  # None: the message has no reply
 
@@ -48,8 +47,9 @@ _Answer = tuple[Message | None, list[memoryview]]  # None: the message has no re
 class ServerStats:
     """Counts since the start. Written by the server's thread."""
 
-    handshakes_failed: int = 0  # connections that spoke no ZeroMQ or no CURVE, or had not this host's public key
-    clients_refused: int = 0  # those whose own key is not known here
+    connections: int = 0  # over tcp://; those beyond ``admitted`` spoke no ZeroMQ or CURVE, or had a wrong key
+    admitted: int = 0
+    clients_refused: int = 0  # whose own key is not known here
     pairs_computed: int = 0
 
     requests: int = 0
@@ -108,7 +108,7 @@ class DataPlaneServer:
         self._socket.curve_server, self._socket.zap_domain = True, b"moray"
         self._socket.curve_secretkey = curve.keys.secret.encode()
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        failures = self._socket.get_monitor_socket(_FAILURES)
+        connections = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
         def admit() -> None:
             reply, is_admitted = curve.answer(ask.recv_multipart())
@@ -116,10 +116,11 @@ class DataPlaneServer:
             ask.send_multipart(reply)
 
         def count() -> None:
-            event = recv_monitor_message(failures)
-            self.stats.handshakes_failed += event["event"] != zmq.EVENT_HANDSHAKE_FAILED_AUTH  # counted by ``admit``
+            is_new = recv_monitor_message(connections)["event"] == zmq.EVENT_ACCEPTED
+            self.stats.connections += is_new
+            self.stats.admitted += not is_new
 
-        self._watched = {ask: admit, failures: count}
+        self._watched = {ask: admit, connections: count}
 
     def _serve(self) -> None:
         poller = zmq.Poller()

@@ -41,8 +41,8 @@ from moray.cluster.server import DataPlaneServer
 from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels import ops
-from moray.runtime.kernels.reference import quantize_activations
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
+from moray.runtime.kernels.reference import quantize_activations
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
