@@ -60,13 +60,15 @@ def read_keys(path: Path) -> CurveKeys:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(f"cannot read keys from {path} ({error.strerror}); make them with write_keys") from error
-    with os.fdopen(fd, errors="replace") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise ConfigError(f"{path} is not a file of this user (uid {status.st_uid}); keys must be")
         if (mode := stat.S_IMODE(status.st_mode)) & ~_MODE:
             raise ConfigError(f"{path} has mode {mode:04o}, expected 0600: others may read it; chmod 600 {path}")
-        words = file.read(256).split("\n")
+        words = os.read(fd, 256).decode("ascii", errors="replace").split("\n")
+    finally:
+        os.close(fd)
     if len(words) != 4 or words[0] != _HEAD or not words[1].startswith("public ") or not words[2].startswith("secret "):
         raise ConfigError(f"{path} holds no keys of moray; expected three lines that begin with {_HEAD!r}")
     return CurveKeys(words[1].removeprefix("public "), words[2].removeprefix("secret "))

@@ -154,7 +154,7 @@ def test_keys_are_kept_in_files_that_nobody_else_reads(tmp_path: Path) -> None:
     write_keys(path, keys)
     assert path.stat().st_mode & 0o777 == 0o600 and read_keys(path) == keys
     assert keys.secret not in repr(keys)
-    with pytest.raises(ConfigError, match="choose a new file"):
+    with pytest.raises(ConfigError, match="choose a file that does not exist"):
         write_keys(path, keys)
     for mode in (0o640, 0o604, 0o700):
         path.chmod(mode)

@@ -149,7 +149,7 @@ def test_hosts_of_other_instruction_sets_give_the_same_bits(case_of: Callable[[s
         with (
             host_process(case.store, "portable", pair[0], client, (2, 0), MORAY_KERNEL="portable") as (one, first),
             host_process(case.store, "avx2", pair[1], client, (2, 1), MORAY_KERNEL="avx2") as (other, second),
-            standing(case, [first, second], client, numerics=numerics, lanes="remote", join_s=200) as (source, run),
+            standing(case, [first, second], client, numerics=numerics, lanes="remote", join_s=200) as (_, run),
         ):
             case.check(run)
             for process in (one, other):  # a deadline may have passed, once or more
