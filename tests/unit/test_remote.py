@@ -141,16 +141,18 @@ def test_forced_local_asks_nobody(demo_case: Case) -> None:
         assert made.source.remote_stats()[0].requests == 0 and run.stats().bytes_by_source["remote"] == 0
 
 
+@pytest.mark.long  # kernels of other instruction sets are compiled
+@pytest.mark.timeout(1200)
 def test_hosts_of_other_instruction_sets_give_the_same_bits(case_of: Callable[[str, Numerics], Case]) -> None:
     client = CurveKeys.make()
     for numerics in ("int8", "float"):
-        case = case_of("many", numerics)
-        pair = [CurveKeys.make(), CurveKeys.make()]
+        case, keys = case_of("many", numerics), [CurveKeys.make(), CurveKeys.make()]
         with (
-            host_process(case.store, "portable", pair[0], client, (2, 0), MORAY_KERNEL="portable") as (one, first),
-            host_process(case.store, "avx2", pair[1], client, (2, 1), MORAY_KERNEL="avx2") as (other, second),
-            standing(case, [first, second], client, numerics=numerics, lanes="remote", join_s=200) as (_, run),
+            host_process(case.store, "portable", keys[0], client, (2, 0), MORAY_KERNEL="portable") as (one, first),
+            host_process(case.store, "avx2", keys[1], client, (2, 1), MORAY_KERNEL="avx2") as (other, second),
+            standing(case, [first, second], client, numerics=numerics, lanes="remote", join_s=500) as (source, run),
         ):
+            assert {each.state for each in source.remote_stats()} == {"up"}
             case.check(run)
             for process in (one, other):  # a deadline may have passed, once or more
                 while pairs_computed(process) <= TRIALS:
