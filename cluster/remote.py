@@ -49,6 +49,7 @@ class RemoteLanes:
         self.rates = Rates(token_bytes=_row_bytes(store, numerics))
         self._free: list[int] = []  # numbers in ``rates`` of hosts that have left
         self.hosts: list[RemoteHost] = []
+        self._layers: dict[int, _Layer] = {}
         self.lock = threading.Lock()
         self.poller = zmq.Poller()
         self._stop = threading.Event()
@@ -124,7 +125,10 @@ class RemoteLanes:
         chosen = {number: [i for i, place in enumerate(places) if place == number] for number in set(places) - {HERE}}
         if not chosen:
             return None
-        call = RemoteCall(self, _Layer(layer, layout, self._numerics, gate), grouping, x_TH, list(held), offers)
+        known = self._layers.get(layer)
+        if known is None:
+            known = self._layers[layer] = _Layer(layer, layout, self._numerics, gate)
+        call = RemoteCall(self, known, grouping, x_TH, list(held), offers)
         call.send(chosen)
         return call
 
@@ -150,7 +154,7 @@ class RemoteLanes:
 
 
 class _Layer:
-    """What is the same for all requests of a layer."""
+    """What is the same for all requests of a layer, whose gate does not change."""
 
     def __init__(self, layer: int, layout: ShardLayout, numerics: Numerics, gate: Gate) -> None:
         gate_up, down = layout["gate_up_proj"].spec, layout["down_proj"].spec
@@ -264,20 +268,23 @@ class RemoteCall:
         parts = split_work(counts, fixed_s, expert_s - fixed_s, pair_s - fixed_s, LONGEST_S)
         for number, part in enumerate(parts):
             experts = np.array([positions[i] for i in part.experts], dtype=np.int64)
-            spans = [starts[positions[i]] + np.arange(a, b) for i, a, b in zip(*part, strict=True)]
-            if not self._send_part(host, experts, spans):
-                rest = {positions[i] for later in parts[number:] for i in later.experts}
-                self._retry(sorted(rest))
+            counts = [last - first for first, last in zip(part.first, part.last, strict=True)]
+            pairs = np.concatenate([starts[positions[i]] + np.arange(a, b) for i, a, b in zip(*part, strict=True)])
+            if not self._send_part(host, experts, counts, pairs):
+                self._retry(sorted({positions[i] for later in parts[number:] for i in later.experts}))
                 return
 
-    def _send_part(self, host: RemoteHost, positions: Ints, spans: list[Ints]) -> bool:
-        layer, pairs = self._layer, np.concatenate(spans)
-        rows, row_of_pair = np.unique(self._grouping.token_of_pair[pairs], return_inverse=True)
-        buffer = layer.form.encode(self._x_TH[rows], row_of_pair)
+    def _send_part(self, host: RemoteHost, positions: Ints, counts: list[int], pairs: Ints) -> bool:
+        layer, x_TH = self._layer, self._x_TH
+        row_of_pair = self._grouping.token_of_pair[pairs]
+        if len(x_TH) > 1:
+            rows, row_of_pair = np.unique(row_of_pair, return_inverse=True)
+            x_TH = x_TH[rows]
+        buffer = layer.form.encode(x_TH, row_of_pair)
         experts = self._grouping.active[positions].tolist()
         message = Compute(
-            layer=layer.index, experts=experts, counts=[len(span) for span in spans], num_rows=len(rows),
-            numerics=layer.numerics, gate=layer.gate,
+            layer=layer.index, experts=experts, counts=counts, num_rows=len(x_TH), numerics=layer.numerics,
+            gate=layer.gate,
         )  # fmt: skip
         num_bytes = len(experts) * layer.num_bytes
         wire_bytes = len(buffer) + len(pairs) * (layer.pair_bytes - layer.form.num_bytes(1, 1))
