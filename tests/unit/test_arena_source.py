@@ -192,6 +192,7 @@ class MeddlingSource:
     """Passes fetches on; spoils a shard in its host's arena while each of the first leases is in use."""
 
     wants_uses = False
+    remote = None
 
     def __init__(self, source: ArenaSource, hosts: dict[str, ShardHost], times: int) -> None:
         self._source, self._hosts, self.times_left = source, hosts, times

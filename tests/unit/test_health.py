@@ -1,0 +1,194 @@
+"""Decisions about remote hosts: deadlines and states by a manual clock, places, requests and key files."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moray.cluster.client import HostAddress, HostClient
+from moray.cluster.health import CAP_S, FLOOR_S, HostHealth, HostState, LinkRate, Probe
+from moray.cluster.keys import CurveKeys, CurveServer, read_keys, write_keys
+from moray.runtime.errors import ConfigError
+from moray.runtime.lanes.lane import Lane
+from moray.runtime.lanes.places import HERE, choose_places, split_work
+from moray.runtime.lanes.rates import Rates
+
+HEAD = "moray data plane keys\n"
+
+
+def up(now: float = 0.0) -> HostHealth:
+    health = HostHealth(now)
+    assert health.state is HostState.DOWN and health.probe(now) is Probe.HELLO
+    health.joined(now)
+    return health
+
+
+def test_deadlines_follow_what_was_measured() -> None:
+    health = up()
+    assert health.deadline_s(1e-3) == CAP_S  # nothing is known yet
+    for _ in range(50):
+        health.answered(1.0, 1e-3, 1.2e-3)
+    assert health.deadline_s(1e-3) == FLOOR_S
+    assert health.deadline_s(0.1) == pytest.approx(0.2, rel=0.05)
+    health.answered(1.0, 1e-3, 0.2)  # one answer came late: more patience for a while
+    patient = health.deadline_s(1e-3)
+    assert FLOOR_S < patient < CAP_S
+    for _ in range(50):
+        health.answered(1.0, 1e-3, 1e-3)
+    assert health.deadline_s(1e-3) == FLOOR_S < patient
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), max_size=30), st.floats(0, 1e6))
+def test_a_deadline_has_its_limits(answers: list[tuple[float, float]], expected_s: float) -> None:
+    health = up()
+    for pair in answers:
+        health.answered(0.0, *pair)
+    assert FLOOR_S <= health.deadline_s(expected_s) <= CAP_S
+
+
+def test_a_suspected_host_is_pinged_and_taken_back() -> None:
+    health = up()
+    health.missed(1.0)
+    assert health.state is HostState.SUSPECTED and health.probe(1.0) is Probe.PING
+    assert health.probe(1.01) is None  # not all the time
+    health.heard(1.02)
+    assert health.state is HostState.UP
+    health.missed(2.0)  # again: not trusted at once
+    health.heard(2.01)
+    assert health.state is HostState.SUSPECTED
+    health.heard(2.2)
+    assert health.state is HostState.UP
+    waits = []
+    for start in (10.0, 100.0, 200.0, 300.0):
+        health.missed(start)
+        now = start
+        while health.state is HostState.SUSPECTED:
+            health.heard(now := now + 0.01)
+        waits.append(now - start)
+    assert waits == sorted(waits) and waits[-1] > 2 * waits[0]
+    for _ in range(60):
+        health.answered(400.0, 1e-3, 1e-3)
+    health.missed(500.0)
+    health.heard(500.02)
+    assert health.state is HostState.UP
+
+
+def test_a_silent_host_must_introduce_itself_and_is_asked_less_and_less() -> None:
+    health = up()
+    health.missed(1.0)
+    probes = [(now, probe) for i in range(6000) if (probe := health.probe(now := 1 + i / 100)) is not None]
+    assert health.state is HostState.DOWN
+    assert probes[0][1] is Probe.PING and probes[-1][1] is Probe.HELLO
+    gaps = [b[0] - a[0] for a, b in pairwise(probes)]
+    assert max(gaps) <= 2.1 and len(probes) < 50
+    health.heard(70.0)
+    assert health.state is HostState.DOWN  # words are not enough
+    health.joined(71.0)
+    assert health.state is HostState.UP and health.probe(71.5) is None and health.probe(72.1) is Probe.PING
+
+
+def test_a_link_is_measured_by_what_goes_over_it() -> None:
+    link = LinkRate()
+    for _ in range(100):
+        link.observe(4000, 2e-4)
+        link.observe(10**6, 2e-4 + 8e-3)
+    assert link.round_trip_s == pytest.approx(2e-4) and 1 / link.byte_s == pytest.approx(125e6)
+    assert link.seconds(10**6) == pytest.approx(8.2e-3)
+
+
+# ---------------------------------------------------------------------------------------- places
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.booleans(), st.sets(st.integers(0, 2))), min_size=1, max_size=12),
+    st.sampled_from([None, Lane.HOST_CPU, Lane.REMOTE_COMPUTE]),
+)
+def test_an_expert_goes_only_where_it_is(work: list[tuple[int, bool, set[int]]], forced: Lane | None) -> None:
+    rates = Rates()
+    assert [rates.add_remote() for _ in range(3)] == [0, 1, 2]
+    rates.validate()
+    tokens, is_here, offers = [w[0] for w in work], [w[1] for w in work], [tuple(sorted(w[2])) for w in work]
+    places = choose_places(tokens, is_here, offers, 2 << 20, rates, forced)
+    for place, hosts in zip(places, offers, strict=True):
+        assert place == HERE or place in hosts
+        if forced is Lane.HOST_CPU or not hosts:
+            assert place == HERE
+        elif forced is Lane.REMOTE_COMPUTE:
+            assert place in hosts
+
+
+def test_what_the_disk_would_take_longer_for_is_computed_elsewhere() -> None:
+    rates = Rates()
+    rates.add_remote()
+    places = choose_places([1, 1, 1, 1], [True, True, False, False], [(), (), (0,), (0,)], 25 << 20, rates)
+    assert places == [HERE, HERE, 0, 0]
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=10), st.floats(0, 0.1), st.floats(0, 0.1), st.floats(1e-6, 0.1)
+)
+def test_requests_are_cut_to_size_and_lose_nothing(
+    counts: list[int], fixed_s: float, expert_s: float, pair_s: float
+) -> None:
+    seen: dict[int, list[int]] = {}
+    for part in split_work(counts, fixed_s, expert_s, pair_s, 0.25):
+        spans = list(zip(*part, strict=True))
+        cost_s = fixed_s + sum(expert_s + (last - first) * pair_s for _, first, last in spans)
+        assert cost_s <= 0.25 * (1 + 1e-6) or (len(spans) == 1 and spans[0][2] - spans[0][1] == 1)
+        for expert, first, last in spans:
+            seen.setdefault(expert, []).extend(range(first, last))
+    assert seen == {expert: list(range(count)) for expert, count in enumerate(counts)}
+
+
+# ------------------------------------------------------------------------------------------ keys
+
+
+def test_keys_are_kept_in_files_that_nobody_else_reads(tmp_path: Path) -> None:
+    keys, path = CurveKeys.make(), tmp_path / "keys"
+    write_keys(path, keys)
+    assert path.stat().st_mode & 0o777 == 0o600 and read_keys(path) == keys
+    assert keys.secret not in repr(keys)
+    with pytest.raises(ConfigError, match="choose a file that does not exist"):
+        write_keys(path, keys)
+    for mode in (0o640, 0o604, 0o700):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match=f"has mode {mode:04o}, expected 0600"):
+            read_keys(path)
+    path.chmod(0o600)
+    (tmp_path / "link").symlink_to(path)
+    for other in (tmp_path / "link", tmp_path / "none", tmp_path):
+        with pytest.raises(ConfigError):
+            read_keys(other)
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+        with pytest.raises(ConfigError, match="is not a file of this user"):
+            read_keys(path)
+
+
+@pytest.mark.parametrize("text", ["", HEAD, HEAD + "public a\nsecret b\n", "\0" * 300])
+def test_files_that_hold_no_keys_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError):
+        read_keys(path)
+
+
+def test_keys_must_fit_each_other_and_tcp_needs_them() -> None:
+    one, other = CurveKeys.make(), CurveKeys.make()
+    with pytest.raises(ConfigError, match="do not belong together"):
+        CurveKeys(one.public, other.secret)
+    with pytest.raises(ConfigError, match="only ipc:// goes without"):
+        HostClient(HostAddress("far", "tcp://127.0.0.1:9", "token"), "me", curve=one)
+    with pytest.raises(ConfigError, match="only ipc:// goes without"):
+        HostClient(HostAddress("far", "tcp://127.0.0.1:9", "token", server_key=one.public), "me")
+    server = CurveServer(one)
+    assert not server.admits(other.public)
+    server.allow(other.public)
+    assert server.admits(other.public)
