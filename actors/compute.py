@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from moray.cluster.keys import CurveKeys
+
 from moray.actors.guard import exit_with
+from moray.actors.home import Home
 from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
 from moray.cluster.client import HostAddress
 from moray.runtime.errors import MorayError
@@ -34,10 +37,11 @@ class ComputeActor:
     start an actor of it, does not load them.
     """
 
-    def __init__(self, config: ComputeConfig, node_id: Callable[[], str]) -> None:
+    def __init__(self, config: ComputeConfig, home: Home) -> None:
         exit_with(config.owner)
-        self._config, self._node_id = config, node_id()
+        self._config, self._node_id = config, home.node_id()
         self._failure: MorayError | None = None
+        self._keys = CurveKeys.make()
         self._cores = CoreClaim(read_cores(), config.num_threads)
         try:
             with on_cores(self._cores.cpus):  # the threads of the kernels are made here
@@ -45,16 +49,24 @@ class ComputeActor:
         except MorayError as error:
             self._failure = error  # Ray would turn an error of the constructor into text
 
-    def attach(self, hosts: Sequence[HostAddress]) -> ComputeReport:
-        """Connect to the hosts, once they are ready. Raises ClusterError, or what kept the trunk from loading."""
-        from moray.cluster.arena_source import ArenaSource
+    def public_key(self) -> str:
+        """What remote hosts must admit before ``attach``: made anew with every process."""
+        return self._keys.public
+
+    def attach(self, local: Sequence[HostAddress], remote: Sequence[HostAddress]) -> ComputeReport:
+        """Connect to the hosts, once they are ready. Raises ClusterError, or what kept the trunk from loading.
+
+        ``local``: on this node, which hold every expert between them or load it from its disk.
+        """
+        from moray.cluster.cluster_source import ClusterSource
+
         from moray.runtime.experts.watch import WatchOptions
         from moray.runtime.generation.runner import Runner
 
         if self._failure is not None:
             raise self._failure
         config = self._config
-        self._source = ArenaSource(self._store, hosts, whole_layers=config.caching.whole_layers)
+        self._source = ClusterSource(self._store, local, remote, self._keys, whole_layers=config.caching.whole_layers)
         depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
         watch = WatchOptions(depth, config.caching.trace, config.num_slots, config.caching.policy)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
@@ -70,6 +82,10 @@ class ComputeActor:
             arenas=self._source.arena_refs(),
             load_s=self._load_s,
         )
+
+    def meet(self, host: HostAddress) -> None:
+        """A remote host serves here now: a new one, or one that was restarted and has another key."""
+        self._source.meet(host)
 
     def _device_tier(self) -> DeviceTier | None:
         """The experts on the GPU, if there is one, which may read the arenas by itself."""

@@ -6,12 +6,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from moray.runtime.cpu import usable_cores
 from moray.runtime.errors import ConfigError
 from moray.runtime.planning.sizes import parse_bytes
 from moray.runtime.topology import numa_nodes, read_cores
+
+
+class NodeConfig(BaseModel):
+    """What is particular about one node of the cluster."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Directory of its copy of the store; none: the engine's ``store``.
+    store: Path | None = None
+    #: Memory of its arena: a size, or a share of what is available there. None: as much as is left.
+    host_memory: str | None = None
+
+    @field_validator("host_memory")
+    @classmethod
+    def _is_size(cls, text: str | None, info: ValidationInfo) -> str | None:
+        return _check_size(text, info)
 
 
 class EngineConfig(BaseModel):
@@ -27,6 +43,10 @@ class EngineConfig(BaseModel):
     hosts: int | None = Field(None, ge=1, le=64)
     #: HOST:PORT of a running Ray cluster; none: start Ray on this machine, for this engine alone.
     address: str | None = None
+    #: With ``address``: what is particular about nodes, by name or IP address.
+    nodes: dict[str, NodeConfig] = {}
+    #: TCP port that expert hosts on other nodes listen on; 0: any free one.
+    data_port: int = Field(0, ge=0, le=65535)
     #: Numerics class on CPUs (docs/format.md). auto: int8.
     numerics: Literal["auto", "int8", "float"] = "auto"
     #: Threads that compute; none: one for each core this process may use, fewer under a container's CPU limit.
@@ -52,9 +72,13 @@ class EngineConfig(BaseModel):
     @field_validator("host_memory", "device_memory")
     @classmethod
     def _is_size(cls, text: str | None, info: ValidationInfo) -> str | None:
-        if text is not None:
-            parse_bytes(text, 1 << 40, info.field_name or "size")  # its share is taken when the memory is known
-        return text
+        return _check_size(text, info)
+
+    @model_validator(mode="after")
+    def _has_cluster(self) -> EngineConfig:
+        if self.nodes and self.address is None:
+            raise ValueError("nodes are of a cluster, and there is no address: give the head node's HOST:PORT")
+        return self
 
     @property
     def store_path(self) -> Path:
@@ -62,13 +86,19 @@ class EngineConfig(BaseModel):
 
     @property
     def num_hosts(self) -> int:
-        if self.hosts is None and self.address is None:
-            return len(numa_nodes(read_cores()))
-        return self.hosts or 1  # another machine's NUMA nodes are not known here
+        """Of the machine that asks, which must be the compute actor's."""
+        return self.hosts or len(numa_nodes(read_cores()))
 
     @property
     def num_threads(self) -> int:
+        """Of the machine that asks, which must be the compute actor's."""
         return self.threads or usable_cores()
+
+
+def _check_size(text: str | None, info: ValidationInfo) -> str | None:
+    if text is not None:
+        parse_bytes(text, 1 << 40, info.field_name or "size")  # its share is taken when the memory is known
+    return text
 
 
 def demo_store() -> Path:
