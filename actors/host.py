@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from moray.cluster.keys import CurveKeys, CurveServer
-
 from moray.actors.guard import exit_with
 from moray.actors.home import Home
 from moray.actors.messages import HostConfig, HostReport
+from moray.cluster.keys import CurveKeys, CurveServer
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import HostLostError, MorayError
@@ -72,8 +70,9 @@ class ExpertHost:
         if is_remote:
             keys = CurveKeys.make()
             self._curve = CurveServer(keys, home.client_keys())
-            address = replace(address, address=_with_port(address.address), server_key=keys.public)
+            address = replace(address, server_key=keys.public)
         self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token, self._curve)
+        address = replace(address, address=self._server.address)
         if is_remote:
             home.announce(address)
         return HostReport(
@@ -86,16 +85,6 @@ class ExpertHost:
             arena=self._host.arena.ref,
             start_s=perf_counter() - started,
         )
-
-
-def _with_port(address: str) -> str:
-    """``tcp://HOST:0`` with a port that is free."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    if port != "0":
-        return address
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
 def _take_back(ref: ArenaRef | None) -> Arena | None:

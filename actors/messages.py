@@ -56,7 +56,6 @@ class EngineOrders:
     compute_node: NodeInfo
     local_slots: dict[str, int]  # host id -> slots of its arena
     nodes: dict[str, NodeOrders]  # node's name or address -> what is particular about it
-    data_port: int  # of remote hosts; 0: any free one
     token: str
     caching: Caching
     owner: Owner | None

@@ -209,17 +209,16 @@ class Orchestrator:
 
     def _launch(self, member: Member, report: NodeReport) -> None:
         """Start a member's host with the experts assigned to it, as many as the node has memory for."""
-        keys = tuple(self._placement[member.host_id])
-        address = f"tcp://{member.node.address}:{self._orders.data_port}"
+        address = f"tcp://{member.node.address}:0"  # any free port; the host reports which
         config = HostConfig(
             address=HostAddress(member.host_id, address, self._orders.token, member.node.name),
             store_path=self._orders_of(member.node).store_path,
-            keys=keys,
-            assigned=keys,
+            keys=tuple(sorted(self._manifest.shards)),
+            assigned=tuple(self._placement[member.host_id]),
             index=0,
             num_hosts=1,
             num_threads=report.num_threads,
-            num_slots=min(report.num_slots, len(keys)),
+            num_slots=report.num_slots,
             caching=self._orders.caching,
             owner=None,  # another machine's process cannot be watched; Ray ends the host with this actor
         )

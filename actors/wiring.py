@@ -25,6 +25,7 @@ from moray.actors.messages import (
     ComputeConfig,
     ComputeReport,
     EngineOrders,
+    EngineStatus,
     HostConfig,
     HostReport,
     NodeOrders,
@@ -89,7 +90,6 @@ def start_actors(
     node: NodeInfo,
     nodes: dict[str, NodeOrders],
     is_joined: bool,
-    data_port: int,
     num_hosts: int,
     numerics: Numerics,
     device: str,
@@ -116,7 +116,6 @@ def start_actors(
         compute_node=node,
         local_slots=dict(zip(local_keys, plan.slots, strict=True)),
         nodes=nodes,
-        data_port=data_port,
         token=token,
         caching=caching,
         owner=owner,
@@ -192,6 +191,18 @@ def host_stats(actors: Actors) -> tuple[HostStats, ...]:
         with suppress(GetTimeoutError, ClusterError):
             stats.append(fetch(lambda host=host: ray.get(host.stats.remote(), timeout=_REMOTE_STATS_S)))
     return tuple(stats)
+
+
+def engine_statuses() -> dict[str, EngineStatus]:
+    """Of every engine of the cluster that answers, by the engine's name."""
+    ending, found = _orchestrator(""), {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == ray_session.NAMESPACE and actor["name"].endswith(ending):
+            with suppress(GetTimeoutError, RayError, ValueError):  # it ends meanwhile
+                orchestrator: Any = ray.get_actor(actor["name"], ray_session.NAMESPACE)
+                name = actor["name"].removesuffix(ending)
+                found[name] = ray.get(orchestrator.status.remote(), timeout=_REMOTE_STATS_S)
+    return found
 
 
 def run_on(node: NodeInfo, function: Callable[..., T], *args: object) -> T:

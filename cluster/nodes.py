@@ -20,6 +20,8 @@ class NodeInfo:
     name: str = ""  # `ray start --node-name`; Ray's default is the node's IP address
     address: str = ""  # its IP address
     started_ms: int = 0  # Unix time
+    num_cpus: int = 0  # as Ray counts them
+    memory_bytes: int = 0  # that Ray would give to tasks
 
 
 def choose_compute_node(nodes: Sequence[NodeInfo], here: str, *, needs_gpu: bool) -> NodeInfo:

@@ -170,6 +170,8 @@ def nodes_at(address: str) -> list[NodeInfo]:
             name=node.node_name,
             address=node.node_manager_address,
             started_ms=node.start_time_ms,
+            num_cpus=int(node.resources_total.get("CPU", 0)),
+            memory_bytes=int(node.resources_total.get("memory", 0)),
         )
         for node_id, node in _ask(address).get_all_node_info(timeout=_CONNECT_TIMEOUT_S).items()
         if node.state == _ALIVE

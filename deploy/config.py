@@ -45,8 +45,6 @@ class EngineConfig(BaseModel):
     address: str | None = None
     #: With ``address``: what is particular about nodes, by name or IP address.
     nodes: dict[str, NodeConfig] = {}
-    #: TCP port that expert hosts on other nodes listen on; 0: any free one.
-    data_port: int = Field(0, ge=0, le=65535)
     #: Numerics class on CPUs (docs/format.md). auto: int8.
     numerics: Literal["auto", "int8", "float"] = "auto"
     #: Threads that compute; none: one for each core this process may use, fewer under a container's CPU limit.

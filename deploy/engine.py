@@ -66,7 +66,6 @@ def launch(
     hosts: int | None = None,
     address: str | None = None,
     nodes: Mapping[str, Mapping[str, str]] | None = None,
-    data_port: int | None = None,
     numerics: Literal["auto", "int8", "float"] = "auto",
     policy: Literal["auto", "lfu", "layer-lru", "lru", "whole-layers"] = "auto",
     prefetch: Literal["auto", "on", "off"] = "auto",
@@ -85,7 +84,7 @@ def launch(
             print(engine.generate("def main(", max_new_tokens=40).text)
     """
     values = {"store": store, "device": device, "hosts": hosts, "numerics": numerics}
-    cluster = {"address": address, "nodes": nodes, "data_port": data_port}
+    cluster = {"address": address, "nodes": nodes}
     memory = {"host_memory": host_memory, "device_memory": device_memory, "context": context}
     caching = {"policy": policy, "prefetch": prefetch, "lanes": lanes, "trace": trace}
     return Engine(make_config(values | cluster | memory | caching | {"threads": threads}))
@@ -239,7 +238,6 @@ class Engine:
             node=node,
             nodes=orders,
             is_joined=config.address is not None,
-            data_port=config.data_port,
             num_hosts=prepared.num_hosts,
             numerics="float" if config.numerics == "float" else "int8",
             device=config.device,
