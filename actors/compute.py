@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from moray.cluster.keys import CurveKeys
+from moray.cluster.remote_host import RemoteStats
 
 from moray.actors.guard import exit_with
 from moray.actors.home import Home
 from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
 from moray.cluster.client import HostAddress
+from moray.cluster.keys import CurveKeys
 from moray.runtime.errors import MorayError
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
 from moray.runtime.memory import reuse_freed_memory
@@ -58,7 +59,7 @@ class ComputeActor:
 
         ``local``: on this node, which hold every expert between them or load it from its disk.
         """
-        from moray.cluster.cluster_source import ClusterSource
+        from moray.cluster.cluster_source import FORCED, ClusterSource
 
         from moray.runtime.experts.watch import WatchOptions
         from moray.runtime.generation.runner import Runner
@@ -66,7 +67,15 @@ class ComputeActor:
         if self._failure is not None:
             raise self._failure
         config = self._config
-        self._source = ClusterSource(self._store, local, remote, self._keys, whole_layers=config.caching.whole_layers)
+        self._source = ClusterSource(
+            self._store,
+            local,
+            remote,
+            self._keys,
+            numerics=config.numerics,
+            lanes=config.lanes if config.lanes in FORCED else "auto",
+            whole_layers=config.caching.whole_layers,
+        )
         depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
         watch = WatchOptions(depth, config.caching.trace, config.num_slots, config.caching.policy)
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
@@ -85,17 +94,24 @@ class ComputeActor:
 
     def meet(self, host: HostAddress) -> None:
         """A remote host serves here now: a new one, or one that was restarted and has another key."""
-        self._source.meet(host)
+        self._source.join(host)
+
+    def part(self, host_id: str) -> None:
+        """A remote host's node is gone."""
+        self._source.leave(host_id)
 
     def _device_tier(self) -> DeviceTier | None:
         """The experts on the GPU, if there is one, which may read the arenas by itself."""
+        from moray.cluster.cluster_source import FORCED
+
         from moray.runtime.device.tier import DeviceTier, default_budget
 
         manifest, device, num_bytes = self._store.manifest, self._model.device, self._config.device_bytes
         if device.type == "cpu":
             return None
         budget = default_budget(manifest, device) if num_bytes is None else num_bytes
-        tier = DeviceTier.of(manifest, device, budget, self._config.lanes)
+        lanes = "auto" if self._config.lanes in FORCED else self._config.lanes
+        tier = DeviceTier.of(manifest, device, budget, lanes)
         if tier.cache is not None:
             for arena in self._source.arenas:
                 tier.cache.register(arena.base_address, arena.num_bytes)
@@ -147,8 +163,16 @@ class ComputeActor:
 
     def stats(self) -> ComputeStats:
         return ComputeStats(
-            self._runner.stats(), tuple(self._source.describe()), self._source.stats(), self._runner.device_stats()
+            self._runner.stats(),
+            tuple(self._source.describe()),
+            self._source.stats(),
+            self._runner.device_stats(),
+            self.remote_stats(),
         )
+
+    def remote_stats(self) -> tuple[RemoteStats, ...]:
+        """Of every remote host."""
+        return tuple(self._source.remote_stats())
 
 
 def _resolve(device: str) -> str:

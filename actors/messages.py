@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moray.cluster.remote_host import RemoteStats
+
 from moray.actors.guard import Owner
 from moray.cluster.client import HostAddress
 from moray.cluster.identity import NodeIdentity
@@ -71,6 +73,7 @@ class RemoteHostStatus:
     reason: str
     address: str  # of the data plane; empty: it does not listen yet
     num_experts: int  # assigned to it
+    link: RemoteStats | None  # as the compute actor sees it; None: it was never connected
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,7 @@ class ComputeStats:
     sources: tuple[SourceInfo, ...]
     fetches: SourceStats
     device: DeviceStats | None  # None: there is none
+    remote: tuple[RemoteStats, ...]  # of hosts on other nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,7 @@ class EngineStats:
     hosts: tuple[HostStats, ...]
     policy: str  # of eviction, and why it was chosen
     device: DeviceStats | None
+    remote: tuple[RemoteStats, ...]
 
     @property
     def hits(self) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from time import sleep
 from typing import Any, Protocol
 
+from moray.cluster.remote_host import RemoteStats
+
 from moray.actors.guard import exit_with
 from moray.actors.messages import (
     EngineOrders,
@@ -52,6 +54,12 @@ class Hands(Protocol):
 
     def meet(self, address: HostAddress) -> None:
         """Tell the compute actor of a host that serves; returns at once."""
+
+    def part(self, host_id: str) -> None:
+        """Tell the compute actor of a host that is gone; returns at once."""
+
+    def links(self) -> Sequence[RemoteStats]:
+        """The remote hosts as the compute actor sees them; none if it does not answer soon."""
 
 
 class Orchestrator:
@@ -135,6 +143,7 @@ class Orchestrator:
             return [self._handles[m.host_id] for m in self._members.members if m.state == "running"]
 
     def status(self) -> EngineStatus:
+        links = {link.host_id: link for link in self._hands.links()}
         with self._lock:
             members, addresses = self._members.members, dict(self._addresses)
         remote = tuple(
@@ -145,6 +154,7 @@ class Orchestrator:
                 reason=member.reason,
                 address=addresses[member.host_id].address if member.host_id in addresses else "",
                 num_experts=len(self._placement.get(member.host_id, ())),
+                link=links.get(member.host_id),
             )
             for member in members
         )
@@ -174,6 +184,8 @@ class Orchestrator:
         _log.warning("node %s has left the cluster; its experts come from elsewhere", member.node.name)
         with self._lock:
             handle = self._handles.pop(member.host_id, None)
+            self._addresses.pop(member.host_id, None)
+        self._hands.part(member.host_id)
         if handle is not None:
             self._hands.stop(handle)
 
@@ -239,6 +251,7 @@ class Orchestrator:
         if not is_used:
             self._hands.stop(handle)
             raise ClusterError(f"node {member.node.name} left the cluster while its expert host was started")
+        self.announce(report.address)  # its own word may still be on the way
         return report
 
     def _refuse(self, members: Sequence[Member], error: MorayError) -> None:

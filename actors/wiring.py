@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
+from moray.cluster.remote_host import RemoteStats
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from moray.actors.compute import ComputeActor
@@ -240,8 +241,21 @@ class RayHands:
         ray.kill(host)
 
     def meet(self, address: HostAddress) -> None:
+        self._control("meet", address)
+
+    def part(self, host_id: str) -> None:
+        self._control("part", host_id)
+
+    def links(self) -> Sequence[RemoteStats]:
+        try:
+            found: tuple[RemoteStats, ...] = ray.get(self._control("remote_stats"), timeout=_REMOTE_STATS_S)
+        except (GetTimeoutError, RayError, ValueError):  # it starts, or has ended
+            return ()
+        return found
+
+    def _control(self, method: str, *args: object) -> Any:
         compute: Any = ray.get_actor(_compute(self._engine))
-        compute.meet.options(concurrency_group=CONTROL).remote(address)
+        return getattr(compute, method).options(concurrency_group=CONTROL).remote(*args)
 
 
 class RayHome:

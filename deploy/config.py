@@ -62,8 +62,9 @@ class EngineConfig(BaseModel):
     #: Load experts ahead of need, predicted by the next layers' routers. auto: as long as it pays.
     prefetch: Literal["auto", "on", "off"] = "auto"
     #: With a GPU, where experts are computed: auto picks what is done first by measured rates; device-copy: on the GPU,
-    #: copied there if need be; host-cpu: on the CPU, in place.
-    lanes: Literal["auto", "device-copy", "host-cpu"] = "auto"
+    #: copied there if need be; host-cpu: on the CPU, in place. With several nodes: local: never on another node; remote:
+    #: always where an expert is in memory, if that is another node; auto: what is done first.
+    lanes: Literal["auto", "device-copy", "host-cpu", "local", "remote"] = "auto"
     #: File to record every layer call into (moray trace).
     trace: Path | None = None
 

@@ -69,7 +69,7 @@ def launch(
     numerics: Literal["auto", "int8", "float"] = "auto",
     policy: Literal["auto", "lfu", "layer-lru", "lru", "whole-layers"] = "auto",
     prefetch: Literal["auto", "on", "off"] = "auto",
-    lanes: Literal["auto", "device-copy", "host-cpu"] = "auto",
+    lanes: Literal["auto", "device-copy", "host-cpu", "local", "remote"] = "auto",
     trace: str | Path | None = None,
     threads: int | None = None,
     host_memory: str | None = None,
@@ -191,7 +191,7 @@ class Engine:
         """What the experts did so far: tokens per expert, bytes by source, hits and misses, loads, prefetch, times."""
         stats: ComputeStats = call(self.actors.compute.stats.options(concurrency_group=CONTROL))
         hosts = host_stats(self.actors)
-        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts, self._policy, stats.device)
+        return EngineStats(stats.experts, stats.sources, stats.fetches, hosts, self._policy, stats.device, stats.remote)
 
     def status(self) -> EngineStatus:
         """Which node holds what, and how it is."""

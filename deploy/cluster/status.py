@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moray.cluster.remote_host import RemoteStats
 from rich.console import Console
 from rich.table import Table
 
-from moray.actors.messages import EngineStatus
+from moray.actors.messages import EngineStatus, RemoteHostStatus
 from moray.cluster import ray_session
 from moray.cluster.nodes import ROLE_LABEL, NodeInfo
 from moray.deploy.cluster.node import VERSION_LABEL
@@ -61,9 +62,22 @@ def print_status(status: ClusterStatus, console: Console) -> None:
     console.print(table)
     for name, engine in status.engines.items():
         console.print(f"{name}: {engine.store_path}, computing on {engine.compute_node}")
-        table = Table("host", "node", "state", "experts", "address", "why")
+        table = Table("host", "node", "state", "experts", "in memory", "round trip", "link", "late", "why")
         for host_id, count in engine.local_hosts.items():
-            table.add_row(host_id, engine.compute_node, "running", str(count), "in place", "")
+            table.add_row(host_id, engine.compute_node, "running", str(count), "", "in place")
         for host in engine.remote_hosts:
-            table.add_row(host.host_id, host.node, host.state, str(host.num_experts), host.address or "-", host.reason)
+            table.add_row(host.host_id, host.node, _state(host), str(host.num_experts), *_link(host.link), host.reason)
         console.print(table)
+
+
+def _state(host: RemoteHostStatus) -> str:
+    """What the orchestrator says, and what the compute actor has seen of it since."""
+    return host.state if host.link is None or host.state != "running" else f"{host.state}, {host.link.state}"
+
+
+def _link(link: RemoteStats | None) -> tuple[str, str, str, str]:
+    """Experts in memory, time of a round trip without computing, bandwidth, requests that missed their deadline."""
+    if link is None:
+        return "-", "-", "-", "-"
+    speed = f"{format_bytes(int(link.bytes_per_s))}/s" if link.bytes_per_s else "-"
+    return str(link.num_resident), f"{link.round_trip_us / 1000:.2f} ms", speed, str(link.missed)
