@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from moray.cluster.remote_host import RemoteStats
-
 from moray.actors.guard import exit_with
 from moray.actors.home import Home
 from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
 from moray.cluster.client import HostAddress
 from moray.cluster.keys import CurveKeys
+from moray.cluster.remote_host import RemoteStats
 from moray.runtime.errors import MorayError
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
 from moray.runtime.memory import reuse_freed_memory
@@ -60,7 +59,6 @@ class ComputeActor:
         ``local``: on this node, which hold every expert between them or load it from its disk.
         """
         from moray.cluster.cluster_source import FORCED, ClusterSource
-
         from moray.runtime.experts.watch import WatchOptions
         from moray.runtime.generation.runner import Runner
 
@@ -103,7 +101,6 @@ class ComputeActor:
     def _device_tier(self) -> DeviceTier | None:
         """The experts on the GPU, if there is one, which may read the arenas by itself."""
         from moray.cluster.cluster_source import FORCED
-
         from moray.runtime.device.tier import DeviceTier, default_budget
 
         manifest, device, num_bytes = self._store.manifest, self._model.device, self._config.device_bytes

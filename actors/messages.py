@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moray.cluster.remote_host import RemoteStats
-
 from moray.actors.guard import Owner
 from moray.cluster.client import HostAddress
 from moray.cluster.identity import NodeIdentity
 from moray.cluster.membership import MemberState
 from moray.cluster.nodes import NodeInfo
+from moray.cluster.remote_host import RemoteStats
 from moray.runtime.arena import ArenaRef
 from moray.runtime.device.stats import DeviceStats
 from moray.runtime.experts.meter import ExpertsStats

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from time import sleep
 from typing import Any, Protocol
 
-from moray.cluster.remote_host import RemoteStats
-
 from moray.actors.guard import exit_with
 from moray.actors.messages import (
     EngineOrders,
@@ -25,6 +23,7 @@ from moray.cluster.identity import check_identity, identity_of
 from moray.cluster.membership import Drop, Member, Membership
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.placement import place_by_slots, place_more
+from moray.cluster.remote_host import RemoteStats
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.layout.shard import ExpertKey

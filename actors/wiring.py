@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from moray.cluster.remote_host import RemoteStats
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from moray.actors.compute import ComputeActor
@@ -38,6 +37,7 @@ from moray.cluster import ray_session
 from moray.cluster.client import HostAddress
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.placement import place_evenly
+from moray.cluster.remote_host import RemoteStats
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.experts.shard_host import HostStats

@@ -62,8 +62,8 @@ class EngineConfig(BaseModel):
     #: Load experts ahead of need, predicted by the next layers' routers. auto: as long as it pays.
     prefetch: Literal["auto", "on", "off"] = "auto"
     #: With a GPU, where experts are computed: auto picks what is done first by measured rates; device-copy: on the GPU,
-    #: copied there if need be; host-cpu: on the CPU, in place. With several nodes: local: never on another node; remote:
-    #: always where an expert is in memory, if that is another node; auto: what is done first.
+    #: copied there if need be; host-cpu: on the CPU, in place. Of several nodes, local: on this one; remote:
+    #: on another that has the expert in memory, if there is one.
     lanes: Literal["auto", "device-copy", "host-cpu", "local", "remote"] = "auto"
     #: File to record every layer call into (moray trace).
     trace: Path | None = None
@@ -130,7 +130,10 @@ def _read(file: Path) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
+    if not name:
+        return str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        known = ", ".join(EngineConfig.model_fields)
+        kind = EngineConfig if len(first["loc"]) == 1 else NodeConfig
+        known = ", ".join(kind.model_fields)
         return f"unknown configuration key {name!r}; known keys: {known}"
     return f"configuration key {name!r} is {first['input']!r}: {first['msg']}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moray.cluster.remote_host import RemoteStats
 from rich.console import Console
 from rich.table import Table
 
 from moray.actors.messages import EngineStatus, RemoteHostStatus
 from moray.cluster import ray_session
 from moray.cluster.nodes import ROLE_LABEL, NodeInfo
+from moray.cluster.remote_host import RemoteStats
 from moray.deploy.cluster.node import VERSION_LABEL
 from moray.runtime.memory import format_bytes
 

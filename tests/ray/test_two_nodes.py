@@ -42,7 +42,7 @@ def test_two_nodes_give_the_tokens_of_one_and_a_node_that_returns_is_used_again(
 
     with pytest.raises(ClusterError, match=r"node right cannot join: its store is \w+, node left has \w+; give both"):
         moray.launch(address=cluster.address, nodes={"right": {"store": str(store("mixtral", "none"))}})
-    with pytest.raises(StoreError, match="on node right: /nowhere is not a directory.*copy the store there"):
+    with pytest.raises(StoreError, match=r"on node right: /nowhere is not a directory.*copy the store there"):
         moray.launch(address=cluster.address, nodes={"right": {"store": "/nowhere"}})
 
     with moray.launch(address=cluster.address, lanes="remote") as engine:
