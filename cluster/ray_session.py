@@ -26,7 +26,8 @@ from moray.runtime.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 128 << 20  # experts live in arenas; Ray's store carries only messages
 NAMESPACE = "moray"
-_CONNECT_TIMEOUT_S = 3.0
+_CONNECT_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 30.0
 _ALIVE = 0  # GcsNodeInfo.state
 
 
@@ -130,8 +131,8 @@ def prepare_environment(address: str) -> None:
     settings = record.settings if record is not None and record.gcs_address == address else {}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token" if has_token() else "disabled"
+    if has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
@@ -154,7 +155,8 @@ def _children() -> set[tuple[int, float]]:
 
 def living_nodes() -> list[NodeInfo]:
     """The living nodes of the cluster that this process is in."""
-    return nodes_at(ray.get_runtime_context().gcs_address)
+    connected: Any = ray._private.worker.global_worker
+    return _nodes(connected.gcs_client)
 
 
 def nodes_at(address: str) -> list[NodeInfo]:
@@ -162,6 +164,10 @@ def nodes_at(address: str) -> list[NodeInfo]:
 
     Raises ConfigError if nothing answers there, ClusterError if this process is not let in.
     """
+    return _nodes(_ask(address))
+
+
+def _nodes(client: Any) -> list[NodeInfo]:
     return [
         NodeInfo(
             node_id=node_id.hex(),
@@ -173,14 +179,14 @@ def nodes_at(address: str) -> list[NodeInfo]:
             num_cpus=int(node.resources_total.get("CPU", 0)),
             memory_bytes=int(node.resources_total.get("memory", 0)),
         )
-        for node_id, node in _ask(address).get_all_node_info(timeout=_CONNECT_TIMEOUT_S).items()
+        for node_id, node in client.get_all_node_info(timeout=_ANSWER_TIMEOUT_S).items()
         if node.state == _ALIVE
     ]
 
 
 def versions_at(address: str) -> dict[str, str]:
     """Versions of Ray and Python that a cluster runs, by ``ray`` and ``python``. Raises like ``nodes_at``."""
-    stored = _ask(address).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=_CONNECT_TIMEOUT_S)
+    stored = _ask(address).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=_ANSWER_TIMEOUT_S)
     found = json.loads(stored) if stored else {}
     return {"ray": found.get("ray_version", "unknown"), "python": found.get("python_version", "unknown")}
 
