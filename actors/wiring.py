@@ -12,7 +12,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -136,7 +137,10 @@ def start_actors(
     started: list[Any] = []
     try:
         here = _on(node)
-        orchestrator_options = {"name": _orchestrator(name), "max_concurrency": _ORCHESTRATOR_CALLS} | here
+        orchestrator_options: dict[str, Any] = {
+            "name": _orchestrator(name),
+            "max_concurrency": _ORCHESTRATOR_CALLS,
+        } | here
         orchestrator = _remote(Orchestrator, **orchestrator_options).remote(orders, RayHands(name))
         started.append(orchestrator)
         options = {"name": _compute(name), "max_concurrency": _MAX_STREAMS, "num_gpus": num_gpus} | here
@@ -190,7 +194,7 @@ def host_stats(actors: Actors) -> tuple[HostStats, ...]:
     stats = [call(host.stats) for host in actors.hosts]
     for host in actors.remote_hosts():
         with suppress(GetTimeoutError, ClusterError):
-            stats.append(fetch(lambda host=host: ray.get(host.stats.remote(), timeout=_REMOTE_STATS_S)))
+            stats.append(call(host.stats, timeout_s=_REMOTE_STATS_S))
     return tuple(stats)
 
 
@@ -208,7 +212,8 @@ def engine_statuses() -> dict[str, EngineStatus]:
 
 def run_on(node: NodeInfo, function: Callable[..., T], *args: object) -> T:
     """Run a module's function on a node, in a process of its own. Raises MorayError as it was raised there."""
-    return _results([(node, _task(node, function).remote(*args))])[0]
+    [result] = _results([(node, _task(node, function).remote(*args))])
+    return cast(T, result)
 
 
 class RayHands:
@@ -281,9 +286,9 @@ class RayHome:
         return ray.get_actor(_orchestrator(self._engine))
 
 
-def call(method: Any, *args: object) -> Any:
-    """Call an actor's method and wait. Raises our own errors as they were raised there."""
-    return fetch(lambda: ray.get(method.remote(*args)))
+def call(method: Any, *args: object, timeout_s: float | None = None) -> Any:
+    """Call an actor's method and wait. Raises our own errors as they were raised there, GetTimeoutError."""
+    return fetch(lambda: ray.get(method.remote(*args), timeout=timeout_s))
 
 
 def fetch(get: Callable[[], T]) -> T:
@@ -336,7 +341,7 @@ def _results(tasks: Sequence[tuple[NodeInfo, Any]]) -> list[Any]:
     results = []
     for node, reference in tasks:
         try:
-            results.append(fetch(lambda reference=reference: ray.get(reference, timeout=_TASK_S)))
+            results.append(fetch(partial(ray.get, reference, timeout=_TASK_S)))
         except GetTimeoutError as error:
             raise ClusterError(
                 f"node {node.name} ran no task within {_TASK_S:g} s; is its Ray process alive?"

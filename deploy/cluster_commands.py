@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,15 +20,18 @@ NameOption = Annotated[str | None, typer.Option(help="The node's name, one for e
 TlsOption = Annotated[
     Path | None, typer.Option(help="Folder of certificates made by `moray cluster keys --tls`; none: no TLS.")
 ]
+Command = Callable[..., None]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 _TLS_FOLDER = Path.home() / ".config" / "moray" / "tls"
 
 
-def make_cluster_app(command: Callable[..., Any], console: Console) -> typer.Typer:
+def make_cluster_app(
+    command: Callable[[str, str | None, typer.Typer], Callable[[Command], Command]], console: Console
+) -> typer.Typer:
     """The group; ``command`` registers, ``console`` is written to."""
     group = typer.Typer(help="Make a Ray cluster of a few machines, and look at it.", no_args_is_help=True)
 
-    @command("moray cluster keys --tls 10.0.0.1 --tls 10.0.0.2", group=group)
+    @command("moray cluster keys --tls 10.0.0.1 --tls 10.0.0.2", None, group)
     def keys(
         tls: Annotated[
             list[str] | None,
@@ -58,7 +61,7 @@ def make_cluster_app(command: Callable[..., Any], console: Console) -> typer.Typ
                 files = ",".join(("ca.pem", f"node-{address}.pem", f"node-{address}-key.pem"))
                 console.print(f"  scp -p {folder}/{{{files}}} {address}:{folder}/", soft_wrap=True)
 
-    @command("moray cluster up --address 10.0.0.1", group=group)
+    @command("moray cluster up --address 10.0.0.1", None, group)
     def up(
         address: AddressOption = None,
         port: Annotated[int, typer.Option(help="That other nodes join at.", min=1, max=65535)] = 6379,
@@ -75,7 +78,7 @@ def make_cluster_app(command: Callable[..., Any], console: Console) -> typer.Typ
         console.print("then, here:")
         console.print(f"  moray generate 'def main(' --address {record.gcs_address}", soft_wrap=True)
 
-    @command("moray cluster join 10.0.0.1:6379", group=group)
+    @command("moray cluster join 10.0.0.1:6379", None, group)
     def join(
         head: Annotated[str, typer.Argument(help="HOST:PORT of the head node.")],
         address: AddressOption = None,
@@ -89,7 +92,7 @@ def make_cluster_app(command: Callable[..., Any], console: Console) -> typer.Typ
         record = start_worker(head, address, _role(role), name, tls)
         console.print(f"node {record.name} ({record.role}) has joined the cluster at {record.gcs_address}")
 
-    @command("moray cluster status --json", group=group)
+    @command("moray cluster status --json", None, group)
     def status(
         head: Annotated[
             str | None, typer.Argument(help="HOST:PORT of the head node; none: of this machine's cluster.")
@@ -110,7 +113,7 @@ def make_cluster_app(command: Callable[..., Any], console: Console) -> typer.Typ
         else:
             print_status(found, console)
 
-    @command("moray cluster down", group=group)
+    @command("moray cluster down", None, group)
     def down() -> None:
         """End the node that `up` or `join` started on this machine, and nothing else."""
         from moray.deploy.cluster.node import stop_node
