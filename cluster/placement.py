@@ -38,7 +38,8 @@ def place_by_slots(manifest: Manifest, slots: Mapping[str, int]) -> dict[str, li
     total, capacity = len(manifest.shards), sum(slots.values())
     if not slots or min(slots.values()) < 0 or not capacity:
         raise ConfigError(f"the nodes {', '.join(slots)} have memory for no expert; give them more host_memory")
-    weights: dict[str | None, int] = {None: max(0, total - capacity), **slots}
+    weights: dict[str | None, int] = {None: max(0, total - capacity)}
+    weights.update((holder, count) for holder, count in slots.items())
     placement: dict[str | None, list[ExpertKey]] = {holder: [] for holder in weights}
     keys = (ExpertKey(layer, e) for layer, info in enumerate(manifest.layers) for e in range(info.num_experts))
     for count, key in enumerate(keys, 1):
