@@ -106,11 +106,11 @@ def check_address(address: str) -> None:
 
 def join(address: str) -> RaySession:
     """Connect to a running cluster at HOST:PORT. Raises ConfigError at once if nothing listens there."""
-    address = address.removeprefix("ray://")
-    if ray.is_initialized():
-        check_address(address)
-        return RaySession(False)
+    named, address = address, address.removeprefix("ray://")
     prepare_environment(address)
+    check_address(named)
+    if ray.is_initialized():
+        return RaySession(False)
     nodes_at(address)  # refuses a wrong token at once: ray.init tries for 20 s
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
@@ -133,8 +133,9 @@ def prepare_environment(address: str) -> None:
         os.environ.setdefault(name, value)
     if has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    if not ray.is_initialized():
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def leave(session: RaySession) -> None:
