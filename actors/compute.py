@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from moray.actors.guard import exit_with
-from moray.actors.ledger import COMPUTE, LedgerClient
+from moray.actors.home import Home
+from moray.actors.ledger import COMPUTE
 from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
 from moray.cluster.client import HostAddress
+from moray.cluster.health import HostState
+from moray.cluster.keys import CurveKeys
+from moray.cluster.remote_host import RemoteStats
 from moray.runtime.errors import ClusterError, MorayError
-from moray.runtime.events import ComputeFailed, ComputeRestarted, Event
+from moray.runtime.events import ComputeFailed, ComputeRestarted, RemoteHostChanged
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
 from moray.runtime.memory import reuse_freed_memory
 from moray.runtime.store.store import Store
@@ -40,15 +44,16 @@ class ComputeActor:
     start an actor of it, does not load them.
     """
 
-    def __init__(self, config: ComputeConfig, node_id: Callable[[], str], ledger: LedgerClient) -> None:
+    def __init__(self, config: ComputeConfig, home: Home) -> None:
         started = perf_counter()
         exit_with(config.owner)
-        self._config, self._node_id, self._ledger = config, node_id(), ledger
+        self._config, self._home = config, home
+        self._keys = CurveKeys.make()
         self._report: ComputeReport | None = None
         self._failure: MorayError | None = None
         self._num_restarts, self._cause = 0, ""
         try:
-            orders = ledger.starting(COMPUTE, os.getpid())
+            orders = home.starting(COMPUTE, os.getpid())
             self._num_restarts, self._cause = orders.num_restarts, orders.cause
         except MorayError as error:
             self._failure = error  # Ray would turn an error of the constructor into text
@@ -58,19 +63,26 @@ class ComputeActor:
             with on_cores(self._cores.cpus):  # the threads of the kernels are made here
                 self._load()
             if orders.hosts:
-                self.attach(orders.hosts)
-                ledger.note([ComputeRestarted(self._cause, os.getpid(), self._num_restarts, perf_counter() - started)])
+                self.attach(orders.hosts, home.admit(self._keys.public))
+                home.note([ComputeRestarted(self._cause, os.getpid(), self._num_restarts, perf_counter() - started)])
         except MorayError as error:
             self._failure = error
             if orders.hosts:
-                ledger.note([ComputeFailed(self._cause, str(error))], wait=True)
+                home.note([ComputeFailed(self._cause, str(error))], wait=True)
                 os._exit(1)  # Ray tries again after that, but not after an error
 
-    def attach(self, hosts: Sequence[HostAddress]) -> ComputeReport:
-        """Connect to the hosts, once they are ready. Raises ClusterError, or what kept the trunk from loading."""
+    def public_key(self) -> str:
+        """What remote hosts must admit before ``attach``: made anew with every process."""
+        return self._keys.public
+
+    def attach(self, local: Sequence[HostAddress], remote: Sequence[HostAddress]) -> ComputeReport:
+        """Connect to the hosts, once they are ready. Raises ClusterError, or what kept the trunk from loading.
+
+        ``local``: on this node, which hold every expert between them or load it from its disk.
+        """
         if self._report is None:
-            self._report = self._attach(hosts)
-            self._ledger.compute_ready(self._report.arenas)
+            self._report = self._attach(local, remote)
+            self._home.compute_ready(self._report.arenas)
         return self._report
 
     def report(self) -> ComputeReport:
@@ -79,18 +91,26 @@ class ComputeActor:
             raise self._failure or ClusterError("the compute actor knows no hosts; start the engine again")
         return self._report
 
-    def _attach(self, hosts: Sequence[HostAddress]) -> ComputeReport:
-        from moray.cluster.arena_source import ArenaSource
+    def _attach(self, local: Sequence[HostAddress], remote: Sequence[HostAddress]) -> ComputeReport:
+        from moray.cluster.cluster_source import FORCED, ClusterSource
         from moray.runtime.experts.watch import WatchOptions
         from moray.runtime.generation.runner import Runner
 
         if self._failure is not None:
             raise self._failure
         config = self._config
-        report: Callable[[Event], None] = lambda event: self._ledger.note([event])  # noqa: E731
-        join_s = _REJOIN_S if self._num_restarts else _JOIN_S
-        whole_layers = config.caching.whole_layers
-        self._source = ArenaSource(self._store, hosts, whole_layers=whole_layers, join_s=join_s, report=report)
+        self._source = ClusterSource(
+            self._store,
+            local,
+            remote,
+            self._keys,
+            numerics=config.numerics,
+            lanes=config.lanes if config.lanes in FORCED else "auto",
+            whole_layers=config.caching.whole_layers,
+            join_s=_REJOIN_S if self._num_restarts else _JOIN_S,
+            on_change=self._note_change,
+            report=lambda event: self._home.note([event]),
+        )
         depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
         is_auto = config.caching.prefetch == "auto"
         watch = WatchOptions(depth, is_auto, self._trace(), config.num_slots, config.caching.policy)
@@ -98,7 +118,7 @@ class ComputeActor:
             tier = self._device_tier()
             self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits, watch, tier)
         return ComputeReport(
-            node_id=self._node_id,
+            node_id=self._home.node_id(),
             pid=os.getpid(),
             device=str(self._model.device),
             numerics=self._numerics_class(),
@@ -110,20 +130,33 @@ class ComputeActor:
             cause=self._cause,
         )
 
+    def _note_change(self, host_id: str, old: HostState, new: HostState, why: str) -> None:
+        self._home.note([RemoteHostChanged(host_id, host_id, old.value, new.value, why)])
+
     def _trace(self) -> str | None:
         """File to record into: another one after a restart, for a recorder replaces its file."""
         trace = self._config.caching.trace
         return trace if trace is None or not self._num_restarts else f"{trace}.{self._num_restarts}"
 
+    def meet(self, host: HostAddress) -> None:
+        """A remote host serves here now: a new one, or one that was restarted and has another key."""
+        self._source.join(host)
+
+    def part(self, host_id: str) -> None:
+        """A remote host's node is gone."""
+        self._source.leave(host_id)
+
     def _device_tier(self) -> DeviceTier | None:
         """The experts on the GPU, if there is one, which may read the arenas by itself."""
+        from moray.cluster.cluster_source import FORCED
         from moray.runtime.device.tier import DeviceTier, default_budget
 
         manifest, device, num_bytes = self._store.manifest, self._model.device, self._config.device_bytes
         if device.type == "cpu":
             return None
         budget = default_budget(manifest, device) if num_bytes is None else num_bytes
-        tier = DeviceTier.of(manifest, device, budget, self._config.lanes)
+        lanes = "auto" if self._config.lanes in FORCED else self._config.lanes
+        tier = DeviceTier.of(manifest, device, budget, lanes)
         if tier.cache is not None:
             for arena in self._source.arenas:
                 tier.cache.register(arena.base_address, arena.num_bytes)
@@ -206,7 +239,12 @@ class ComputeActor:
             generation=self._runner.generation_stats(),
             prefetch=self._runner.prefetch(),
             num_restarts=self._num_restarts,
+            remote=self.remote_stats(),
         )
+
+    def remote_stats(self) -> tuple[RemoteStats, ...]:
+        """Of every remote host."""
+        return tuple(self._source.remote_stats())
 
 
 def _resolve(device: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 from moray.actors.guard import exit_with
-from moray.actors.ledger import LedgerClient
+from moray.actors.home import Home
 from moray.actors.messages import HostConfig, HostReport
+from moray.cluster.keys import CurveKeys, CurveServer
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import HostLostError, MorayError
@@ -22,12 +23,13 @@ from moray.runtime.topology import cores_of_host, on_cores, read_cores
 class ExpertHost:
     """Fills its arena when it is made, and serves over the data plane meanwhile and until its process ends."""
 
-    def __init__(self, config: HostConfig, node_id: Callable[[], str], ledger: LedgerClient) -> None:
+    def __init__(self, config: HostConfig, home: Home) -> None:
         exit_with(config.owner)
+        self._curve: CurveServer | None = None
         self._outcome: HostReport | MorayError
         try:
             with on_cores(cores_of_host(read_cores(), config.index, config.num_hosts)):
-                self._outcome = self._start(config, node_id(), ledger)
+                self._outcome = self._start(config, home)
         except MorayError as error:
             self._outcome = error  # Ray would turn an error of the constructor into text
 
@@ -37,6 +39,11 @@ class ExpertHost:
             raise self._outcome
         return self._outcome
 
+    def admit(self, client_key: str) -> None:
+        """Let the holder of this public key connect."""
+        if self._curve is not None:
+            self._curve.allow(client_key)
+
     def stats(self) -> HostStats:
         return self._host.stats()
 
@@ -44,24 +51,41 @@ class ExpertHost:
         """Wait until the arena is full or holds all. Raises what kept a shard from being loaded."""
         self._host.wait_filled()
 
-    def _start(self, config: HostConfig, node_id: str, ledger: LedgerClient) -> HostReport:
+    def _start(self, config: HostConfig, home: Home) -> HostReport:
         started = perf_counter()
-        orders = ledger.starting(config.address.host_id, os.getpid())
+        orders = home.starting(config.address.host_id, os.getpid())
         store = Store.open(config.store_path)
         num_threads = min(config.num_threads, len(os.sched_getaffinity(0)))
-        arena = _take_back(orders.survivor)
-        caching = config.caching
+        caching, address = config.caching, config.address
+        is_remote = address.address.startswith("tcp://")
+        arena = None if is_remote else _take_back(orders.survivor)
         options: dict[str, Any] = {"policy": caching.policy, "prefetch": caching.prefetch}
-        self._host = ShardHost(store, config.keys, num_threads, arena, num_slots=config.num_slots, **options)
-        address = config.address
-        self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)
+        self._host = ShardHost(
+            store,
+            config.keys,
+            num_threads,
+            arena,
+            num_slots=config.num_slots,
+            assigned=config.assigned,
+            **options,
+        )
+        if is_remote:
+            keys = CurveKeys.make()
+            self._curve = CurveServer(keys, home.client_keys())
+            address = replace(address, server_key=keys.public)
+        self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token, self._curve)
+        address = replace(address, address=self._server.address)
+        if is_remote:
+            home.announce(address)
         if orders.num_restarts:
-            ledger.note([HostRestarted(orders.cause, address.host_id, os.getpid(), self._host.num_adopted)])
+            home.note([HostRestarted(orders.cause, address.host_id, os.getpid(), self._host.num_adopted)])
         return HostReport(
             host_id=address.host_id,
-            node_id=node_id,
+            node_id=home.node_id(),
             pid=os.getpid(),
+            address=address,
             num_experts=len(config.keys),
+            num_assigned=len(config.assigned),
             arena=self._host.arena.ref,
             start_s=perf_counter() - started,
         )

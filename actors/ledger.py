@@ -46,6 +46,8 @@ class _State:
     failed_starts: int = 0  # of the compute actor since it was last ready
     hosts: tuple[HostAddress, ...] = ()
     survivors: dict[str, ArenaRef] = field(default_factory=dict)
+    client_keys: tuple[str, ...] = ()
+    watches: bool = False
     events: tuple[Event, ...] = ()
 
 
@@ -59,7 +61,8 @@ class Ledger:
         self._log = EventLog(self._state.events)
         before = self._pids("orchestrator")
         before.append(os.getpid())
-        if len(before) > 1:
+        self.is_restarted = len(before) > 1
+        if self.is_restarted:
             self._log.record([OrchestratorRestarted(cause_of("orchestrator", before[-2]), before[-1])])
         self._keep()
 
@@ -88,6 +91,27 @@ class Ledger:
         """Where a restarted compute actor finds the hosts."""
         with self._lock:
             self._state.hosts = tuple(hosts)
+            self._keep()
+
+    @property
+    def client_keys(self) -> tuple[str, ...]:
+        """Public keys of who may connect over the network."""
+        return self._state.client_keys
+
+    def admit(self, client_key: str) -> None:
+        with self._lock:
+            if client_key not in self._state.client_keys:
+                self._state.client_keys += (client_key,)
+                self._keep()
+
+    @property
+    def watches(self) -> bool:
+        """Whether nodes may come and go."""
+        return self._state.watches
+
+    def watch(self) -> None:
+        with self._lock:
+            self._state.watches = True
             self._keep()
 
     def note(self, events: Sequence[Event]) -> None:

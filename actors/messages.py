@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from moray.actors.guard import Owner
 from moray.cluster.client import HostAddress
+from moray.cluster.identity import NodeIdentity
+from moray.cluster.membership import MemberState
+from moray.cluster.nodes import NodeInfo
+from moray.cluster.remote_host import RemoteStats
 from moray.runtime.arena import ArenaRef
 from moray.runtime.device.stats import DeviceStats
 from moray.runtime.experts.meter import ExpertsStats
@@ -29,14 +33,69 @@ class Caching:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeOrders:
+    """What a node is asked to make of its disk and memory."""
+
+    name: str  # for messages
+    store_path: str
+    host_memory: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """What a node could hold."""
+
+    identity: NodeIdentity
+    num_slots: int
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOrders:
+    """What the orchestrator of an engine needs to place experts on nodes, now and when nodes come later."""
+
+    store_path: str  # of the compute node; the default elsewhere
+    compute_node: NodeInfo
+    local_slots: dict[str, int]  # host id -> slots of its arena
+    nodes: dict[str, NodeOrders]  # node's name or address -> what is particular about it
+    token: str
+    caching: Caching
+    owner: Owner | None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteHostStatus:
+    """A node's part in an engine."""
+
+    host_id: str
+    node: str
+    state: MemberState
+    reason: str
+    address: str  # of the data plane; empty: it does not listen yet
+    num_experts: int  # assigned to it
+    link: RemoteStats | None  # as the compute actor sees it; None: it was never connected
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """An engine's view of its cluster."""
+
+    store_path: str
+    compute_node: str
+    local_hosts: dict[str, int]  # host id -> experts assigned to it
+    remote_hosts: tuple[RemoteHostStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HostConfig:
     """An expert host's orders. Complete: a restarted host needs nothing else but its old arena."""
 
-    address: HostAddress
+    address: HostAddress  # tcp:// to port 0: any free one
     store_path: str
-    keys: tuple[ExpertKey, ...]
+    keys: tuple[ExpertKey, ...]  # that it can be asked for
+    assigned: tuple[ExpertKey, ...]  # of these: what it fills its arena with
     index: int
-    num_hosts: int
+    num_hosts: int  # of its node
     num_threads: int
     num_slots: int  # of the arena: as planned, at most one for each expert
     caching: Caching
@@ -50,7 +109,9 @@ class HostReport:
     host_id: str
     node_id: str
     pid: int
+    address: HostAddress  # where it listens now, and its public key
     num_experts: int
+    num_assigned: int
     arena: ArenaRef
     start_s: float  # its arena fills in the background from then on
 
@@ -105,6 +166,7 @@ class ComputeStats:
     prefetch: str  # on or off, and why
     generation: GenerationStats
     num_restarts: int  # of the compute actor: what it did before the last is not counted
+    remote: tuple[RemoteStats, ...]  # of hosts on other nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +182,7 @@ class EngineStats:
     prefetch: str  # on or off, and why
     generation: GenerationStats
     compute_restarts: int
+    remote: tuple[RemoteStats, ...]
 
     @property
     def hits(self) -> int:

@@ -1,33 +1,137 @@
-"""The orchestrator: where experts live, and what outlives its actors. Decides; never waited for by a layer."""
+"""The orchestrator: where experts live, which nodes hold them, and what outlives its actors. Never waited for by a
+layer.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Sequence
+from time import sleep
+from typing import Any, Protocol
 
-from moray.actors.guard import Owner, exit_with
+from moray.actors.guard import exit_with
 from moray.actors.ledger import Ledger, Memory, StartOrders
-from moray.actors.messages import OrchestratorReport
+from moray.actors.messages import (
+    EngineOrders,
+    EngineStatus,
+    HostConfig,
+    HostReport,
+    NodeOrders,
+    NodeReport,
+    OrchestratorReport,
+    RemoteHostStatus,
+)
 from moray.cluster.client import HostAddress
-from moray.cluster.placement import place_evenly
+from moray.cluster.identity import check_identity, identity_of
+from moray.cluster.membership import Drop, Member, Membership
+from moray.cluster.nodes import NodeInfo
+from moray.cluster.placement import place_by_slots, place_more
+from moray.cluster.remote_host import RemoteStats
 from moray.runtime.arena import ArenaRef
+from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.events import Event
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
 
+_POLL_S = 1.0  # between two looks at Ray's nodes
+_log = logging.getLogger("moray.orchestrator")
+
+
+class Hands(Protocol):
+    """What the orchestrator has done for it, through Ray. All raise MorayError, ClusterError after a deadline."""
+
+    def living_nodes(self) -> list[NodeInfo]: ...
+
+    def survey(self, nodes: Sequence[tuple[NodeInfo, NodeOrders]]) -> list[NodeReport]:
+        """On the nodes themselves, all at once."""
+
+    def start_host(self, node: NodeInfo, config: HostConfig) -> Any:
+        """Returns a handle at once."""
+
+    def report(self, host: Any) -> HostReport:
+        """Waits until the host serves."""
+
+    def admit(self, host: Any, client_key: str) -> None: ...
+
+    def stop(self, host: Any) -> None: ...
+
+    def meet(self, address: HostAddress) -> None:
+        """Tell the compute actor of a host that serves; returns at once."""
+
+    def part(self, host_id: str) -> None:
+        """Tell the compute actor of a host that is gone; returns at once."""
+
+    def links(self) -> Sequence[RemoteStats]:
+        """The remote hosts as the compute actor sees them; none if it does not answer soon."""
+
 
 class Orchestrator:
-    """One engine's plan, and what it needs to bring a lost actor back: the ledger, whose methods it passes on."""
+    """One engine's plan, its remote hosts, and what it needs to bring a lost actor back: the ledger.
 
-    def __init__(self, store_path: str, host_ids: Sequence[str], owner: Owner | None, memory: Memory) -> None:
-        exit_with(owner, end_ray=True)
-        self._store_path, self._host_ids = store_path, tuple(host_ids)
+    Called from several threads; the lock is never held while waiting for another process.
+    """
+
+    def __init__(self, orders: EngineOrders, hands: Hands, memory: Memory) -> None:
+        exit_with(orders.owner, end_ray=True)
+        self._orders, self._hands = orders, hands
+        self._lock = threading.RLock()
+        self._members = Membership(orders.compute_node)
+        self._placement: dict[str, list[ExpertKey]] = {}
+        self._handles: dict[str, Any] = {}  # of remote hosts
+        self._addresses: dict[str, HostAddress] = {}
         self._ledger = Ledger(memory)
+        if self._ledger.is_restarted:
+            self._go_on()
 
-    def placement(self) -> dict[str, list[ExpertKey]]:
-        """Host id -> the experts it holds. Raises StoreError, ConfigError."""
-        with Store.open(self._store_path) as store:
-            return place_evenly(store.manifest, self._host_ids)
+    # ------------------------------------------------------------------------------- starting
+
+    def open(self) -> dict[str, list[ExpertKey]]:
+        """Place the experts, and start hosts on the nodes that are there. Returns host id -> experts assigned to it.
+
+        Raises StoreError, ResourceError, ClusterError: a node without this store, without memory, of another version.
+        """
+        self._read_store()
+        self._members.see(self._hands.living_nodes())
+        members = self._members.members
+        reports = self._survey(members)
+        remote = {member.host_id: report.num_slots for member, report in zip(members, reports, strict=True)}
+        self._placement = place_by_slots(self._manifest, self._orders.local_slots | remote)
+        for member, report in zip(members, reports, strict=True):
+            self._launch(member, report)
+        return self._placement
+
+    def remote_reports(self) -> list[HostReport]:
+        """What the hosts started by ``open`` report, once they serve. Raises what kept one from it."""
+        return [self._await(member) for member in self._members.members]
+
+    def admit(self, client_key: str) -> list[HostAddress]:
+        """Let the holder of this public key connect to the remote hosts, later ones too. Returns where they are."""
+        with self._lock:
+            self._ledger.admit(client_key)
+            handles, addresses = list(self._handles.values()), list(self._addresses.values())
+        for host in handles:
+            self._hands.admit(host, client_key)
+        return addresses
+
+    def watch(self) -> None:
+        """From now on, use nodes that join or come back, and give up the hosts of nodes that have gone."""
+        self._ledger.watch()
+        threading.Thread(target=self._watch, name="moray-nodes", daemon=True).start()
+
+    def _go_on(self) -> None:
+        """After a restart: remote hosts ended with the process before, and their nodes are as good as new ones."""
+        self._read_store()
+        self._placement = place_by_slots(self._manifest, self._orders.local_slots)
+        if self._ledger.watches:
+            self.watch()
+
+    def _read_store(self) -> None:
+        with Store.open(self._orders.store_path) as store:
+            self._manifest, self._identity = store.manifest, identity_of(store)
+
+    # ------------------------------------------------------------------------------- asked by hosts
 
     def report(self) -> OrchestratorReport:
         return OrchestratorReport(os.getpid())
@@ -46,3 +150,138 @@ class Orchestrator:
 
     def events(self) -> tuple[Event, ...]:
         return self._ledger.events()
+
+    def client_keys(self) -> list[str]:
+        """Public keys that a remote host lets in."""
+        return list(self._ledger.client_keys)
+
+    def announce(self, address: HostAddress) -> None:
+        """A remote host serves here now: the first time, or after a restart, with another key."""
+        with self._lock:
+            self._addresses[address.host_id] = address
+            if self._ledger.client_keys:
+                self._hands.meet(address)
+
+    # ------------------------------------------------------------------------------- asked by people
+
+    def remote_hosts(self) -> list[Any]:
+        """Handles of the remote hosts that run."""
+        with self._lock:
+            return [self._handles[m.host_id] for m in self._members.members if m.state == "running"]
+
+    def status(self) -> EngineStatus:
+        links = {link.host_id: link for link in self._hands.links()}
+        with self._lock:
+            members, addresses = self._members.members, dict(self._addresses)
+        remote = tuple(
+            RemoteHostStatus(
+                host_id=member.host_id,
+                node=member.node.name,
+                state=member.state,
+                reason=member.reason,
+                address=addresses[member.host_id].address if member.host_id in addresses else "",
+                num_experts=len(self._placement.get(member.host_id, ())),
+                link=links.get(member.host_id),
+            )
+            for member in members
+        )
+        local = {host_id: len(self._placement[host_id]) for host_id in self._orders.local_slots}
+        return EngineStatus(self._orders.store_path, self._orders.compute_node.name, local, remote)
+
+    # ------------------------------------------------------------------------------- nodes
+
+    def _watch(self) -> None:
+        while True:
+            sleep(_POLL_S)
+            try:
+                nodes = self._hands.living_nodes()
+            except Exception as error:  # Ray's own; the next look may find it well
+                _log.warning("Ray's nodes cannot be listed: %s", error)
+                continue
+            with self._lock:
+                steps = self._members.see(nodes)
+            for step in steps:
+                if isinstance(step, Drop):
+                    self._drop(step.member)
+                else:
+                    arguments = (step.member,)
+                    threading.Thread(target=self._welcome, args=arguments, name="moray-welcome", daemon=True).start()
+
+    def _drop(self, member: Member) -> None:
+        _log.warning("node %s has left the cluster; its experts come from elsewhere", member.node.name)
+        with self._lock:
+            handle = self._handles.pop(member.host_id, None)
+            self._addresses.pop(member.host_id, None)
+        self._hands.part(member.host_id)
+        if handle is not None:
+            self._hands.stop(handle)
+
+    def _welcome(self, member: Member) -> None:
+        """Use a node that joined while the engine runs. A node that cannot be used is left alone, and that is told."""
+        try:
+            [report] = self._survey([member])
+            with self._lock:
+                if member.host_id not in self._placement:
+                    self._placement[member.host_id] = place_more(self._manifest, self._placement, report.num_slots)
+            self._launch(member, report)
+            self._await(member)
+            _log.warning("node %s holds %d experts", member.node.name, len(self._placement[member.host_id]))
+        except MorayError as error:
+            _log.warning("node %s is not used: %s", member.node.name, error)
+
+    def _survey(self, members: Sequence[Member]) -> list[NodeReport]:
+        """Raises what keeps one from being used; it is refused then."""
+        questions = [(member.node, self._orders_of(member.node)) for member in members]
+        ours = self._orders.compute_node.name
+        try:
+            reports = self._hands.survey(questions)
+            for member, report in zip(members, reports, strict=True):
+                check_identity(self._identity, report.identity, ours, member.node.name)
+        except MorayError as error:
+            self._refuse(members, error)
+            raise
+        return reports
+
+    def _orders_of(self, node: NodeInfo) -> NodeOrders:
+        given = self._orders.nodes.get(node.name) or self._orders.nodes.get(node.address)
+        return given or NodeOrders(node.name, self._orders.store_path, None)
+
+    def _launch(self, member: Member, report: NodeReport) -> None:
+        """Start a member's host with the experts assigned to it, as many as the node has memory for."""
+        address = f"tcp://{member.node.address}:0"  # any free port; the host reports which
+        config = HostConfig(
+            address=HostAddress(member.host_id, address, self._orders.token, member.node.name),
+            store_path=self._orders_of(member.node).store_path,
+            keys=tuple(sorted(self._manifest.shards)),
+            assigned=tuple(self._placement[member.host_id]),
+            index=0,
+            num_hosts=1,
+            num_threads=report.num_threads,
+            num_slots=report.num_slots,
+            caching=self._orders.caching,
+            owner=None,  # another machine's process cannot be watched; Ray ends the host with this actor
+        )
+        with self._lock:  # an ``admit`` meanwhile finds the host, or the host, asking for keys, finds what is admitted
+            self._handles[member.host_id] = self._hands.start_host(member.node, config)
+
+    def _await(self, member: Member) -> HostReport:
+        """Wait until a member's host serves."""
+        handle = self._handles[member.host_id]
+        try:
+            report = self._hands.report(handle)
+        except MorayError as error:
+            self._refuse([member], error)
+            self._hands.stop(handle)
+            raise
+        with self._lock:
+            is_used = self._members.started(member)
+        if not is_used:
+            self._hands.stop(handle)
+            raise ClusterError(f"node {member.node.name} left the cluster while its expert host was started")
+        self.announce(report.address)  # its own word may still be on the way
+        return report
+
+    def _refuse(self, members: Sequence[Member], error: MorayError) -> None:
+        with self._lock:
+            for member in members:
+                self._members.failed(member, str(error))

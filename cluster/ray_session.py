@@ -6,24 +6,29 @@ It has a fresh token of its own, so nothing else on the machine can talk to it.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
-import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
-from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, no stubs
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]  # no stubs
+from ray.exceptions import AuthenticationError, RpcError
 
+from moray.cluster.grpc_probe import probe
+from moray.cluster.node_record import has_token, read_record
 from moray.cluster.nodes import NodeInfo
 from moray.runtime.errors import ClusterError, ConfigError
 
 OBJECT_STORE_BYTES = 128 << 20  # experts live in arenas; Ray's store carries only messages
 NAMESPACE = "moray"
-_CONNECT_TIMEOUT_S = 3.0
+_CONNECT_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 30.0
+_ALIVE = 0  # GcsNodeInfo.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +85,34 @@ def _end_unused() -> None:
         end(check_alive=False)
 
 
-def join(address: str) -> RaySession:
-    """Connect to a running cluster at HOST:PORT. Raises ConfigError at once if nothing listens there."""
+def check_address(address: str) -> None:
+    """Raises ConfigError unless somebody listens at HOST:PORT, ClusterError if it is no Ray that would talk to us."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"the Ray address {address!r} is not HOST:PORT; give the head node's, e.g. 10.0.0.1:6379")
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+        problem = probe(host, int(port), _CONNECT_TIMEOUT_S)
     except OSError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address} ({error}); start one there with `ray start --head --port={port}`, "
             "or leave out the address to run on this machine alone"
         ) from error
+    if problem is not None:
+        tls = "on" if os.environ.get("RAY_USE_TLS") == "1" else "off"
+        raise ClusterError(
+            f"what listens at {address} is no Ray cluster that talks to this process ({problem}; TLS is {tls} here); "
+            "TLS must be on for all nodes or for none, with certificates of one CA (`moray cluster keys`)"
+        )
+
+
+def join(address: str) -> RaySession:
+    """Connect to a running cluster at HOST:PORT. Raises ConfigError at once if nothing listens there."""
+    named, address = address, address.removeprefix("ray://")
+    prepare_environment(address)
+    check_address(named)
     if ray.is_initialized():
         return RaySession(False)
+    nodes_at(address)  # refuses a wrong token at once: ray.init tries for 20 s
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
     except Exception as error:
@@ -114,6 +133,22 @@ def _keep_off_the_terminal() -> None:
     worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
+def prepare_environment(address: str) -> None:
+    """Make Ray in this process talk to a cluster as it wants to be talked to.
+
+    The environment wins; then how this machine's node of that cluster was started; then a token, if there is one.
+    """
+    record = read_record()
+    settings = record.settings if record is not None and record.gcs_address == address else {}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    if has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not ray.is_initialized():
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
 def leave(session: RaySession) -> None:
     """Stop Ray if it was started here."""
     if session.started_here and ray.is_initialized():
@@ -131,12 +166,56 @@ def _children() -> set[tuple[int, float]]:
 
 
 def living_nodes() -> list[NodeInfo]:
-    """The cluster's living nodes."""
+    """The living nodes of the cluster that this process is in."""
+    connected: Any = ray._private.worker.global_worker
+    return _nodes(connected.gcs_client)
+
+
+def nodes_at(address: str) -> list[NodeInfo]:
+    """The living nodes of the cluster at HOST:PORT, without joining it.
+
+    Raises ConfigError if nothing answers there, ClusterError if this process is not let in.
+    """
+    return _nodes(_ask(address))
+
+
+def _nodes(client: Any) -> list[NodeInfo]:
     return [
-        NodeInfo(node["NodeID"], node.get("Labels") or {}, int(node["Resources"].get("GPU", 0)))
-        for node in ray.nodes()
-        if node["Alive"]
+        NodeInfo(
+            node_id=node_id.hex(),
+            labels=dict(node.labels),
+            num_gpus=int(node.resources_total.get("GPU", 0)),
+            name=node.node_name,
+            address=node.node_manager_address,
+            started_ms=node.start_time_ms,
+            num_cpus=int(node.resources_total.get("CPU", 0)),
+            memory_bytes=int(node.resources_total.get("memory", 0)),
+        )
+        for node_id, node in client.get_all_node_info(timeout=_ANSWER_TIMEOUT_S).items()
+        if node.state == _ALIVE
     ]
+
+
+def versions_at(address: str) -> dict[str, str]:
+    """Versions of Ray and Python that a cluster runs, by ``ray`` and ``python``. Raises like ``nodes_at``."""
+    stored = _ask(address).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=_ANSWER_TIMEOUT_S)
+    found = json.loads(stored) if stored else {}
+    return {"ray": found.get("ray_version", "unknown"), "python": found.get("python_version", "unknown")}
+
+
+def _ask(address: str) -> Any:
+    """A connection to a cluster's control store."""
+    check_address(address)
+    try:
+        return GcsClient(address=address)
+    except AuthenticationError as error:
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        raise ClusterError(
+            f"the Ray cluster at {address} refused this process's token (RAY_AUTH_MODE is {mode}); it must be the "
+            "same on every machine: copy the head node's token file (`moray cluster keys` says where it is)"
+        ) from error
+    except RpcError as error:
+        raise ClusterError(f"the Ray cluster at {address} does not answer ({error}); see its logs") from error
 
 
 def this_node() -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moray.deploy.cluster_commands import make_cluster_app
 from moray.deploy.engine_options import EngineFlags, HostsOption, ThreadsOption, takes_engine
 from moray.deploy.hub_commands import stay_offline, store_of_model
 from moray.deploy.trace_commands import make_trace_app
@@ -83,6 +84,7 @@ def _fail(error: Exception, code: int) -> None:
     raise typer.Exit(code) from None
 
 
+app.add_typer(make_cluster_app(command, console), name="cluster")
 app.add_typer(make_trace_app(command, console, errors), name="trace")
 
 

@@ -6,13 +6,29 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from moray.runtime.cpu import usable_cores
 from moray.runtime.errors import ConfigError
 from moray.runtime.planning.profile import MAX_RUNNING
 from moray.runtime.planning.sizes import parse_bytes
 from moray.runtime.topology import numa_nodes, read_cores
+
+
+class NodeConfig(BaseModel):
+    """What is particular about one node of the cluster."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Directory of its copy of the store; none: the engine's ``store``.
+    store: Path | None = None
+    #: Memory of its arena: a size, or a share of what is available there. None: as much as is left.
+    host_memory: str | None = None
+
+    @field_validator("host_memory")
+    @classmethod
+    def _is_size(cls, text: str | None, info: ValidationInfo) -> str | None:
+        return _check_size(text, info)
 
 
 class EngineConfig(BaseModel):
@@ -28,6 +44,8 @@ class EngineConfig(BaseModel):
     hosts: int | None = Field(None, ge=1, le=64)
     #: HOST:PORT of a running Ray cluster; none: start Ray on this machine, for this engine alone.
     address: str | None = None
+    #: With ``address``: what is particular about nodes, by name or IP address.
+    nodes: dict[str, NodeConfig] = {}
     #: Numerics class on CPUs (docs/format.md). auto: int8.
     numerics: Literal["auto", "int8", "float"] = "auto"
     #: Threads that compute; none: one for each core this process may use, fewer under a container's CPU limit.
@@ -45,8 +63,9 @@ class EngineConfig(BaseModel):
     #: Load experts ahead of need, predicted by the next layers' routers. auto: as long as it pays.
     prefetch: Literal["auto", "on", "off"] = "auto"
     #: With a GPU, where experts are computed: auto picks what is done first by measured rates; device-copy: on the GPU,
-    #: copied there if need be; host-cpu: on the CPU, in place.
-    lanes: Literal["auto", "device-copy", "host-cpu"] = "auto"
+    #: copied there if need be; host-cpu: on the CPU, in place. Of several nodes, local: on this one; remote:
+    #: on another that has the expert in memory, if there is one.
+    lanes: Literal["auto", "device-copy", "host-cpu", "local", "remote"] = "auto"
     #: Most sequences that run at once, memory permitting; others wait in their order.
     max_running: int = Field(MAX_RUNNING, ge=1, le=1024)
     #: Compute tokens ahead that followed the same ones before; the output does not change. auto: where it is measured
@@ -58,9 +77,13 @@ class EngineConfig(BaseModel):
     @field_validator("host_memory", "device_memory")
     @classmethod
     def _is_size(cls, text: str | None, info: ValidationInfo) -> str | None:
-        if text is not None:
-            parse_bytes(text, 1 << 40, info.field_name or "size")  # its share is taken when the memory is known
-        return text
+        return _check_size(text, info)
+
+    @model_validator(mode="after")
+    def _has_cluster(self) -> EngineConfig:
+        if self.nodes and self.address is None:
+            raise ValueError("nodes are of a cluster, and there is no address: give the head node's HOST:PORT")
+        return self
 
     @property
     def store_path(self) -> Path:
@@ -68,16 +91,22 @@ class EngineConfig(BaseModel):
 
     @property
     def num_hosts(self) -> int:
-        if self.hosts is None and self.address is None:
-            return len(numa_nodes(read_cores()))
-        return self.hosts or 1  # another machine's NUMA nodes are not known here
+        """Of the machine that asks, which must be the compute actor's."""
+        return self.hosts or len(numa_nodes(read_cores()))
 
     @property
     def num_threads(self) -> int:
+        """Of the machine that asks, which must be the compute actor's."""
         return self.threads or usable_cores()
 
 
 Config = TypeVar("Config", bound=EngineConfig)
+
+
+def _check_size(text: str | None, info: ValidationInfo) -> str | None:
+    if text is not None:
+        parse_bytes(text, 1 << 40, info.field_name or "size")  # its share is taken when the memory is known
+    return text
 
 
 def demo_store() -> Path:
@@ -115,7 +144,10 @@ def _read(file: Path) -> dict[str, Any]:
 def _explain(error: ValidationError, kind: type[EngineConfig]) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
+    if not name:
+        return str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        known = ", ".join(kind.model_fields)
+        fields = (kind if len(first["loc"]) == 1 else NodeConfig).model_fields
+        known = ", ".join(fields)
         return f"unknown configuration key {name!r}; known keys: {known}"
     return f"configuration key {name!r} is {first['input']!r}: {first['msg']}"

@@ -12,15 +12,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moray.actors.compute import EVENT_INTERVAL_S
 from moray.actors.guard import Owner
-from moray.actors.messages import Caching, ComputeStats, EngineStats
+from moray.actors.messages import ComputeStats, EngineStats, EngineStatus, NodeOrders
 from moray.actors.streams import Replay, insist, stream
-from moray.actors.wiring import CONTROL, Actors, call, finish_actors, start_actors, stop_actors
+from moray.actors.wiring import (
+    CONTROL,
+    Actors,
+    call,
+    finish_actors,
+    host_stats,
+    run_on,
+    start_actors,
+    stop_actors,
+)
 from moray.cluster import ray_session
 from moray.cluster.nodes import choose_compute_node
 from moray.cluster.ray_session import RaySession
 from moray.deploy.config import EngineConfig, make_config
-from moray.deploy.memory_plan import plan_engine
-from moray.runtime.errors import ClusterError, ConfigError
+from moray.deploy.preparation import Preparation, prepare
+from moray.runtime.errors import ClusterError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.events import Event
 from moray.runtime.generation.request import (
@@ -33,9 +42,6 @@ from moray.runtime.generation.request import (
     TokenLogProbs,
     Usage,
 )
-from moray.runtime.planning.plan import MemoryPlan
-from moray.runtime.store.store import Store
-from moray.runtime.trace.traffic import choose_policy
 
 __all__ = ["Completion", "Engine", "Message", "launch"]
 
@@ -61,10 +67,11 @@ def launch(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     hosts: int | None = None,
     address: str | None = None,
+    nodes: Mapping[str, Mapping[str, str]] | None = None,
     numerics: Literal["auto", "int8", "float"] = "auto",
     policy: Literal["auto", "lfu", "layer-lru", "lru", "whole-layers"] = "auto",
     prefetch: Literal["auto", "on", "off"] = "auto",
-    lanes: Literal["auto", "device-copy", "host-cpu"] = "auto",
+    lanes: Literal["auto", "device-copy", "host-cpu", "local", "remote"] = "auto",
     trace: str | Path | None = None,
     threads: int | None = None,
     host_memory: str | None = None,
@@ -80,11 +87,12 @@ def launch(
         with moray.launch() as engine:
             print(engine.generate("def main(", max_new_tokens=40).text)
     """
-    values = {"store": store, "device": device, "hosts": hosts, "address": address, "numerics": numerics}
+    values = {"store": store, "device": device, "hosts": hosts, "numerics": numerics}
+    cluster = {"address": address, "nodes": nodes}
     memory = {"host_memory": host_memory, "device_memory": device_memory, "context": context}
     batching = {"max_running": max_running, "speculation": speculation}
     caching = {"policy": policy, "prefetch": prefetch, "lanes": lanes, "trace": trace}
-    return Engine(make_config(values | memory | batching | caching | {"threads": threads}))
+    return Engine(make_config(values | cluster | memory | batching | caching | {"threads": threads}))
 
 
 class Engine:
@@ -92,12 +100,11 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        path = config.store_path.absolute()
-        plan = None if config.address else plan_engine(path, config)
+        prepared = None if config.address else prepare(config)
         self._session = ray_session.join(config.address) if config.address else _start_local(config)
         self._actors: Actors | None = None
         try:
-            self._actors = self._start(path, plan)
+            self._actors = self._start(prepared)
         except BaseException:
             self.close()
             raise
@@ -195,13 +202,14 @@ class Engine:
         """
         compute = self.actors.compute
         stats: ComputeStats = insist(compute, lambda: call(compute.stats.options(concurrency_group=CONTROL)))
-        hosts = tuple(call(host.stats) for host in self.actors.hosts)
+        hosts = host_stats(self.actors)
         return EngineStats(
             *(stats.experts, stats.sources, stats.fetches, hosts, self._policy),
             stats.device,
             stats.prefetch,
             stats.generation,
             stats.num_restarts,
+            stats.remote,
         )
 
     def events(self) -> tuple[Event, ...]:
@@ -209,12 +217,17 @@ class Engine:
         events: tuple[Event, ...] = call(self.actors.orchestrator.events)
         return events
 
+    def status(self) -> EngineStatus:
+        """Which node holds what, and how it is."""
+        status: EngineStatus = call(self.actors.orchestrator.status)
+        return status
+
     def wait_filled(self) -> None:
         """Wait until the hosts' memory is full, or holds all experts; generating need not wait.
 
         Raises CorruptShardError or StoreError if a shard could not be loaded.
         """
-        for host in self.actors.hosts:
+        for host in (*self.actors.hosts, *self.actors.remote_hosts()):
             call(host.wait_filled)
 
     def close(self) -> None:
@@ -225,50 +238,36 @@ class Engine:
             stop_actors(actors)
         ray_session.leave(self._session)
 
-    def _start(self, path: Path, plan: MemoryPlan | None) -> Actors:
+    def _start(self, prepared: Preparation | None) -> Actors:
         config = self.config
         nodes, here = ray_session.living_nodes(), ray_session.this_node()
         node = choose_compute_node(nodes, here, needs_gpu=config.device == "cuda")
-        if plan is None and node.node_id == here:
-            plan = plan_engine(path, config)
-        _refuse_what_is_elsewhere(config, plan)
-        caching, self._policy = _choose_caching(path, config, plan)
+        path = config.store_path.absolute()
+        orders = {name: NodeOrders(name, str(of.store or path), of.host_memory) for name, of in config.nodes.items()}
+        if prepared is None:
+            particular = orders.get(node.name) or orders.get(node.address)
+            settings: dict[str, Any] = {"store": path}
+            if particular is not None:
+                settings = {"store": Path(particular.store_path)}
+                settings |= {"host_memory": particular.host_memory} if particular.host_memory else {}
+            config = config.model_copy(update=settings)
+            prepared = prepare(config) if node.node_id == here else run_on(node, prepare, config)
+        self._policy = prepared.policy
         return start_actors(
-            str(path),
-            plan=plan,
-            caching=caching,
+            str(config.store_path.absolute()),
+            prepared.manifest,
+            plan=prepared.plan,
+            caching=prepared.caching,
             lanes=config.lanes,
-            node_id=node.node_id,
-            num_hosts=config.num_hosts,
+            node=node,
+            nodes=orders,
+            is_joined=config.address is not None,
+            num_hosts=prepared.num_hosts,
             numerics="float" if config.numerics == "float" else "int8",
             device=config.device,
             num_gpus=1 if node.num_gpus and config.device != "cpu" else 0,
-            num_threads=config.num_threads,
+            num_threads=prepared.num_threads,
             owner=Owner(os.getpid(), self._session.processes) if self._session.started_here else None,
-        )
-
-
-def _choose_caching(path: Path, config: EngineConfig, plan: MemoryPlan | None) -> tuple[Caching, str]:
-    """How the hosts keep experts, and why so in words."""
-    trace = None if config.trace is None else str(config.trace.absolute())
-    whole_layers = config.policy == "whole-layers"
-    policy: str = "lru" if whole_layers else config.policy
-    reason = "as configured"
-    if policy == "auto":
-        with Store.open(path) as store:
-            num_experts = [layer.num_experts for layer in store.manifest.layers]
-            num_slots = plan.num_slots if plan else sum(num_experts)
-            policy, reason = choose_policy(store.fingerprint, num_experts, num_slots)
-    prefetch = "off" if whole_layers else config.prefetch
-    return Caching(policy, prefetch, whole_layers, trace), f"{policy}: {reason}"
-
-
-def _refuse_what_is_elsewhere(config: EngineConfig, plan: MemoryPlan | None) -> None:
-    given = [name for name in ("host_memory", "device_memory", "context") if getattr(config, name) is not None]
-    if plan is None and given:
-        raise ConfigError(
-            f"{given[0]} is {getattr(config, given[0])!r}, and the engine runs on another node, whose memory is not "
-            "known here; start it on that node, or leave the option out"
         )
 
 

@@ -41,7 +41,8 @@ _OPTIONS: dict[str, Any] = {
         str | None, typer.Option(help="Load experts ahead of need: on, off; auto: as long as it pays.")
     ],
     "lanes": Annotated[
-        str | None, typer.Option(help="With a GPU, where experts are computed: device-copy, host-cpu; auto: by rates.")
+        str | None,
+        typer.Option(help="Where experts are computed: device-copy, host-cpu; local, remote (nodes); auto: by rates."),
     ],
     "max_running": Annotated[int | None, typer.Option(help="Most sequences that run at once; none: 32.")],
     "speculation": Annotated[

@@ -67,6 +67,16 @@ class HostRestarted(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteHostChanged(Event):
+    """A host on another node is suspected, given up or used again; its cause is its id, its process is not known."""
+
+    host_id: str
+    old: str  # states of cluster/health.py
+    new: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class ComputeFailed(Event):
     """A compute actor that could not be brought back; another one is tried."""
 

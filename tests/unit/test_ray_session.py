@@ -30,9 +30,9 @@ def test_a_port_nobody_listens_at_is_refused_at_once(scheme: str) -> None:
             ray_session.join(scheme + address)
 
 
-def test_a_cluster_that_refuses_is_reported_and_not_stopped() -> None:
+def test_what_is_no_ray_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(ClusterError, match=f"{address} refused this process"):
-            ray_session.join(address)  # reaches the ray.init that unit tests forbid
+        with pytest.raises(ClusterError, match=f"what listens at {address} is no Ray cluster.*no answer in"):
+            ray_session.join(address)
     ray_session.leave(ray_session.RaySession(started_here=False))

@@ -1,0 +1,1 @@
+"""``moray cluster``: keys, and this machine's node of a Ray cluster."""

@@ -1,0 +1,105 @@
+"""Two machines on a link of 1 Gbit/s: `moray cluster` in namespaces of their own, with and without TLS."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.network import Machine, two_machines
+from helpers.reference import greedy, runner
+
+from moray.deploy.config import demo_store
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "import os\n"
+MORAY = (sys.executable, "-m", "moray.deploy.cli")
+DRIVER = """
+import dataclasses, json, sys
+import moray
+with moray.launch(address=sys.argv[1], lanes="remote") as engine:
+    engine.wait_filled()
+    first = engine.generate(sys.argv[2], max_new_tokens=32)
+    before = engine.stats().remote[0]
+    second = engine.generate(sys.argv[2] + "import sys", max_new_tokens=32)
+    after = engine.stats().remote[0]
+    print(json.dumps({
+        "tokens": [first.token_ids, second.token_ids],
+        "pairs": after.pairs - before.pairs,
+        "sent": after.bytes_sent - before.bytes_sent,
+        "received": after.bytes_received - before.bytes_received,
+        "round_trip_us": after.round_trip_us,
+        "nodes": engine.actors.num_nodes,
+    }))
+"""
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.long,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("tc") is None, reason="needs root and iproute2"),
+    pytest.mark.timeout(1800),
+]
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["token", "tls"])
+def test_two_machines_from_keys_to_tokens(tls: bool, tmp_path: Path) -> None:
+    expected = []
+    with runner(demo_store(), "int8") as made:
+        for prompt in (PROMPT, PROMPT + "import sys"):
+            expected.append(greedy(made, list(made.encode(prompt)), 32))
+    python_path = str(ROOT / "src")
+    with two_machines(tmp_path, "1gbit", PYTHONPATH=python_path, HF_HUB_OFFLINE="1") as (left, right):
+        options = keys(left, right, tls)
+        left.run(*MORAY, "cluster", "up", "--address", left.address, *options(left))
+        head = f"{left.address}:6379"
+        if tls:  # without certificates nobody gets in, and is told why
+            refused = right.run(*MORAY, "cluster", "join", head, check=False)
+            assert refused.returncode == 1 and "TLS is off here" in refused.stderr.replace("\n", " "), refused
+        right.run(*MORAY, "cluster", "join", head, *options(right))
+        again = right.run(*MORAY, "cluster", "join", head, *options(right), check=False)
+        assert again.returncode == 2 and "already node" in again.stderr
+
+        status = json.loads(right.run(*MORAY, "cluster", "status", "--json").stdout)
+        assert [(n["address"], n["role"]) for n in status["nodes"]] == [
+            (left.address, "compute"),
+            (right.address, "host"),
+        ]
+
+        sent = left.sent_bytes(), right.sent_bytes()
+        out = left.run(sys.executable, "-c", DRIVER, head, PROMPT).stdout
+        found = json.loads(out.splitlines()[-1])
+        crossed = left.sent_bytes() - sent[0], right.sent_bytes() - sent[1]
+        print(found, crossed)
+        assert [list(tokens) for tokens in found["tokens"]] == expected
+        assert found["nodes"] == 2 and found["pairs"] > 0
+        # What is counted did go over the link, encrypted and with headers; and both ways.
+        assert crossed[0] > found["sent"] > 0 and crossed[1] > found["received"] > 0
+
+        for machine in (right, left):
+            machine.run(*MORAY, "cluster", "down")
+            assert not machine.pids()
+        assert "no node" in left.run(*MORAY, "cluster", "down").stdout
+
+
+def keys(left: Machine, right: Machine, tls: bool) -> Callable[[Machine], list[str]]:
+    """Make the secrets on one machine and copy to the other what belongs there. Returns a machine's options."""
+    folder = left.home / ".config" / "moray" / "tls"
+    wanted = ["--tls", left.address, "--tls", right.address, "--folder", str(folder)] if tls else []
+    made = json.loads(left.run(*MORAY, "cluster", "keys", "--json", *wanted).stdout)
+    token = Path(made["token"])
+    assert token.stat().st_mode & 0o777 == 0o600 and token.is_relative_to(left.home)
+    shutil.copytree(token.parent, right.home / ".ray")
+    if tls:
+        there = right.home / ".config" / "moray" / "tls"
+        there.mkdir(parents=True)
+        for name in ("ca.pem", f"node-{right.address}.pem", f"node-{right.address}-key.pem"):
+            shutil.copy(folder / name, there / name)
+
+    def options(machine: Machine) -> list[str]:
+        return ["--tls", str(machine.home / ".config" / "moray" / "tls")] if tls else []
+
+    return options
