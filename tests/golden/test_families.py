@@ -20,7 +20,7 @@ PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 #: How tokens of several sequences are computed, where it is not with padding.
 BATCHES = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "glm4_moe", "qwen3_vl_moe"), "fused"),
-    **dict.fromkeys(("minimax", "deepseek_v4", "zaya"), "in turn"),  # caches of their own
+    **dict.fromkeys(("minimax", "deepseek_v4"), "in turn"),  # caches of their own
 }
 
 
