@@ -100,7 +100,7 @@ class _Trial:
 
     def can_batch(self) -> bool:
         """Whether one pass over two sequences of different lengths runs. What it gives is tried in a loaded model."""
-        caches = [self.feed(self.cache(tokens), tokens)[0] for tokens in (2, 5)]
+        caches = [self.feed(self.cache(tokens + 1), tokens)[0] for tokens in (2, 5)]
         if self._kind is not DynamicCache or not can_be_padded(caches[0]):
             return False
         try:
