@@ -153,7 +153,7 @@ def main() -> None:
     for name in arguments.models:
         geometry = MODELS[name]
         geometry = replace(geometry, layers=arguments.layers or geometry.layers)
-        with working_directory(4 << 30) as root:
+        with working_directory(5 << 29) as root:
             run(name, geometry, root, arguments.routing, arguments.rounds, arguments.steps)
         gc.collect()
 

@@ -70,7 +70,7 @@ class RowsCache(Cache):
         for cache, rows in runs:
             for position, row in enumerate(rows, cache.get_seq_length()):
                 self.positions[row] = position
-        layers = [
+        layers: list[Any] = [
             RowsLayer([(cache.layers[index], rows) for cache, rows in runs], len(caches))  # type: ignore[misc]
             for index in range(len(caches[0].layers))
         ]
@@ -123,7 +123,7 @@ class StackedStates(LinearAttentionLayer):
 
     def __init__(self, layers: Sequence[LinearAttentionLayer]) -> None:
         first = layers[0]
-        super().__init__(first.number_of_states)  # type: ignore[no-untyped-call]
+        super().__init__(first.number_of_states)
         self._layers = layers
         self.device, self.dtype = first.device, first.dtype
         for name in _FLAGS:
@@ -144,7 +144,7 @@ class StackedStates(LinearAttentionLayer):
                     yield name, index, parts
 
 
-class StackedAndPaddedLayer(StackedStates, PaddedLayer):
+class StackedAndPaddedLayer(StackedStates, PaddedLayer):  # type: ignore[misc, override]
     """One layer of several sequences' caches that keep both, keys and states."""
 
     def __init__(self, layers: Sequence[Any]) -> None:

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from moray.runtime.errors import MorayError
 from moray.runtime.experts.function import IMPLEMENTATION
 from moray.runtime.generation.kv import KVCache
+from moray.runtime.model.batch import BatchForward
 from moray.runtime.model.batch_cache import can_be_padded
 from moray.runtime.model.families import build_model, context_length, expert_modules, load_config
 from moray.runtime.model.kv_layer import new_cache
@@ -90,12 +91,24 @@ class _Trial:
         self._model = model
         cache, _ = self.feed(None, 5)
         self._kind: type[DynamicCache] = type(cache)
-        self.is_usual = self._kind is DynamicCache  # else nothing is known of its layers
+        is_usual = self._kind is DynamicCache  # else nothing is known of its layers
         #: Layer -> the first layer like it, whose cache stands for its own.
-        self.alike = _skip_repeated_layers(model, len(cache.layers)) if self.is_usual else {}
+        self.alike = _skip_repeated_layers(model, len(cache.layers)) if is_usual else {}
 
     def cache(self, tokens: int) -> DynamicCache:
         return new_cache(self.config, self._kind, tokens)
+
+    def can_batch(self) -> bool:
+        """Whether one pass over two sequences of different lengths runs. What it gives is tried in a loaded model."""
+        caches = [self.feed(self.cache(tokens + 1), tokens)[0] for tokens in (2, 5)]
+        if self._kind is not DynamicCache or not can_be_padded(caches[0]):
+            return False
+        try:
+            with torch.no_grad(), _MetaAttention(), _LiveBytes():
+                BatchForward(self._model, "padded")([0, 0], caches)
+        except Exception:  # modules that look into a cache of their own kind
+            return False
+        return True
 
     @torch.no_grad()  # not inference mode, in which composite operations are not seen one by one
     def feed(self, cache: DynamicCache | None, *steps: int) -> tuple[Any, int]:
@@ -168,7 +181,7 @@ def _sequence_memory(trial: _Trial) -> SequenceMemory:
         bytes_per_token=sum(kept.get(layer, slope) for layer, slope in slopes.items()),
         windows=_joined((windows[layer], slopes[layer] - kept[layer]) for layer in windows),
         can_chunk=can_chunk,
-        can_batch=trial.is_usual and can_be_padded(filled[1]),
+        can_batch=trial.can_batch(),
     )
 
 

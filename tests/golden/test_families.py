@@ -12,15 +12,23 @@ from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_
 
 from moray.runtime.model.batch import describe_batch, make_batch_forward
 from moray.runtime.model.catalog import SAMPLE
+from moray.runtime.planning.measure import measure_profile
 from moray.runtime.planning.profile import GenerationLimits
+from moray.runtime.store.store import Store
 
 PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
+
+
+def _could_batch(path: Path) -> bool:
+    """What ``moray info`` says of the store."""
+    with Store.open(path) as opened:
+        return measure_profile(opened, torch.float32).sequence.can_batch
 
 
 #: How tokens of several sequences are computed, where it is not with padding.
 BATCHES = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "glm4_moe", "qwen3_vl_moe"), "fused"),
-    **dict.fromkeys(("minimax", "deepseek_v4", "zaya"), "in turn"),  # caches of their own
+    **dict.fromkeys(("minimax", "deepseek_v4"), "in turn"),  # caches of their own
 }
 
 
@@ -40,6 +48,7 @@ def test_logits_and_tokens_equal_transformers(
         assert made.stats().num_used > 0
         batch = make_batch_forward(made.model)
         assert describe_batch(batch) == BATCHES.get(family, "padded")
+        assert (batch is not None) == _could_batch(store(family, "none"))
         assert batch is None or worst_difference(made.model, batch) < 1e-5
 
 
