@@ -83,7 +83,7 @@ class ExpertsBinding:
             fetch = self._fetch(grouping.active)
             self._announce(x_TH)
             out, waited_s = self._compute_as_they_come(module, x_TH, weights_TK, grouping, fetch)
-            missed = fetch.missed.tolist()
+            missed = [] if self.watch is None else fetch.missed.tolist()
         else:
             with closing(call):
                 self._announce(x_TH)
