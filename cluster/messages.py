@@ -10,6 +10,9 @@ Nothing is pickled. What does not decode into exactly one of these types is refu
     Compute these experts, + activations    Computed  + outputs
     Hint    likely needed soon              (nothing)
     Release experts no longer used          (nothing)
+    Ping    are you there?                  Pong      what is in memory, if asked
+    Read, ReadFile  a part of the store     Bytes     + those bytes
+    ListFiles  what the store consists of   Files
                                             Refused   why
 
 Need and Hint carry along what the client used since its last message (``uses``), for the host's cache policy: a layer
@@ -25,10 +28,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moray.runtime.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 1 << 30
+MAX_READ_BYTES = 4 << 20
+MAX_MANIFEST_BYTES = 256 << 20
 
-
+Numerics = Literal["int8", "float"]
 Use = Annotated[list[int], Field(min_length=1)]  # [layer, expert, expert, ...] a layer call
 
 
@@ -37,8 +42,11 @@ class Message(BaseModel):
 
 
 class Hello(Message):
+    """``numerics``: of a client that will have experts computed; the kernels are made ready before the answer."""
+
     client: str
     token: str
+    numerics: Numerics | None = None
 
 
 class Welcome(Message):
@@ -51,6 +59,8 @@ class Welcome(Message):
     arena_bytes: int
     holds_all: bool  # nothing is ever evicted here, so no use need be told
     experts: list[list[int]]  # [layer]: its experts that live on this host, in the order of the arena's directory
+    assigned: list[list[int]]  # [layer]: those that it keeps in memory
+    resident: list[list[int]]  # [layer]: those of them that are there now
 
 
 class Need(Message):
@@ -72,17 +82,38 @@ class Coming(Message):
     """They are in memory, or being loaded."""
 
 
+class GateSpec(Message):
+    """A fused gate: the fields of ``Gate`` in runtime/kernels/gates.py."""
+
+    limit: float | None = None
+    alpha: float | None = None
+    is_gelu: bool = False
+    is_interleaved: bool = False
+
+
 class Compute(Message):
-    """Buffer: float32 activations [sum(counts), H], sorted by expert."""
+    """Buffer: the activations of ``num_rows`` tokens, and which of them each pair takes (cluster/activations.py)."""
 
     layer: int
     experts: list[int]
-    counts: list[int]
-    numerics: Literal["int8", "float"]
+    counts: list[int]  # pairs of each expert
+    num_rows: int
+    numerics: Numerics
+    gate: GateSpec = GateSpec()
 
 
 class Computed(Message):
-    """Buffer: float32 outputs [sum(counts), H], unweighted."""
+    """Buffer: float32 outputs [sum(counts), H] in the order of the pairs, unweighted."""
+
+    compute_s: float  # from the request's arrival to its answer
+
+
+class Ping(Message):
+    wants_resident: bool = False
+
+
+class Pong(Message):
+    resident: list[list[int]] | None = None  # as in Welcome
 
 
 class Hint(Message):
@@ -96,13 +127,55 @@ class Release(Message):
     experts: list[int]
 
 
+class Read(Message):
+    """Bytes of a shard from ``offset`` on, a multiple of 4096. Nothing else waits for the answer."""
+
+    layer: int
+    expert: int
+    offset: Annotated[int, Field(ge=0)]
+    num_bytes: Annotated[int, Field(ge=1, le=MAX_READ_BYTES)]
+
+
+class ReadFile(Message):
+    """Bytes of one of ``Files``, or of the manifest."""
+
+    name: str
+    offset: Annotated[int, Field(ge=0)]
+    num_bytes: Annotated[int, Field(ge=1, le=MAX_READ_BYTES)]
+
+
+class Bytes(Message):
+    """Buffer: exactly what was asked for. Shards are not verified before: who puts one together does that."""
+
+
+class ListFiles(Message):
+    """What does this host's store consist of?"""
+
+
+class FileEntry(Message):
+    name: str  # relative, with "/"
+    num_bytes: Annotated[int, Field(ge=0)]
+    xxh3: int  # 64 bits
+
+
+class Files(Message):
+    """``files``: all but the manifest and those of shards; ``present``: the shards that are there, [layer] as runs
+    [first, end, first, end, ...] of experts."""
+
+    manifest_bytes: Annotated[int, Field(ge=1, le=MAX_MANIFEST_BYTES)]
+    files: list[FileEntry]
+    present: list[list[int]]
+
+
 class Refused(Message):
-    reason: Literal["hello", "request", "shard", "failed"]  # "hello": introduce yourself first
+    reason: Literal["hello", "request", "shard", "absent", "failed"]  # "hello": introduce yourself first
     message: str
 
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Refused)
+    kind.__name__: kind
+    for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Ping, Pong, Refused)
+    + (Read, ReadFile, Bytes, ListFiles, Files)
 }
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import zmq
 
 from moray.cluster.messages import Bytes, FileEntry, Files, ListFiles, Message, Read, ReadFile, Refused, encode
-from moray.runtime.errors import MorayError, ProtocolError
+from moray.runtime.errors import MorayError, ProtocolError, StoreError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
 from moray.runtime.store.disk import DiskReader
@@ -79,8 +79,10 @@ class ReadLane:
             return self._list_files(), []
         except ProtocolError as error:
             return Refused(reason="request", message=str(error)), []
+        except StoreError as error:
+            return Refused(reason="absent", message=str(error)), []
         except MorayError as error:
-            return Refused(reason="shard", message=str(error)), []
+            return Refused(reason="failed", message=str(error)), []
         except Exception as error:  # told to the one who asked; the lane works on for the others
             return Refused(reason="failed", message=f"{type(error).__name__}: {error}"), []
 

@@ -85,6 +85,15 @@ class ResidencyManager:
         self._failed: set[int] = set()  # left alone until somebody needs them again
         self.stats = ResidencyStats()
 
+    def assign(self, experts: Sequence[int]) -> None:
+        """Free memory is filled with these alone, in this order."""
+        self._fills = list(experts)[::-1]
+
+    @property
+    def wants_to_fill(self) -> bool:
+        """Whether there is free memory, and something left to fill it with."""
+        return bool(self._free) and any(self._is_loadable(e) for e in self._fills)
+
     @property
     def holds_all(self) -> bool:
         """Whether there is a slot for every expert: then nothing is ever evicted."""
@@ -221,9 +230,10 @@ class ResidencyManager:
         self._state[expert] = State.ABSENT
         if expert in self._given_up:  # nothing is wrong with it: its turn comes again
             self._given_up.discard(expert)
-            self._fills.append(expert)
             if self._urgency[expert] is Urgency.REPLICA:
                 self._replicas[expert] = None
+            else:
+                self._fills.append(expert)
         else:
             self._failed.add(expert)
         del self._urgency[expert]
