@@ -174,8 +174,11 @@ class Refused(Message):
 
 MESSAGES: dict[str, type[Message]] = {
     kind.__name__: kind
-    for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Ping, Pong, Refused)
-    + (Read, ReadFile, Bytes, ListFiles, Files)
+    for group in (
+        (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Ping, Pong, Refused),
+        (Read, ReadFile, Bytes, ListFiles, Files),
+    )
+    for kind in group
 }
 
 

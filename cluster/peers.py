@@ -101,7 +101,12 @@ class Peer:
     """One other host as a ``ShardReader``. Remembers when it did not answer, and of what it had no good copy."""
 
     def __init__(
-        self, host: HostAddress, manifest: Manifest, keys: CurveKeys | None, timeout_s: float, clock: Callable[[], float]
+        self,
+        host: HostAddress,
+        manifest: Manifest,
+        keys: CurveKeys | None,
+        timeout_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self.host, self.name = host, f"host {host.host_id}"
         self._reads = _Reads(host, keys, manifest.fingerprint, timeout_s)

@@ -155,7 +155,9 @@ class Loader:
 
     def _find(self) -> tuple[Job, int] | None:
         """A piece to read: of the most urgent load that has one left, or of a new load if that is more urgent."""
-        if self._is_closed or not (self._has_room(self._disk_lane) or (self._peers and self._has_room(self._peer_lane))):
+        if self._is_closed or not (
+            self._has_room(self._disk_lane) or (self._peers and self._has_room(self._peer_lane))
+        ):
             return None
         self._end_given_up()
         waiting = [job for job in self._jobs if job.next_piece < job.num_pieces and not self._is_over(job)]

@@ -3,9 +3,9 @@
     ABSENT -> LOADING -> RESIDENT -> EVICTING -> ABSENT
     LOADING -> ABSENT (failed, or given up)
 
-Events come in (``need``, ``release``, ``used``, ``hint``, ``replicate``, ``loaded``, ``failed``, ``evicted``); ``next_load`` says what
-to load next, into which slot, in place of what. A slot belongs to at most one expert from the beginning of its load,
-so that the budget, which is the number of slots, holds at every moment.
+Events come in (``need``, ``release``, ``used``, ``hint``, ``replicate``, ``loaded``, ``failed``, ``evicted``);
+``next_load`` says what to load next, into which slot, in place of what. A slot belongs to at most one expert from the
+beginning of its load, so that the budget, which is the number of slots, holds at every moment.
 
 Experts are numbers 0 to N-1, in layer order. A client *claims* the experts it needs: they are loaded first, and never
 evicted before it releases them or needs others.

@@ -55,11 +55,7 @@ def runs_of(keys: Iterable[ExpertKey], manifest: Manifest) -> list[list[int]]:
     """[layer]: experts as runs, [first, end, first, end, ...]."""
     chosen = set(keys)
     return [
-        [
-            edge
-            for edge in range(layer.num_experts + 1)
-            if ((index, edge) in chosen) != ((index, edge - 1) in chosen)
-        ]
+        [edge for edge in range(layer.num_experts + 1) if ((index, edge) in chosen) != ((index, edge - 1) in chosen)]
         for index, layer in enumerate(manifest.layers)
     ]
 

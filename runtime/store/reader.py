@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moray.runtime.errors import CorruptShardError, StoreError
-from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
+from moray.runtime.layout.shard import ExpertKey, round_up
 from moray.runtime.store.manifest import ShardEntry
 
 PIECE_BYTES = 4 << 20  # a disk is as fast as with larger ones, and a demand waits for one piece only

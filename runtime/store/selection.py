@@ -19,7 +19,7 @@ def experts_of_layers(manifest: Manifest, text: str) -> list[ExpertKey]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < len(manifest.layers):
             raise ConfigError(
-                f"--layers has {word.strip()!r:.40}, expected numbers or ranges such as 0-3,7 of the store's MoE layers "
+                f"--layers has {word.strip()!r:.40}, expected such as 0-3,7: of the store's MoE layers "
                 f"0 to {len(manifest.layers) - 1}"
             )
         layers.update(range(first, last + 1))
@@ -46,5 +46,5 @@ def experts_of_file(manifest: Manifest, path: Path) -> list[ExpertKey]:
         raise ConfigError(f"{path} is no JSON list of [layer, expert] pairs ({error})") from error
     for key in keys:
         if key not in manifest.shards or any(type(number) is not int for number in key):
-            raise ConfigError(f"{path} names expert {key.expert!r:.20} of MoE layer {key.layer!r:.20}, not in the store")
+            raise ConfigError(f"{path} names [{key.layer!r:.20}, {key.expert!r:.20}], which is no expert of the store")
     return list(dict.fromkeys(keys))

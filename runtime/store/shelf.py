@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import xxhash
-
 from moray.runtime.errors import StoreError
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest
@@ -46,7 +44,7 @@ class SyncSource(Protocol):
     def has(self, key: ExpertKey) -> bool: ...
 
     def read_shard(self, key: ExpertKey, view: memoryview) -> None:
-        """Read a shard into ``view``, of exactly its size. Its checksum is compared by the caller. Raises MorayError."""
+        """Read a shard into ``view``, of its size. The caller compares the checksum. Raises MorayError."""
         ...
 
     def read_file(self, name: str, start: int, view: memoryview) -> None:

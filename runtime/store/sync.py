@@ -26,7 +26,7 @@ from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.memory import format_bytes
 from moray.runtime.paths import is_outside
 from moray.runtime.store.inspection import verify_shard
-from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, decode_manifest
+from moray.runtime.store.manifest import MANIFEST_NAME, Manifest, decode_manifest
 from moray.runtime.store.presence import PRESENT_NAME, read_presence, write_presence
 from moray.runtime.store.receipt import sync, write_aside
 from moray.runtime.store.shelf import StoreFile, SyncSource
@@ -176,9 +176,9 @@ def _has_bytes(path: Path, offset: int) -> bool:
 
 
 def _check_space(store: Path, plan: SyncPlan) -> None:
-    sizes = plan.manifest.shards
-    in_place = sum(sizes[key].num_bytes for key in plan.damaged if _has_bytes(store / sizes[key].file, sizes[key].offset))
-        aside = (store / f"{file.name}.partial" for file in plan.files)
+    entries = [plan.manifest.shards[key] for key in plan.damaged]
+    in_place = sum(entry.num_bytes for entry in entries if _has_bytes(store / entry.file, entry.offset))
+    aside = (store / f"{file.name}.partial" for file in plan.files)
     in_place += sum(path.stat().st_size for path in aside if path.is_file())
     needed = plan.num_bytes - in_place + (_SPARE_BYTES if plan.num_bytes else 0)
     place = store.absolute()
@@ -265,8 +265,8 @@ def _read_checked(plan: SyncPlan, source: SyncSource, key: ExpertKey, view: memo
         if xxhash.xxh3_64_intdigest(view) == plan.manifest.shards[key].checksum:
             return
     raise CorruptShardError(
-        f"expert {key.expert} of MoE layer {key.layer} comes from {source.name} with another checksum than its manifest "
-        "has; bring it from another host, or repair it there"
+        f"expert {key.expert} of MoE layer {key.layer} comes from {source.name} with another checksum than the "
+        "manifest has; bring it from another host, or repair it there"
     )
 
 
