@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import TypeVar
 
 from moray.cluster.client import HelloRequiredError, HostAddress, HostClient
 from moray.cluster.keys import CurveKeys
@@ -22,7 +23,9 @@ _READ_BYTES = 512 << 10  # of one request: what a Compute may have to wait for o
 _IN_FLIGHT = 4  # requests of one read, so that disk and link work at once
 _TIMEOUT_S = 2.0  # without any answer
 _SUSPECTED_S = 5.0  # then a host that did not answer is asked like others again
+_ATTEMPTS = 3  # of one who copies a store
 _LACKING_S = 30.0  # then a host that had no good copy is asked for it like others again
+_Got = TypeVar("_Got")
 
 
 class _Reads:
@@ -190,12 +193,12 @@ class Peers:
 class RemoteStore:
     """A ``SyncSource``: the store of a host."""
 
-    def __init__(self, host: HostAddress, keys: CurveKeys | None, *, timeout_s: float = 30.0) -> None:
-        """Connect. Raises HostLostError, ProtocolError."""
+    def __init__(self, host: HostAddress, keys: CurveKeys | None, *, timeout_s: float = 10.0) -> None:
+        """Connect. ``timeout_s``: without an answer, for each of some attempts. Raises HostLostError, ProtocolError."""
         self.name = host.address
         self._reads = _Reads(host, keys, None, timeout_s)
         try:
-            listed = self._reads.ask(ListFiles())
+            listed = self._patiently(lambda: self._reads.ask(ListFiles()))
             if not isinstance(listed, Files):
                 raise ProtocolError(f"{self.name} answered ListFiles with {type(listed).__name__}")
             data = memoryview(bytearray(listed.manifest_bytes))
@@ -215,15 +218,34 @@ class RemoteStore:
         return key in self._present
 
     def read_shard(self, key: ExpertKey, view: memoryview) -> None:
-        self._reads.fill(
-            lambda offset, size: Read(layer=key.layer, expert=key.expert, offset=offset, num_bytes=size), 0, view
-        )
+        def ask(offset: int, num_bytes: int) -> Message:
+            return Read(layer=key.layer, expert=key.expert, offset=offset, num_bytes=num_bytes)
+
+        self._patiently(lambda: self._reads.fill(ask, 0, view))
 
     def read_file(self, name: str, start: int, view: memoryview) -> None:
-        self._reads.fill(lambda offset, size: ReadFile(name=name, offset=offset, num_bytes=size), start, view)
+        def ask(offset: int, num_bytes: int) -> Message:
+            return ReadFile(name=name, offset=offset, num_bytes=num_bytes)
+
+        self._patiently(lambda: self._reads.fill(ask, start, view))
 
     def close(self) -> None:
         self._reads.close()
+
+    def _patiently(self, attempt: Callable[[], _Got]) -> _Got:
+        """A link that fails for a while costs only time."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return attempt()
+            except (HostLostError, HelloRequiredError):
+                self._reads.close()
+        try:
+            return attempt()
+        except HostLostError as error:
+            raise HostLostError(
+                f"{self.name} did not answer; is it served there, with the same keys, and the way not blocked? "
+                "Run the same command again, it continues where it stopped"
+            ) from error
 
 
 def _present(listed: Files, manifest: Manifest, name: str) -> frozenset[ExpertKey]:
