@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -105,6 +106,12 @@ def assert_holds(host: ShardHost, store: Store, keys: Sequence[ExpertKey]) -> No
         assert slot >= 0 and bytes(host.arena.slot(slot)[: store.manifest.shards[key].num_bytes]) == (
             store.read_shard(key).tobytes()
         )
+
+
+def wait_for(host: ShardHost, is_done: Callable[[], object]) -> None:
+    with host._loader.lock:
+        while not is_done():
+            host._loader.lock.wait(0.01)
 
 
 # ------------------------------------------------------------------------------------ partial stores
@@ -213,23 +220,22 @@ def test_a_lying_host_is_named_and_another_one_asked(demo: Store, lender: HostAd
 
 
 def test_a_host_of_another_store_is_not_read_from(demo: Store, tmp_path: Path) -> None:
-    import msgpack
-
     other = Path(shutil.copytree(demo.path, tmp_path / "other"))
     document = msgpack.unpackb((other / "manifest.msgpack").read_bytes())
     (other / "manifest.msgpack").write_bytes(msgpack.packb(document | {"family": "another"}))
-    with Store.open(partial_copy(demo, tmp_path / "part", [])) as store, Store.open(other) as foreign:
-        with lending(foreign, "foreign") as address, peers_of(store, address) as peers:
-            host = ShardHost(store, [KEY], 1, peers=peers)
-            with pytest.raises(StoreError, match="host foreign serves another store .* give every node the same store"):
-                host.wait_filled(60)
-            host.close()
+    with ExitStack() as stack:
+        store = stack.enter_context(Store.open(partial_copy(demo, tmp_path / "part", [])))
+        address = stack.enter_context(lending(stack.enter_context(Store.open(other)), "foreign"))
+        host = ShardHost(store, [KEY], 1, peers=stack.enter_context(peers_of(store, address)))
+        with pytest.raises(StoreError, match=r"host foreign serves another store .*; give every node the same store"):
+            host.wait_filled(60)
+        host.close()
 
 
 # ------------------------------------------------------------------------------------- hosts that go
 
 
-@pytest.mark.parametrize("num_answers", [0, 4])
+@pytest.mark.parametrize("num_answers", [4, pytest.param(0, marks=pytest.mark.long)])
 def test_a_host_that_dies_in_the_middle_of_a_shard_is_replaced(
     demo: Store, lender: HostAddress, tmp_path: Path, num_answers: int
 ) -> None:
@@ -348,15 +354,21 @@ def test_nothing_waits_for_a_read_and_bad_reads_are_refused(demo: Store, monkeyp
         assert reading.wait(60)
         assert isinstance(client.receive(client.send(Ping()))[0], Pong)  # the read has not come yet
         go_on.set()
-        reply, (data,) = _receive_late(client, asked)
+        reply, (data,) = client.receive(asked)
         assert isinstance(reply, Bytes) and data == demo.read_shard(KEY).tobytes()[8192:13192]
         assert server.stats.reads == len(bad) + 1
         client.close()
     host.close()
 
 
-def _receive_late(client: HostClient, request_id: int) -> tuple[object, list[bytes]]:
-    return client.receive(request_id)
+@contextmanager
+def another_client(address: HostAddress) -> Iterator[HostClient]:
+    client = HostClient(address, "another")
+    try:
+        client.greet()
+        yield client
+    finally:
+        client.close()
 
 
 def test_what_a_client_does_not_take_is_bounded(demo: Store) -> None:
@@ -374,7 +386,7 @@ def test_what_a_client_does_not_take_is_bounded(demo: Store) -> None:
         count = 400
         for number in range(count):
             socket.send(encode(number + 1, Read(layer=4, expert=3, offset=0, num_bytes=size)))
-        with HostClientOf(address) as other:  # others are served meanwhile
+        with another_client(address) as other:  # others are served meanwhile
             assert other.request(Read(layer=0, expert=0, offset=0, num_bytes=4096))[1] == [
                 demo.read_shard(ExpertKey(0, 0)).tobytes()[:4096]
             ]
@@ -385,16 +397,6 @@ def test_what_a_client_does_not_take_is_bounded(demo: Store) -> None:
     socket.close(linger=0)
     context.term()
     host.close()
-
-
-@contextmanager
-def HostClientOf(address: HostAddress) -> Iterator[HostClient]:
-    client = HostClient(address, "another")
-    try:
-        client.greet()
-        yield client
-    finally:
-        client.close()
 
 
 def test_shards_in_memory_are_read_from_there_while_they_come_and_go(demo: Store, tmp_path: Path) -> None:
@@ -445,11 +447,8 @@ def test_hot_experts_are_copied_in_the_background(demo: Store, lender: HostAddre
         host = make_host(store, keys, 1, num_slots=12, peers=peers, replication=budget)
         assert not set(hot) & {key for key, slot in zip(keys, host.arena.directory, strict=True) if slot >= 0}
         host.replicate(hot)
-        with host._loader.lock:
-            assert host._loader.lock.wait_for(
-                lambda: host.stats().residency.replica_loads == 6 and host._loader.is_idle, 60
-            )
-            host._manager.validate()
+        wait_for(host, lambda: host.stats().residency.replica_loads == 6 and host._loader.is_idle)
+        host._manager.validate()
         assert_holds(host, demo, hot)
         stats = host.stats()
         assert stats.loader.replica_bytes == sum(demo.manifest.shards[key].num_bytes for key in hot)
@@ -465,11 +464,9 @@ def test_a_replica_that_is_needed_does_not_wait_for_the_budget(demo: Store) -> N
     host = make_host(demo, keys, 1, num_slots=12, replication=budget)
     hot = ExpertKey(5, 7)
     host.replicate([hot])
-    with host._loader.lock:
-        assert host._loader.lock.wait_for(lambda: host.stats().loader.replica_bytes > 0, 60)
-    assert not host.stats().loader.replica_bytes >= demo.manifest.shards[hot].num_bytes
+    wait_for(host, lambda: host.stats().loader.replica_bytes > 0)
+    assert host.stats().loader.replica_bytes < demo.manifest.shards[hot].num_bytes
     host.need("a", hot.layer, [hot.expert])
-    with host._loader.lock:
-        assert host._loader.lock.wait_for(lambda: host.arena.directory[keys.index(hot)] >= 0, 60)
+    wait_for(host, lambda: host.arena.directory[keys.index(hot)] >= 0)
     assert_holds(host, demo, [hot])
     host.close()
