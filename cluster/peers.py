@@ -36,6 +36,7 @@ class _Reads:
         self._keys, self._fingerprint, self._timeout_s = keys, fingerprint, timeout_s
         self._idle: list[HostClient] = []
         self._num_made = 0
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def fill(self, ask: Callable[[int, int], Message], start: int, view: memoryview) -> None:
@@ -65,10 +66,16 @@ class _Reads:
         self._give_back(client)
         return reply
 
-    def close(self) -> None:
+    def drop_idle(self) -> None:
+        """The host was restarted, or did not answer: connections of before are of no use."""
         with self._lock:
             while self._idle:
                 self._idle.pop().close()
+
+    def close(self) -> None:
+        """Reads under way come to their end."""
+        self._is_closed = True
+        self.drop_idle()
 
     def _take(self, client: HostClient, request_id: int, part: memoryview) -> None:
         reply, buffers = client.receive(request_id)
@@ -97,7 +104,10 @@ class _Reads:
 
     def _give_back(self, client: HostClient) -> None:
         with self._lock:
-            self._idle.append(client)
+            if not self._is_closed:
+                self._idle.append(client)
+                return
+        client.close()
 
 
 class Peer:
@@ -131,8 +141,8 @@ class Peer:
         try:
             try:
                 self._reads.fill(ask, start, wanted)
-            except HelloRequiredError:  # it was restarted; what was idle is of no use
-                self._reads.close()
+            except HelloRequiredError:
+                self._reads.drop_idle()
                 self._reads.fill(ask, start, wanted)
         except HostLostError:
             self._suspected_until = self._clock() + _SUSPECTED_S
@@ -173,18 +183,19 @@ class Peers:
 
     def set_hosts(self, hosts: Sequence[HostAddress]) -> None:
         """From now on these: a host joined, or left. Reads under way come to their end."""
-        kept, gone = {}, dict(self._peers)
-        for host in hosts:
-            kept[host] = gone.pop(host, None) or Peer(host, self._manifest, self._keys, self._timeout_s, self._clock)
-        self._peers = kept
-        for peer in gone.values():
-            peer.close()
+        old = self._peers
+        new = set(hosts) - old.keys()
+        made = {host: Peer(host, self._manifest, self._keys, self._timeout_s, self._clock) for host in new}
+        self._peers = {host: old[host] if host in old else made[host] for host in hosts}
+        for host in old.keys() - self._peers.keys():
+            old[host].close()
 
     def of(self, key: ExpertKey) -> list[ShardReader]:
         """All, those that are likely to have the shard first; among equals, each expert begins with another."""
         peers = list(self._peers.values())
         first = (key.layer + key.expert) % len(peers) if peers else 0
-        return sorted(peers[first:] + peers[:first], key=lambda peer: peer.rank(key))
+        ranked: list[Peer] = sorted(peers[first:] + peers[:first], key=lambda peer: peer.rank(key))
+        return [*ranked]
 
     def close(self) -> None:
         self.set_hosts([])
@@ -238,7 +249,7 @@ class RemoteStore:
             try:
                 return attempt()
             except (HostLostError, HelloRequiredError):
-                self._reads.close()
+                self._reads.drop_idle()
         try:
             return attempt()
         except HostLostError as error:

@@ -62,7 +62,7 @@ def runs_of(keys: Iterable[ExpertKey], manifest: Manifest) -> list[list[int]]:
 
 def keys_of(layers: Any, manifest: Manifest) -> frozenset[ExpertKey]:
     """The reverse of ``runs_of``, for what comes from outside. Raises ValueError or TypeError."""
-    keys = set()
+    keys: set[ExpertKey] = set()
     for layer, (info, runs) in enumerate(zip(manifest.layers, layers, strict=True)):
         if runs != sorted(set(runs)) or len(runs) % 2 or any(type(n) is not int for n in runs):
             raise ValueError(f"runs {runs!r:.40} of layer {layer}")
