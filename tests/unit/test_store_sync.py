@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 import msgpack
 import pytest
 from helpers.partial import damage, partial_copy
-from helpers.processes import child, read_line
+from helpers.processes import child, read_line, start_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -129,6 +130,21 @@ def test_parts_add_up_to_the_store(demo: Store, keys_file: Path, tmp_path: Path)
         assert "it is whole now" in moray("sync", address, path, *options)
         assert contents(path) == contents(second) == contents(demo.path)
         assert "brought 0 experts and 0 files" in moray("sync", address, path, *options)
+
+
+def test_a_process_serves_a_store_until_it_is_told_to_stop(demo: Store, keys_file: Path, tmp_path: Path) -> None:
+    command = "-m", "moray.deploy.cli", "store", "serve", str(demo.path), "--listen", "127.0.0.1:0", "--keys"
+    process = start_python(*command, str(keys_file))
+    try:
+        address = re.search(r"serving 48 of 48 experts of .* at (127\.0\.0\.1:\d+); copy with", read_line(process))
+        assert address is not None
+        assert "it is whole now" in moray("sync", address[1], tmp_path / "copy", "--keys", keys_file)
+        assert contents(tmp_path / "copy") == contents(demo.path)
+        process.terminate()
+        assert read_line(process) == "11.9 MiB were read" and process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @given(st.sets(st.tuples(st.integers(0, 5), st.integers(0, 7))))
