@@ -313,7 +313,7 @@ def test_wrong_keys_and_wrong_tokens_read_nothing(demo: Store) -> None:
         read(HostAddress("shelf", server.address, TOKEN, server_key=keys.public), keys)
         assert bytes(buffer) == demo.read_shard(KEY).tobytes()
         num_reads = server.stats.reads
-        with pytest.raises(HostLostError, match="shelf did not answer"):
+        with pytest.raises(HostLostError, match=r"shelf (at|did)"):
             read(address, CurveKeys.make())
         with pytest.raises(HostLostError):
             read(HostAddress("shelf", server.address, TOKEN, server_key=CurveKeys.make().public), keys)
