@@ -21,7 +21,7 @@ from moray.runtime.store.shelf import StoreFile
 
 _READ_BYTES = 512 << 10  # of one request: what a Compute may have to wait for on the host's way out
 _IN_FLIGHT = 4  # requests of one read, so that disk and link work at once
-_TIMEOUT_S = 2.0  # without any answer
+_TIMEOUT_S = 1.5  # without any answer
 _SUSPECTED_S = 5.0  # then a host that did not answer is asked like others again
 _ATTEMPTS = 3  # of one who copies a store
 _LACKING_S = 30.0  # then a host that had no good copy is asked for it like others again

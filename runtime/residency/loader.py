@@ -29,7 +29,7 @@ from moray.runtime.store.disk import DiskReader
 from moray.runtime.store.manifest import ShardEntry
 from moray.runtime.store.reader import PIECE_BYTES, PeerReaders, ShardReader
 
-_HINT_DEPTH = 2  # predicted experts' pieces in flight: what a demand may have to wait for
+_HINT_DEPTH = 2  # predicted experts' pieces in flight: what a demand may have to wait for; from hosts all but demands'
 _PEER_DEPTH = 4  # pieces in flight from other hosts: their disks and the link work at once
 _ATTEMPTS = 2  # a shard that fails its checksum is read from disk once more
 _MOST_WAITING = 8  # loads begun whose disk, or other hosts, have no time for them yet
@@ -178,7 +178,7 @@ class Loader:
         if best not in self._jobs or self._is_over(best):  # it gave way to one that was begun
             return self._find()
         urgency, lane = self._manager.urgency(best.load.expert), self._lane(best)
-        if lane.reading >= _HINT_DEPTH and urgency is Urgency.HINT:
+        if lane.reading >= _HINT_DEPTH and (urgency is Urgency.HINT or (lane is self._peer_lane and urgency)):
             return None
         if urgency is Urgency.REPLICA:
             size = len(best.piece(best.next_piece))
