@@ -11,6 +11,8 @@ Nothing is pickled. What does not decode into exactly one of these types is refu
     Hint    likely needed soon              (nothing)
     Release experts no longer used          (nothing)
     Ping    are you there?                  Pong      what is in memory, if asked
+    Read, ReadFile  a part of the store     Bytes     + those bytes
+    ListFiles  what the store consists of   Files
                                             Refused   why
 
 Need and Hint carry along what the client used since its last message (``uses``), for the host's cache policy: a layer
@@ -28,6 +30,8 @@ from moray.runtime.errors import ProtocolError
 
 PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 1 << 30
+MAX_READ_BYTES = 4 << 20
+MAX_MANIFEST_BYTES = 256 << 20
 
 Numerics = Literal["int8", "float"]
 Use = Annotated[list[int], Field(min_length=1)]  # [layer, expert, expert, ...] a layer call
@@ -123,6 +127,46 @@ class Release(Message):
     experts: list[int]
 
 
+class Read(Message):
+    """Bytes of a shard from ``offset`` on, a multiple of 4096. Nothing else waits for the answer."""
+
+    layer: int
+    expert: int
+    offset: Annotated[int, Field(ge=0)]
+    num_bytes: Annotated[int, Field(ge=1, le=MAX_READ_BYTES)]
+
+
+class ReadFile(Message):
+    """Bytes of one of ``Files``, or of the manifest."""
+
+    name: str
+    offset: Annotated[int, Field(ge=0)]
+    num_bytes: Annotated[int, Field(ge=1, le=MAX_READ_BYTES)]
+
+
+class Bytes(Message):
+    """Buffer: exactly what was asked for. Shards are not verified before: who puts one together does that."""
+
+
+class ListFiles(Message):
+    """What does this host's store consist of?"""
+
+
+class FileEntry(Message):
+    name: str  # relative, with "/"
+    num_bytes: Annotated[int, Field(ge=0)]
+    xxh3: int  # 64 bits
+
+
+class Files(Message):
+    """``files``: all but the manifest and those of shards; ``present``: the shards that are there, [layer] as runs
+    [first, end, first, end, ...] of experts."""
+
+    manifest_bytes: Annotated[int, Field(ge=1, le=MAX_MANIFEST_BYTES)]
+    files: list[FileEntry]
+    present: list[list[int]]
+
+
 class Refused(Message):
     reason: Literal["hello", "request", "shard", "absent", "failed"]  # "hello": introduce yourself first
     message: str
@@ -130,7 +174,11 @@ class Refused(Message):
 
 MESSAGES: dict[str, type[Message]] = {
     kind.__name__: kind
-    for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Ping, Pong, Refused)
+    for group in (
+        (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Ping, Pong, Refused),
+        (Read, ReadFile, Bytes, ListFiles, Files),
+    )
+    for kind in group
 }
 
 

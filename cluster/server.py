@@ -31,6 +31,7 @@ from moray.cluster.messages import (
     decode,
     encode,
 )
+from moray.cluster.reads import READS, ReadLane
 from moray.runtime.errors import ConfigError, MorayError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels.gates import Gate
@@ -52,6 +53,8 @@ class ServerStats:
     clients_refused: int = 0  # whose own key is not known here
     pairs_computed: int = 0
 
+    reads: int = 0  # answers to who reads the store
+    read_bytes: int = 0
     requests: int = 0
     rejected: int = 0  # answered with Refused, for whatever reason
     hints: int = 0
@@ -89,6 +92,8 @@ class DataPlaneServer:
                 f"cannot listen at {address} ({error.strerror}); is it this machine's, and free?"
             ) from error
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._reads = ReadLane(self._context, host)
+        self._watched[self._reads.replies] = self._forward
         self._stop, self._stopped = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
         self._stop.bind("inproc://stop")
         self._stopped.connect("inproc://stop")
@@ -136,6 +141,7 @@ class DataPlaneServer:
             if self._socket in ready:
                 identity, *frames = self._socket.recv_multipart(copy=True)
                 self._receive(identity, frames)
+        self._reads.close()
         self._socket.disable_monitor()
         for socket in (self._socket, self._stopped, *self._watched):
             socket.close(linger=0)
@@ -149,6 +155,9 @@ class DataPlaneServer:
             if not frames:
                 raise ProtocolError("a message has no header")
             request_id, message = decode(frames[0])
+            if isinstance(message, READS) and identity in self._known:
+                self._reads.ask(identity, request_id, message)
+                return
             answer, buffers = self._answer(identity, message, frames[1:])
         except ProtocolError as error:
             answer, buffers = Refused(reason="request", message=str(error)), []
@@ -162,6 +171,13 @@ class DataPlaneServer:
             self.stats.rejected += 1
         if answer is not None:
             self._socket.send_multipart([identity, encode(request_id, answer), *buffers], copy=not buffers)
+
+    def _forward(self) -> None:
+        """Send what the lane of reads has for a client."""
+        frames = self._reads.replies.recv_multipart(copy=False)
+        self.stats.reads += 1
+        self.stats.read_bytes += sum(len(frame) for frame in frames[2:])
+        self._socket.send_multipart(frames, copy=False)
 
     def _answer(self, identity: bytes, message: Message, buffers: list[bytes]) -> _Answer:
         if isinstance(message, Hello):

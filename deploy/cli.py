@@ -167,6 +167,40 @@ def store_repack(
     repack_store(store, target, file_size, console)
 
 
+@command("moray store sync 192.168.1.10:7420 ./mixtral-hqq4 --part 1/2 --keys ./moray.keys", "sync", store_tools)
+def store_sync(
+    source: Annotated[str, typer.Argument(help="A store's directory, or HOST:PORT of a `moray store serve`.")],
+    store: Annotated[Path, typer.Argument(help="The directory to make or to complete.")],
+    experts: Annotated[Path | None, typer.Option(help="Only these: a JSON file, a list of [layer, expert].")] = None,
+    layers: Annotated[str | None, typer.Option(help="Only those of these MoE layers, e.g. 0-15,20.")] = None,
+    part: Annotated[str | None, typer.Option(help="Only i/n of each layer's, e.g. 1/2.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="The key file that the serving side has too.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look, and bring nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring what a store lacks or has damaged, all or a part of it. Run again after an interruption, it resumes.
+
+    Every byte is checked, of what comes and of what is there; nothing is deleted. A store with a part of its experts
+    works where other hosts have the rest.
+    """
+    from moray.deploy.store_sync import selection, sync_stores
+
+    wanted = selection(experts, layers, part)
+    sync_stores(source, store, wanted, keys, console, dry_run=dry_run, as_json=as_json)
+
+
+@command("moray store serve ./mixtral-hqq4 --listen 192.168.1.10:7420 --keys ./moray.keys", "serve", store_tools)
+def store_serve(
+    store: Annotated[Path, typer.Argument(help="A store, whole or a part of one.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT of this machine.")],
+    keys: Annotated[Path, typer.Option(help="A key file; who has a copy of it may read the store, encrypted.")],
+) -> None:
+    """Let other machines copy a store with `moray store sync`, until Ctrl-C."""
+    from moray.deploy.store_sync import serve_store
+
+    serve_store(store, listen, keys, console)
+
+
 @command("moray store diff ./mixtral-hqq4 ./mixtral-none", "diff", store_tools)
 def store_diff(
     store: Annotated[Path, typer.Argument(help="A store.")],

@@ -109,6 +109,8 @@ def show_store(path: Path | None, *, verify: bool, as_json: bool, console: Conso
         if verify:
             _verify(store, console, quiet=as_json)
         facts = _describe(store.path, store.manifest) | {"fingerprint": store.fingerprint}
+        if not store.is_whole:
+            facts["partial"] = f"{len(store.present)} of {len(store.manifest.shards)} experts are here"
         if verify:
             facts["verified"] = "every byte"
         facts |= _serving(store.path)
@@ -139,7 +141,7 @@ def _plan(path: Path) -> dict[str, str]:
 def _verify(store: Store, console: Console, quiet: bool) -> None:
     columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=quiet) as progress:
-        task = progress.add_task("", total=len(store.manifest.shards) + 1)
+        task = progress.add_task("", total=len(store.present) + 1)
         for _ in store.verify():
             progress.advance(task)
 

@@ -15,6 +15,7 @@ from moray.runtime.errors import StoreError
 from moray.runtime.planning.sizes import parse_bytes
 from moray.runtime.store.diff import Difference, compare, describe
 from moray.runtime.store.inspection import Checked, inspect, read_manifest, repair_command
+from moray.runtime.store.presence import read_presence
 from moray.runtime.store.receipt import RECEIPT_NAME
 from moray.runtime.store.repack import repack, repack_in_place, stored_format
 from moray.runtime.store.store import Store
@@ -37,6 +38,8 @@ def _progress(console: Console, total_bytes: int, quiet: bool) -> Iterator[tuple
 def verify_store(path: Path, console: Console, *, as_json: bool) -> None:
     """Raises StoreError if anything is damaged; all of it has been printed then."""
     manifest = read_manifest(path)
+    present = read_presence(path, manifest)
+    is_part = "" if present is None else f" of the {len(present)} of {len(manifest.shards)} experts that are here"
     damaged: list[Checked] = []
     num_parts = 0
     with _progress(console, manifest.expert_bytes + manifest.trunk_bytes, as_json) as (progress, task):
@@ -48,6 +51,7 @@ def verify_store(path: Path, console: Console, *, as_json: bool) -> None:
     if as_json:
         parts = [{"part": part.name, "reason": part.reason} for part in damaged]
         facts = {"store": str(path), "parts": num_parts, "format": version, "receipt": has_receipt, "damaged": parts}
+        facts |= {} if present is None else {"partial": f"{len(present)} of {len(manifest.shards)} experts are here"}
         console.print_json(json.dumps(facts))
     else:
         for part in damaged[:_LISTED]:
@@ -56,13 +60,14 @@ def verify_store(path: Path, console: Console, *, as_json: bool) -> None:
         num_experts = sum(part.key is not None for part in damaged)
         others = f" and {len(damaged) - num_experts} other parts" if len(damaged) > num_experts else ""
         raise StoreError(
-            f"{path}: {num_experts} of {len(manifest.shards)} experts{others} are damaged or missing; copy the files "
-            f"again, or make only these again from the checkpoint: {repair_command(path, manifest)}"
+            f"{path}: {num_experts} of {len(manifest.shards)} experts{others} are damaged or missing; bring them with "
+            f"`moray store sync SOURCE {path}`, or make only these again from the checkpoint: "
+            f"{repair_command(path, manifest)}"
         )
     if not as_json:
         older = version != manifest.format_version or not has_receipt
         hint = f"; format {version}, `moray store repack {path}` makes it {manifest.format_version}" if older else ""
-        console.print(f"{path}: all {num_parts} parts are whole{hint}", highlight=False, soft_wrap=True)
+        console.print(f"{path}: all {num_parts} parts{is_part} are whole{hint}", highlight=False, soft_wrap=True)
 
 
 def repack_store(path: Path, target: Path | None, file_size: str | None, console: Console) -> None:

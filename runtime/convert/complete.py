@@ -31,6 +31,7 @@ from moray.runtime.convert.workspace import (
 from moray.runtime.errors import StoreError
 from moray.runtime.store.inspection import trunk_reason, verify_shard
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, decode_manifest
+from moray.runtime.store.presence import PRESENT_NAME
 from moray.runtime.store.receipt import (
     RECEIPT_NAME,
     FileHash,
@@ -147,6 +148,7 @@ def finish(work: Completion, copied: Sequence[Path], hashes: dict[str, FileHash]
         names = sorted(entry.name for entry in store.iterdir() if is_copied(entry.name))
         write_aside(store / RECEIPT_NAME, make_receipt(manifest, manifest_file.read_bytes(), store, names, hashes))
     manifest_file.replace(store / MANIFEST_NAME)
+    (store / PRESENT_NAME).unlink(missing_ok=True)  # nothing is missing any more
     sync(store)
     (store / JOURNAL_NAME).unlink(missing_ok=True)
     if work.receipt is not None:

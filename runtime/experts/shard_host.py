@@ -19,10 +19,12 @@ from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.prefetch.host import HostPrefetch, PrefetchMode
 from moray.runtime.prefetch.payoff import PrefetchStats
+from moray.runtime.prefetch.replication import ReplicationBudget
 from moray.runtime.residency.loader import Loader, LoaderStats
 from moray.runtime.residency.manager import ResidencyManager, ResidencyStats, State
 from moray.runtime.residency.policies import make_policy
-from moray.runtime.store.reader import ShardReader
+from moray.runtime.store.disk import DiskReader
+from moray.runtime.store.reader import PeerReaders
 from moray.runtime.store.store import Store
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class HostStats:
     residency: ResidencyStats
     loader: LoaderStats
     prefetch: PrefetchStats
+    damaged: tuple[str, ...] = ()  # shards on this host's disk that are read from other hosts instead, and why
 
 
 class ShardHost:
@@ -65,10 +68,12 @@ class ShardHost:
         policy: str = "lru",
         prefetch: PrefetchMode = "auto",
         assigned: Sequence[ExpertKey] | None = None,
+        peers: PeerReaders | None = None,
+        replication: ReplicationBudget | None = None,
     ) -> None:
         """``keys``: in layer order. ``arena``: the one this host had before it was restarted. ``num_slots``: experts
         that are in memory at once; None: all. ``assigned``: those that it fills its arena with, in this order; None:
-        all. Raises ResourceError.
+        all. ``peers``: where shards come from that the store lacks or has damaged. Raises ResourceError.
         """
         self._num_threads = num_threads
         self.store, self.keys = store, list(keys)
@@ -93,8 +98,10 @@ class ShardHost:
         self._adopt()
         self.num_adopted = self._manager.num_resident  # shards that an earlier process had loaded
         self._prefetch = HostPrefetch(prefetch, layer_of, [entry.num_bytes for entry in entries])
-        reader = ShardReader(store.path)
-        self._loader = Loader(self._manager, self.arena, reader, self.keys, entries, self._prefetch)
+        budget = replication or ReplicationBudget()
+        self._loader = Loader(
+            self._manager, self.arena, DiskReader(store), self.keys, entries, self._prefetch, budget, peers
+        )
         self.arena.wants_hints = prefetch != "off" and not self.holds_all
 
     @property
@@ -167,6 +174,17 @@ class ShardHost:
             self._tell_whether_hints_help()
             self._loader.wake()
 
+    def replicate(self, experts: Sequence[ExpertKey]) -> None:
+        """These should be in memory here too, the hottest first: they are loaded in the background.
+
+        In place of what is worth less, after everything else that is to be loaded but the filling of free memory, and
+        within the replication budget. A later call replaces what is not done of the ones before.
+        Raises KeyError for an expert that does not live here.
+        """
+        with self._loader.lock:
+            self._manager.replicate([self._index[key] for key in experts])
+            self._loader.wake()
+
     def release(self, client: str, layer: int, experts: Sequence[int]) -> None:
         with self._loader.lock:
             self._manager.release(client, self._indices(layer, experts))
@@ -189,6 +207,7 @@ class ShardHost:
                 residency=self._manager.stats,
                 loader=self._loader.stats,
                 prefetch=self._prefetch.stats(),
+                damaged=tuple(str(error) for error in self._loader.damaged.values()),
             )
 
     def wait_filled(self, timeout_s: float | None = None) -> bool:
@@ -249,6 +268,19 @@ class ShardHost:
             return fused.compute_pairs(x_TH, np.asarray(experts, dtype=np.int64), starts, row_of_pair, shards)
         finally:
             self.drop_client(_SELF)
+
+    def copy_resident(self, key: ExpertKey, start: int, view: memoryview) -> bool:
+        """Copy a part of a shard out of the arena. False: it is not in memory, or went meanwhile. From any thread."""
+        index = self._index.get(key)
+        slot = NOWHERE if index is None else int(self.arena.directory[index])
+        if slot < 0:
+            return False
+        generation = int(self.arena.generations[slot])
+        if generation % 2 or self.arena.directory[index] != slot:
+            return False
+        shard = np.frombuffer(self.arena.slot(slot), dtype=np.uint8)
+        np.copyto(np.frombuffer(view, dtype=np.uint8), shard[start : start + len(view)])
+        return bool(self.arena.generations[slot] == generation)
 
     def close(self) -> None:
         self._loader.close()

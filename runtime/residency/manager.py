@@ -3,9 +3,9 @@
     ABSENT -> LOADING -> RESIDENT -> EVICTING -> ABSENT
     LOADING -> ABSENT (failed, or given up)
 
-Events come in (``need``, ``release``, ``used``, ``hint``, ``loaded``, ``failed``, ``evicted``); ``next_load`` says what
-to load next, into which slot, in place of what. A slot belongs to at most one expert from the beginning of its load,
-so that the budget, which is the number of slots, holds at every moment.
+Events come in (``need``, ``release``, ``used``, ``hint``, ``replicate``, ``loaded``, ``failed``, ``evicted``);
+``next_load`` says what to load next, into which slot, in place of what. A slot belongs to at most one expert from the
+beginning of its load, so that the budget, which is the number of slots, holds at every moment.
 
 Experts are numbers 0 to N-1, in layer order. A client *claims* the experts it needs: they are loaded first, and never
 evicted before it releases them or needs others.
@@ -36,7 +36,8 @@ class Urgency(IntEnum):
 
     DEMAND = 0  # a layer waits
     HINT = 1  # predicted
-    FILL = 2  # memory is free
+    REPLICA = 2  # hot: kept here too, as other hosts do
+    FILL = 3  # memory is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class ResidencyStats:
 
     demand_loads: int = 0
     hint_loads: int = 0
+    replica_loads: int = 0
     fill_loads: int = 0
     evictions: int = 0
     hints_used: int = 0  # loaded by a hint, then used
@@ -77,6 +79,7 @@ class ResidencyManager:
         self._claimed: Counter[int] = Counter()
         self._demands: list[int] = []
         self._hints: dict[int, None] = {}  # in order
+        self._replicas: dict[int, None] = {}  # in order
         self._unused_hints: set[int] = set()  # loaded or loading by a hint, not yet used
         self._contradicted: dict[int, None] = {}  # of these, those that their layer did not need when it came
         self._fills = self._in_turn(list(layer_of))[::-1]
@@ -166,8 +169,21 @@ class ResidencyManager:
             self._contradicted.pop(e, None)
         return new
 
+    def replicate(self, experts: Sequence[int]) -> None:
+        """These should be here in place of what is worth less, the hottest first; what was asked before no longer."""
+        self._replicas = {e: None for e in experts if self._is_loadable(e)}
+
+    @property
+    def num_replicas_due(self) -> int:
+        """How many experts are still to be loaded for ``replicate``."""
+        return len(self._replicas)
+
     def next_load(
-        self, least: Urgency = Urgency.FILL, admit: Callable[[int], bool] = lambda expert: True
+        self,
+        least: Urgency = Urgency.FILL,
+        admit: Callable[[int], bool] = lambda expert: True,
+        *,
+        may_replicate: bool = True,
     ) -> Load | None:
         """What to load now, if something of urgency ``least`` or a higher one waits and there is a slot for it.
 
@@ -185,6 +201,13 @@ class ResidencyManager:
                 del self._hints[e]
                 if self._is_loadable(e) and (self._free or admit(e)):
                     load = self._begin(e, Urgency.HINT)
+                    if load is not None:
+                        return load
+        if least >= Urgency.REPLICA and may_replicate:
+            for e in list(self._replicas):
+                del self._replicas[e]
+                if self._is_loadable(e):
+                    load = self._begin(e, Urgency.REPLICA)
                     if load is not None:
                         return load
         if least >= Urgency.FILL and self._free:
@@ -212,7 +235,10 @@ class ResidencyManager:
         self._state[expert] = State.ABSENT
         if expert in self._given_up:  # nothing is wrong with it: its turn comes again
             self._given_up.discard(expert)
-            self._fills.append(expert)
+            if self._urgency[expert] is Urgency.REPLICA:
+                self._replicas[expert] = None
+            else:
+                self._fills.append(expert)
         else:
             self._failed.add(expert)
         del self._urgency[expert]
@@ -311,6 +337,8 @@ class ResidencyManager:
             self.stats.hint_loads += 1
         elif urgency is Urgency.DEMAND:
             self.stats.demand_loads += 1
+        elif urgency is Urgency.REPLICA:
+            self.stats.replica_loads += 1
         else:
             self.stats.fill_loads += 1
 

@@ -12,6 +12,7 @@ import xxhash
 from moray.runtime.errors import StoreError
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, ShardEntry, decode_manifest
+from moray.runtime.store.presence import read_presence
 from moray.runtime.store.receipt import RECEIPT_NAME, read_receipt, sha256_file
 from moray.runtime.store.store import checksum_file
 
@@ -38,8 +39,11 @@ def read_manifest(store: Path) -> Manifest:
 
 
 def inspect(store: Path, manifest: Manifest) -> Iterator[Checked]:
-    """Check every shard, the trunk and every file in the receipt; the first time a part is found, its result."""
+    """Check the shards that are here, the trunk and every file in the receipt; each part's result as it is found."""
+    present = read_presence(store, manifest)
     for key, entry in manifest.shards.items():
+        if present is not None and key not in present:
+            continue
         name = f"expert {key.expert} of MoE layer {key.layer} ({entry.file}, offset {entry.offset})"
         yield Checked(name, entry.num_bytes, verify_shard(store, entry), key)
     yield Checked(TRUNK_NAME, manifest.trunk_bytes, trunk_reason(store, manifest))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgpack
+import xxhash
 
 from moray.runtime.errors import StoreError
 from moray.runtime.layout.packed import LAYOUT_ID, PackedSpec
@@ -69,6 +70,12 @@ class Manifest:
     numerics_id: str = NUMERICS_ID
     num_parameters: int = 0
     notes: list[str] = field(default_factory=list)  # per-tensor fallbacks, in words
+
+    @property
+    def fingerprint(self) -> str:
+        """Names this exact content: two stores with one fingerprint hold the same weights."""
+        content = replace(self, source={}, versions={})  # not when and by what it was converted
+        return xxhash.xxh3_128_hexdigest(content.encode())
 
     @property
     def expert_bytes(self) -> int:

@@ -1,14 +1,14 @@
-"""Reading shards in pieces, past the page cache: what an arena holds need not be held twice."""
+"""Reading shards in pieces: from where, and what to say when that fails."""
 
 from __future__ import annotations
 
-import errno
 import os
-import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from moray.runtime.errors import CorruptShardError, StoreError
-from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
+from moray.runtime.layout.shard import ExpertKey, round_up
 from moray.runtime.store.manifest import ShardEntry
 
 PIECE_BYTES = 4 << 20  # a disk is as fast as with larger ones, and a demand waits for one piece only
@@ -43,47 +43,38 @@ def corrupt_shard(path: Path, key: ExpertKey, entry: ShardEntry) -> CorruptShard
     )
 
 
-class ShardReader:
-    """O_DIRECT where the file system has it, else buffered reads whose pages are dropped. Safe for several threads."""
+def absent_shard(store: Path, key: ExpertKey) -> StoreError:
+    """What to say of a shard that is not on this disk."""
+    return StoreError(
+        f"expert {key.expert} of MoE layer {key.layer} is not in the partial store {store}; bring it with "
+        f"`moray store sync SOURCE {store}`, or let this host read from one that has it"
+    )
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._descriptors: dict[str, tuple[int, bool]] = {}
-        self._lock = threading.Lock()
 
-    def read(self, entry: ShardEntry, start: int, view: memoryview) -> None:
+class ShardReader(Protocol):
+    """One place to read a store's shards from: the own disk, another host. Safe for several threads.
+
+    It hands over bytes as they are; whoever puts them together compares the checksum.
+    """
+
+    name: str  # in messages
+
+    def read(self, key: ExpertKey, start: int, view: memoryview) -> None:
         """Read the bytes of a shard from ``start`` on into ``view``, page-aligned memory that is filled to its end.
 
         ``start`` is a multiple of 4096. The view may reach past the shard's end, up to a multiple of 4096: what comes
-        after the shard is of no meaning. Raises StoreError: unreadable or too short.
+        after the shard is of no meaning. Raises MorayError: not there, unreadable, too short, out of reach.
         """
-        descriptor, is_direct = self._descriptor(entry.file)
-        wanted, offset = min(len(view), entry.num_bytes - start), entry.offset + start
-        read_at(descriptor, self.path(entry), offset, view, wanted, ALIGNMENT if is_direct else 1)
-        if not is_direct:
-            os.posix_fadvise(descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
+        ...
 
-    def path(self, entry: ShardEntry) -> Path:
-        return self._root / entry.file
+    def corrupt(self, key: ExpertKey) -> CorruptShardError:
+        """A shard that was read from here fails its checksum. Returns what to say of it."""
+        ...
 
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1][0])
 
-    def _descriptor(self, file: str) -> tuple[int, bool]:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = self._open(self._root / file)
-            return self._descriptors[file]
+class PeerReaders(Protocol):
+    """Other hosts that may have shards."""
 
-    def _open(self, path: Path) -> tuple[int, bool]:
-        flags = os.O_RDONLY | os.O_CLOEXEC
-        try:
-            return os.open(path, flags | os.O_DIRECT), True
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise StoreError(f"cannot open {path}: {error.strerror}") from error
-        try:
-            return os.open(path, flags), False  # a file system without O_DIRECT
-        except OSError as error:
-            raise StoreError(f"cannot open {path}: {error.strerror}") from error
+    def of(self, key: ExpertKey) -> Sequence[ShardReader]:
+        """Whom to ask for a shard, the best first. Quick, from any thread."""
+        ...

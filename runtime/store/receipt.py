@@ -48,7 +48,7 @@ def make_receipt(
     manifest: Manifest, manifest_data: bytes, store: Path, copied: list[str], files: dict[str, FileHash]
 ) -> bytes:
     """The receipt of a store whose files are all in place but the manifest. ``copied``: files and folders in it."""
-    own = [path for name in copied for path in _files_below(store / name)]
+    own = [path for name in copied for path in files_below(store / name)]
     hashes = {path.relative_to(store).as_posix(): FileHash(path.stat().st_size, sha256_file(path)) for path in own}
     hashes[MANIFEST_NAME] = FileHash(len(manifest_data), hashlib.sha256(manifest_data).hexdigest())
     document = {
@@ -90,7 +90,8 @@ def _decode(document: dict[str, Any]) -> dict[str, FileHash]:
     return {str(name): FileHash(int(entry["bytes"]), entry["sha256"]) for name, entry in document.items()}
 
 
-def _files_below(path: Path) -> list[Path]:
+def files_below(path: Path) -> list[Path]:
+    """A file itself, or all files in a folder."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 

@@ -16,10 +16,9 @@ from moray.runtime.memory import format_bytes
 from moray.runtime.store.inspection import read_manifest
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, ShardEntry
 from moray.runtime.store.receipt import RECEIPT_NAME, make_receipt, read_receipt, sync, write_aside
+from moray.runtime.store.shelf import LEFT_OVER, LEFT_OVER_FOLDERS, own_files
 from moray.runtime.store.store import Store
 
-_LEFT_OVER = ("convert.journal", "*.partial")
-_LEFT_OVER_FOLDERS = ("download",)
 _CHUNK_BYTES = 16 << 20
 Told = Callable[[int, str], None]  # bytes that are done, and what they are
 
@@ -44,11 +43,11 @@ def repack_in_place(path: Path) -> list[str]:
     if version != manifest.format_version or read_receipt(path) is None:
         _write_ends(path, manifest, path)
         done.append(f"{RECEIPT_NAME} is written")
-    for pattern in _LEFT_OVER:
+    for pattern in LEFT_OVER:
         for file in path.glob(pattern):
             file.unlink()
             done.append(f"{file.name} is deleted")
-    for name in _LEFT_OVER_FOLDERS:
+    for name in LEFT_OVER_FOLDERS:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
             done.append(f"{name} is deleted")
@@ -76,7 +75,7 @@ def repack(path: Path, target: Path, file_bytes: int | None, told: Told) -> Mani
         if _copy(store.trunk_path, target / TRUNK_NAME) != manifest.trunk_checksum:
             raise StoreError(f"{store.trunk_path} fails its checksum; `moray store verify {path}` says what to do")
         told(manifest.trunk_bytes, TRUNK_NAME)
-    for entry_path in _own_files(path, manifest):
+    for entry_path in own_files(path, manifest):
         if entry_path.is_dir():
             shutil.copytree(entry_path, target / entry_path.name)
         else:
@@ -116,17 +115,10 @@ def _check_target(path: Path, target: Path, manifest: Manifest) -> None:
         )
 
 
-def _own_files(path: Path, manifest: Manifest) -> list[Path]:
-    """Configuration, tokenizer and what else belongs to a store and holds no weights."""
-    others = {MANIFEST_NAME, RECEIPT_NAME, TRUNK_NAME, *(entry.file for entry in manifest.shards.values())}
-    left_over = {file.name for pattern in _LEFT_OVER for file in path.glob(pattern)} | set(_LEFT_OVER_FOLDERS)
-    return sorted(entry for entry in path.iterdir() if entry.name not in others | left_over)
-
-
 def _write_ends(target: Path, manifest: Manifest, source: Path) -> None:
     receipt = read_receipt(source)
     data = manifest.encode()
-    names = [entry.name for entry in _own_files(target, manifest)]
+    names = [entry.name for entry in own_files(target, manifest)]
     write_aside(
         target / RECEIPT_NAME, make_receipt(manifest, data, target, names, dict(receipt.files) if receipt else {})
     )

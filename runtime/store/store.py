@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,23 @@ from moray.runtime.errors import StoreError
 from moray.runtime.layout.packed import VECTOR_BYTES, Bytes
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, decode_manifest
-from moray.runtime.store.reader import corrupt_shard, read_at
+from moray.runtime.store.presence import PRESENT_NAME, read_presence
+from moray.runtime.store.reader import absent_shard, corrupt_shard, read_at
 
 _CHUNK_BYTES = 16 << 20
 
 
 class Store:
-    """A converted checkpoint on disk. Read-only, and safe to use from several threads and processes."""
+    """A converted checkpoint on disk, whole or with a part of its shards (``runtime/store/presence.py``).
+
+    Read-only, and safe to use from several threads and processes.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._present_as = _identity(path / PRESENT_NAME)
+        self._present = read_presence(path, manifest)
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -57,9 +62,28 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """Names this exact content: two stores with one fingerprint hold the same weights."""
-        content = replace(self.manifest, source={}, versions={})  # not when and by what it was converted
-        return xxhash.xxh3_128_hexdigest(content.encode())
+        return self.manifest.fingerprint
+
+    @property
+    def is_whole(self) -> bool:
+        return self._present is None
+
+    def has(self, key: ExpertKey) -> bool:
+        """Whether a shard is here. Of one that is not, this looks again: it may have been brought meanwhile."""
+        present = self._present
+        if present is None or key in present:
+            return True
+        identity = _identity(self.path / PRESENT_NAME)
+        if identity != self._present_as:
+            present = read_presence(self.path, self.manifest)
+            self._present, self._present_as = present, identity
+        return present is None or key in present
+
+    @property
+    def present(self) -> list[ExpertKey]:
+        """The shards that are here, in the manifest's order."""
+        present = self._present
+        return [key for key in self.manifest.shards if present is None or key in present]
 
     @property
     def trunk_path(self) -> Path:
@@ -69,9 +93,11 @@ class Store:
         """Read one shard into ``buffer`` and check it. Returns its size in bytes.
 
         A shard that fails its checksum is read a second time before it is called corrupt.
-        Raises CorruptShardError (names file and offset), StoreError (unreadable or short).
+        Raises CorruptShardError (names file and offset), StoreError (not here, unreadable or short).
         """
         entry = self.manifest.shards[key]
+        if not self.has(key):
+            raise absent_shard(self.path, key)
         view = buffer[: entry.num_bytes]
         for _ in range(2):
             self._read(entry.file, entry.offset, view)
@@ -89,9 +115,9 @@ class Store:
         return shard
 
     def verify(self) -> Iterator[ExpertKey | str]:
-        """Check every byte, yielding each shard's key and then the trunk's name as it passes."""
+        """Check every byte that is here, yielding each shard's key and then the trunk's name as it passes."""
         buffer = memoryview(bytearray(self.manifest.slot_bytes))
-        for key in self.manifest.shards:
+        for key in self.present:
             self.read_shard_into(key, buffer)
             yield key
         self.verify_trunk()
@@ -116,14 +142,26 @@ class Store:
 
     def _check_sizes(self) -> None:
         needed: dict[str, int] = {TRUNK_NAME: self.manifest.trunk_bytes}
-        for entry in self.manifest.shards.values():
+        for entry in (self.manifest.shards[key] for key in self.present):
             needed[entry.file] = max(needed.get(entry.file, 0), entry.offset + entry.num_bytes)
         for file, size in needed.items():
             path = self.path / file
             if not path.is_file():
-                raise StoreError(f"{path} is missing; copy it from where the store was made, or convert again")
+                raise StoreError(
+                    f"{path} is missing; copy it from where the store was made, bring it with "
+                    f"`moray store sync SOURCE {self.path}`, or convert again"
+                )
             if path.stat().st_size < size:
                 raise StoreError(f"{path} has {path.stat().st_size} bytes, expected {size}; copy it again")
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Changes when a file is replaced."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def checksum_file(path: Path) -> int:

@@ -208,6 +208,35 @@ def test_what_could_not_be_loaded_is_not_tried_again_by_itself() -> None:
     assert load is not None and (load.expert, load.urgency) == (0, Urgency.DEMAND)
 
 
+def test_replicas_come_after_hints_take_a_place_and_give_way_to_demands() -> None:
+    manager = manager_of([4, 4], 3)
+    manager.replicate([3])
+    manager.replicate([7, 6])  # the earlier wish is off
+    manager.hint([5])
+    assert manager.num_replicas_due == 2
+    loads = [manager.next_load(), manager.next_load(may_replicate=False), manager.next_load()]
+    assert [(load.expert, load.urgency) for load in loads if load] == [
+        (5, Urgency.HINT),
+        (0, Urgency.FILL),
+        (7, Urgency.REPLICA),
+    ]
+    for load in loads[:2]:
+        assert load is not None
+        finish(manager, load)
+    manager.need("a", [5, 0])
+    manager.need("b", [6])
+    assert manager.next_load() is None and manager.is_given_up(7)
+    manager.failed(7)
+    load = manager.next_load()
+    assert load is not None and (load.expert, load.urgency) == (6, Urgency.DEMAND)
+    finish(manager, load)
+    manager.release("b", [6])
+    load = manager.next_load()
+    assert load is not None and (load.expert, load.victim, load.urgency) == (7, 6, Urgency.REPLICA)
+    finish(manager, load)
+    assert manager.stats.replica_loads == 2 and manager.num_replicas_due == 0
+
+
 # ------------------------------------------------------------------------------------- any events
 
 
@@ -274,21 +303,26 @@ class Residency(RuleBasedStateMachine):
     def hint(self, data: st.DataObject) -> None:
         self.predict(self.experts(data))
 
+    @rule(data=st.data())
+    def replicate(self, data: st.DataObject) -> None:
+        self.manager.replicate(self.experts(data))
+
     def predict(self, experts: list[int]) -> None:
         new = self.manager.hint(experts)
         assert set(new) <= set(experts) - self.failures
         assert all(self.manager.state(e) is State.ABSENT for e in new)
 
-    @rule(least=st.sampled_from(Urgency), is_told=st.booleans())
-    def load(self, least: Urgency, is_told: bool) -> None:
-        self.start(least, is_told)
+    @rule(least=st.sampled_from(Urgency), is_told=st.booleans(), may_replicate=st.booleans())
+    def load(self, least: Urgency, is_told: bool, may_replicate: bool) -> None:
+        self.start(least, is_told, may_replicate)
 
-    def start(self, least: Urgency, is_told: bool = True) -> bool:
+    def start(self, least: Urgency, is_told: bool = True, may_replicate: bool = True) -> bool:
         before = {e: self.manager.state(e) for e in range(self.count)}
         waiting = {e for e in self.owed if before[e] is State.ABSENT}
-        load = self.manager.next_load(least)
+        load = self.manager.next_load(least, may_replicate=may_replicate)
         if load is None:
             return False
+        assert may_replicate or load.urgency is not Urgency.REPLICA
         assert load.urgency <= least and before[load.expert] is State.ABSENT
         assert load.urgency is Urgency.DEMAND or not waiting
         assert (load.urgency is Urgency.DEMAND) == (load.expert in waiting)
