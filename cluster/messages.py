@@ -10,6 +10,7 @@ Nothing is pickled. What does not decode into exactly one of these types is refu
     Compute these experts, + activations    Computed  + outputs
     Hint    likely needed soon              (nothing)
     Release experts no longer used          (nothing)
+    Echo    + any bytes                     Echoed    + as many bytes as asked for
                                             Refused   why
 
 Need and Hint carry along what the client used since its last message (``uses``), for the host's cache policy: a layer
@@ -27,6 +28,7 @@ from moray.runtime.errors import ProtocolError
 
 PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 30
+MAX_ECHO_BYTES = 16 << 20
 
 
 Use = Annotated[list[int], Field(min_length=1)]  # [layer, expert, expert, ...] a layer call
@@ -96,13 +98,24 @@ class Release(Message):
     experts: list[int]
 
 
+class Echo(Message):
+    """Measures the way here and back. Buffer: anything."""
+
+    reply_bytes: Annotated[int, Field(ge=0, le=MAX_ECHO_BYTES)]
+
+
+class Echoed(Message):
+    """Buffer: so many zeros."""
+
+
 class Refused(Message):
     reason: Literal["hello", "request", "shard", "failed"]  # "hello": introduce yourself first
     message: str
 
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Refused)
+    kind.__name__: kind
+    for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Echo, Echoed, Refused)
 }
 
 

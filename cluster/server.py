@@ -15,6 +15,8 @@ from moray.cluster.messages import (
     Coming,
     Compute,
     Computed,
+    Echo,
+    Echoed,
     Hello,
     Hint,
     Message,
@@ -130,6 +132,8 @@ class DataPlaneServer:
             case Release():
                 self._host.release(client, message.layer, message.experts)
                 return None, []
+            case Echo():
+                return Echoed(), [memoryview(bytes(message.reply_bytes))]
         raise ProtocolError(f"a host does not accept {type(message).__name__}")
 
     def _note(self, uses: list[list[int]]) -> None:

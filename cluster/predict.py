@@ -1,0 +1,190 @@
+"""Tokens a second of a placement, before anything is loaded. Pure.
+
+A token takes the sum over layers of the trunk's time and the experts'. Of the experts, the mean over layer calls, real
+ones if traffic was recorded, else drawn at random, of what the cost model says of the split that the placement makes of
+each call (layer_cost.py). A prompt's chunk is taken as one call in which each worker gets its expected part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+import numpy as np
+
+from moray.cluster.layer_cost import LayerGeometry, Worker, layer_s, make_rates
+from moray.cluster.placement import Heat, HostSpec, Placement, heat_of, uniform_heat
+from moray.runtime.lanes.rates import Rate
+from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.trace.simulate import hit_rates
+
+_DRAWN_CALLS = 64  # a layer
+_MOST_CALLS = 256  # a layer, of those recorded
+_DISK_S = 1e-4  # of a read
+_LAYER_S = 1e-4  # of a layer's launches and bookkeeping in the compute process (measured: benchmarks/overhead.py)
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """Everything but the routed experts, as a token meets it."""
+
+    num_layers: int  # with experts
+    bytes_per_token: int  # of weights, read once a forward pass
+    kv_bytes: int = 0  # of the cache that is read
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of one sequence. Seconds are of a decoded token."""
+
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+    trunk_s: float
+    experts_s: float
+    hit_rate: float  # of the experts computed on the compute node: found in its memory
+    disk_bytes_per_token: float
+    link_bytes_per_token: float  # both ways, over all links
+
+
+def predict(
+    layers: Sequence[LayerGeometry],
+    trunk: Trunk,
+    hosts: Sequence[HostSpec],
+    placement: Placement,
+    disk_bytes_per_s: float,
+    *,
+    calls: Sequence[Sequence[int]] = (),
+    chunk: int = 512,
+) -> Prediction:
+    """Predict what ``placement`` gives. ``calls``: recorded layer calls of single tokens, each [layer, expert, ...].
+
+    ``chunk``: tokens of a prompt in one forward pass. Deterministic.
+    """
+    return _Predictor(layers, trunk, hosts, placement, disk_bytes_per_s, calls).predict(chunk)
+
+
+class _Predictor:
+    def __init__(
+        self,
+        layers: Sequence[LayerGeometry],
+        trunk: Trunk,
+        hosts: Sequence[HostSpec],
+        placement: Placement,
+        disk_bytes_per_s: float,
+        calls: Sequence[Sequence[int]],
+    ) -> None:
+        local = [host for host in hosts if host.link is None]
+        remote = [host for host in hosts if host.link is not None]
+        numbers = {host.host_id: 0 for host in local} | {host.host_id: i + 1 for i, host in enumerate(remote)}
+        self._layers, self._trunk, self._speed = layers, trunk, local[0].speed
+        self._num_slots, self._recorded = sum(host.num_slots for host in local), calls
+        self._workers = [Worker(local[0].speed), *(Worker(host.speed, host.link) for host in remote)]
+        self._disk = Rate(_DISK_S, 1 / disk_bytes_per_s, 0.0)
+        rates = {layer: make_rates(layer, self._workers, self._disk) for layer in set(layers)}
+        self._rates = [rates[layer] for layer in layers]
+        #: [layer][expert]: its worker; what was left out is computed here
+        self._worker_of = [
+            np.array([_worker_of(ExpertKey(i, e), placement, numbers) for e in range(layer.num_experts)])
+            for i, layer in enumerate(layers)
+        ]
+
+    def predict(self, chunk: int) -> Prediction:
+        trunk_s, experts_s = self._trunk_s(1), sum(self._layer_s(index) for index in range(len(self._layers)))
+        here, sent = self._per_token()
+        prefill_s = self._trunk_s(chunk) + sum(self._chunk_s(index, chunk) for index in range(len(self._layers)))
+        return Prediction(
+            decode_tokens_per_s=1 / (trunk_s + experts_s),
+            prefill_tokens_per_s=chunk / prefill_s,
+            trunk_s=trunk_s,
+            experts_s=experts_s,
+            hit_rate=self._hit_rate,
+            disk_bytes_per_token=(1 - self._hit_rate) * here,
+            link_bytes_per_token=sent,
+        )
+
+    def _trunk_s(self, tokens: int) -> float:
+        trunk, speed = self._trunk, self._speed
+        read_s = (trunk.bytes_per_token + tokens * trunk.kv_bytes) / speed.bytes_per_s
+        return read_s + tokens * trunk.bytes_per_token / speed.token_bytes_per_s + trunk.num_layers * _LAYER_S
+
+    def _layer_s(self, index: int) -> float:
+        """Expected seconds of a layer's experts for one token."""
+        seconds: dict[tuple[int, ...], float] = {}
+        found = []
+        for experts in self._calls[index]:
+            counts = tuple(np.bincount(self._worker_of[index][experts], minlength=len(self._workers)).tolist())
+            if counts not in seconds:
+                missed = (1 - self._hit_rate) * counts[0]
+                loads = [(n, n) for n in counts]
+                seconds[counts] = layer_s(self._rates[index], self._layers[index], loads, missed)
+            found.append(seconds[counts])
+        return fmean(found)
+
+    def _chunk_s(self, index: int, tokens: int) -> float:
+        layer, workers = self._layers[index], self._worker_of[index]
+        share = self._heat[index] / self._heat[index].sum()
+        pairs = tokens * layer.top_k * share
+        used = 1 - (1 - np.minimum(layer.top_k * share, 1)) ** tokens
+        loads = [
+            (float(used[workers == number].sum()), float(pairs[workers == number].sum()))
+            for number in range(len(self._workers))
+        ]
+        remote = sum(pairs for _, pairs in loads[1:])
+        sent = sum(tokens * (1 - (1 - pairs / (tokens * layer.top_k)) ** layer.top_k) for _, pairs in loads[1:])
+        rates = make_rates(layer, self._workers, self._disk, rows_per_pair=sent / remote if remote else 0.0)
+        return layer_s(rates, layer, loads, (1 - self._hit_rate) * loads[0][0])
+
+    def _per_token(self) -> tuple[float, float]:
+        """Bytes of the shards that a token computes here, and of what it sends and gets over links."""
+        here = sent = 0.0
+        for index, layer in enumerate(self._layers):
+            share = self._heat[index] / self._heat[index].sum()
+            part = float(share[self._worker_of[index] == 0].sum())
+            here += part * layer.top_k * layer.shard_bytes
+            sent += (1 - part) * layer.top_k * (layer.sent_bytes + layer.received_bytes)
+        return here, sent
+
+    @cached_property
+    def _heat(self) -> Heat:
+        if not self._recorded:
+            return uniform_heat(self._layers)
+        return heat_of(self._recorded, [layer.num_experts for layer in self._layers])
+
+    @cached_property
+    def _calls(self) -> list[list[list[int]]]:
+        """Calls of each layer: the last ones recorded, or drawn ones."""
+        calls: list[list[list[int]]] = [[] for _ in self._layers]
+        for index, *experts in self._recorded:
+            if len(experts) <= self._layers[index].top_k:  # others are of several tokens
+                calls[index].append(experts)
+        random = np.random.default_rng(0)
+        for index, layer in enumerate(self._layers):
+            drawn = (random.permutation(layer.num_experts)[: layer.top_k].tolist() for _ in range(_DRAWN_CALLS))
+            calls[index] = calls[index][-_MOST_CALLS:] or [*drawn]
+        return calls
+
+    @cached_property
+    def _hit_rate(self) -> float:
+        """Of the experts that are computed here, how many are in memory."""
+        here = [np.flatnonzero(workers == 0) for workers in self._worker_of]
+        total = sum(len(experts) for experts in here)
+        if total <= self._num_slots:
+            return 1.0
+        if not self._recorded:
+            return self._num_slots / total
+        sizes = [len(experts) for experts in here if len(experts)]
+        number, first = [], 0
+        for experts in here:
+            number.append(dict(zip(experts.tolist(), range(first, first + len(experts)), strict=True)))
+            first += len(experts)
+        calls = [[number[i][e] for e in experts if e in number[i]] for i, *experts in self._recorded]
+        # The engine takes the policy that would have been best, too (runtime/trace/traffic.py).
+        return max(hit_rates([[call for call in calls if call]], sizes, self._num_slots).values())
+
+
+def _worker_of(key: ExpertKey, placement: Placement, numbers: dict[str, int]) -> int:
+    """Who computes an expert: the compute node what it holds, else the primary; here what nobody holds."""
+    workers = [numbers[host] for host in placement.hosts_of(key)]
+    return 0 if 0 in workers or not workers else workers[0]
