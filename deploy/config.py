@@ -78,7 +78,7 @@ def demo_store() -> Path:
 
 def make_config(values: dict[str, Any], file: Path | None = None) -> EngineConfig:
     """Defaults < ``file`` < ``values`` (None: not given). Raises ConfigError."""
-    settings = _read(file) if file is not None else {}
+    settings = read_yaml(file) if file is not None else {}
     settings |= {name: value for name, value in values.items() if value is not None}
     try:
         return EngineConfig.model_validate(settings)
@@ -86,7 +86,8 @@ def make_config(values: dict[str, Any], file: Path | None = None) -> EngineConfi
         raise ConfigError(_explain(error)) from error
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A file's keys and values; an empty file has none. Raises ConfigError."""
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -163,7 +163,7 @@ def test_what_the_disk_here_lacks_is_placed_first_and_twice() -> None:
     assert set(lacking) <= made.primary.keys() and len(made.left_out) == 4
     roomy = place(layers, [HostSpec("a", 12, FAST), HostSpec("b", 12, SLOW, LAN)], heat, lacking)
     assert all(set(roomy.hosts_of(key)) in ({"a"}, {"a", "b"}) for key in lacking)
-    with pytest.raises(ConfigError, match="4 experts are missing on the compute node's disk, .* memory for 2; "):
+    with pytest.raises(ConfigError, match=r"4 experts are missing on the compute node's disk, .* memory for 2; "):
         place(layers, [HostSpec("a", 1, FAST), HostSpec("b", 1, SLOW, LAN)], heat, lacking)
     with pytest.raises(ConfigError, match="no host is on the compute node"):
         place(layers, hosts[1:])
