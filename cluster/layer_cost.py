@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -125,7 +124,9 @@ class TokenCost:
             for w in range(len(workers))
         ]
         self._top_k = layer.top_k
-        self._levels = sorted({seconds for table in self.tables for seconds in table})
+        self._levels = np.unique([seconds for table in self.tables for seconds in table])
+        #: [worker][level, n]: whether n experts take it no longer than that
+        self._within = [np.array(table) <= self._levels[:, None] for table in self.tables]
 
     def expected_s(self, odds: Sequence[Floats]) -> float:
         """``odds``: of the experts at each worker, up to a common factor."""
@@ -136,20 +137,18 @@ class TokenCost:
         return self._expected_s([_binomials(count, self._top_k) for count in counts])
 
     def _expected_s(self, polynomials: list[Floats]) -> float:
-        total = self._chosen(polynomials, self._levels[-1])
-        if total <= 0:
+        k = self._top_k
+        product = np.zeros((len(self._levels), k + 1))  # weights of choices that no worker takes longer for
+        product[:, 0] = 1.0
+        for polynomial, within in zip(polynomials, self._within, strict=True):
+            mine, before = within * polynomial, product
+            product = before * mine[:, :1]
+            for n in range(1, k + 1):
+                product[:, n:] += before[:, : k + 1 - n] * mine[:, n : n + 1]
+        weights = product[:, k]
+        if weights[-1] <= 0:
             return 0.0
-        reached = [self._chosen(polynomials, level) / total for level in self._levels]
-        steps = [(b - a) * level for (a, b), level in zip(pairwise([0.0, *reached]), self._levels, strict=True)]
-        return float(sum(steps))
-
-    def _chosen(self, polynomials: list[Floats], within_s: float) -> float:
-        """Weight of the choices that no worker takes longer for."""
-        k, product = self._top_k, np.ones(1)
-        for polynomial, table in zip(polynomials, self.tables, strict=True):
-            most = sum(seconds <= within_s for seconds in table)
-            product = np.convolve(product, polynomial[:most])[: k + 1]
-        return float(product[k]) if len(product) > k else 0.0
+        return float(np.diff(weights, prepend=0.0) @ self._levels / weights[-1])
 
 
 def symmetric_polynomials(odds: Floats, degree: int) -> Floats:

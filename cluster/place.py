@@ -106,9 +106,9 @@ class _Planner:
             workers[key], room[worker] = worker, room[worker] - 1
         known = {host for key in old.primary for host in old.hosts_of(key)}
         for worker, host in enumerate(self._remote, start=1):
-            if host.host_id not in known:
-                for index, split in enumerate(splits):
-                    self._take_over(workers, index, split, worker)
+            share = sum(split[worker] for split in splits) - self._totals(workers)[worker]
+            for index, split in enumerate(splits if host.host_id not in known else ()):
+                share -= self._take_over(workers, index, split, worker, share)
         return self._finish(workers, old)
 
     def _finish(self, workers: Mapping[ExpertKey, int], old: Placement) -> Placement:
@@ -251,14 +251,15 @@ class _Planner:
                 loads[worker] += self._heat[index][expert]
         return loads
 
-    def _take_over(self, workers: dict[ExpertKey, int], index: int, split: list[int], worker: int) -> None:
-        """Give a new worker its share of a layer, from those that have more than theirs."""
+    def _take_over(self, workers: dict[ExpertKey, int], index: int, split: list[int], worker: int, most: int) -> int:
+        """Give a new worker its share of a layer, at most ``most``, from those with more. Returns how many."""
         counts, loads = [0] * len(split), self._loads(workers, index)
         mine = [key for key in keys_of(self._layers, index) if key in workers]
         for key in mine:
             counts[workers[key]] += 1
         wanted = self._wanted(index, len(mine))[worker] / max(len(mine), 1)
-        while counts[worker] < split[worker]:
+        taken = 0
+        while counts[worker] < split[worker] and taken < most:
             offered = [key for key in mine if workers[key] != worker and counts[workers[key]] > split[workers[key]]]
             if not offered:
                 break
@@ -271,6 +272,8 @@ class _Planner:
             workers[key] = worker
             counts[worker] += 1
             loads[worker] += heat
+            taken += 1
+        return taken
 
     # ------------------------------------------------------------------------------- names, replicas
 

@@ -90,7 +90,7 @@ def planned_store(model: Path, recipe: str | None) -> Iterator[Path]:
     if (model / MANIFEST_NAME).is_file():
         if recipe is not None:
             raise ConfigError(
-                f"{model} is a store, whose recipe is decided; leave out --recipe, or name its checkpoint"
+                f"{model} is a store, whose recipe is decided; leave out --recipe, or give its checkpoint"
             )
         yield model
         return
@@ -123,7 +123,7 @@ def make_plan(
     host_memory: dict[str, str] | None = None,
     assumed: Sequence[str] = (),
 ) -> ClusterPlan:
-    """Plan a store, or an outline of one, at ``path``. ``model``: what to call it. ``host_memory``: by node, as written.
+    """Plan a store, or an outline, at ``path``. ``model``: what to call it. ``host_memory``: by node, as written.
 
     Raises ResourceError if the compute node does not hold the trunk and one sequence.
     """
