@@ -7,8 +7,9 @@ from time import monotonic
 
 import zmq
 
+from moray.cluster.keys import CurveKeys
 from moray.cluster.messages import MAX_MESSAGE_BYTES, Hello, Message, Refused, Welcome, decode, encode
-from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
+from moray.runtime.errors import ConfigError, CorruptShardError, HostLostError, ProtocolError
 
 _ATTEMPT_S = 1.0  # before a message is taken for lost
 
@@ -20,12 +21,19 @@ class HostAddress:
     host_id: str
     address: str  # ipc://... or tcp://...
     token: str
+    node: str = ""  # which machine it is on
+    server_key: str = ""  # its CURVE public key in Z85; empty: no CURVE, ipc:// only
 
 
 class HostClient:
     """Sends requests and matches replies. Used by one thread at a time."""
 
-    def __init__(self, host: HostAddress, client: str, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, host: HostAddress, client: str, *, curve: CurveKeys | None = None, timeout_s: float = 30.0
+    ) -> None:
+        """``curve``: this process's keys, for a host that has one. Raises ConfigError for tcp:// without keys."""
+        if not host.address.startswith("ipc://") and (curve is None or not host.server_key):
+            raise ConfigError(f"host {host.host_id} at {host.address} has no CURVE keys; only ipc:// goes without")
         self.host = host
         self._client, self._timeout_s = client, timeout_s
         self._next_id = 0
@@ -33,6 +41,9 @@ class HostClient:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, 0)
+        if curve is not None and host.server_key:
+            self._socket.curve_serverkey = host.server_key.encode()
+            self._socket.curve_publickey, self._socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
         self._socket.connect(host.address)
 
     def greet(self) -> Welcome:

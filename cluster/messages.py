@@ -11,6 +11,7 @@ Nothing is pickled. What does not decode into exactly one of these types is refu
     Hint    likely needed soon              (nothing)
     Release experts no longer used          (nothing)
     Echo    + any bytes                     Echoed    + as many bytes as asked for
+    Ping    are you there?                  Pong      what is in memory, if asked
                                             Refused   why
 
 Need and Hint carry along what the client used since its last message (``uses``), for the host's cache policy: a layer
@@ -26,11 +27,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moray.runtime.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 1 << 30
 MAX_ECHO_BYTES = 16 << 20
 
-
+Numerics = Literal["int8", "float"]
 Use = Annotated[list[int], Field(min_length=1)]  # [layer, expert, expert, ...] a layer call
 
 
@@ -39,8 +40,11 @@ class Message(BaseModel):
 
 
 class Hello(Message):
+    """``numerics``: of a client that will have experts computed; the kernels are made ready before the answer."""
+
     client: str
     token: str
+    numerics: Numerics | None = None
 
 
 class Welcome(Message):
@@ -53,6 +57,8 @@ class Welcome(Message):
     arena_bytes: int
     holds_all: bool  # nothing is ever evicted here, so no use need be told
     experts: list[list[int]]  # [layer]: its experts that live on this host, in the order of the arena's directory
+    assigned: list[list[int]]  # [layer]: those that it keeps in memory
+    resident: list[list[int]]  # [layer]: those of them that are there now
 
 
 class Need(Message):
@@ -74,17 +80,38 @@ class Coming(Message):
     """They are in memory, or being loaded."""
 
 
+class GateSpec(Message):
+    """A fused gate: the fields of ``Gate`` in runtime/kernels/gates.py."""
+
+    limit: float | None = None
+    alpha: float | None = None
+    is_gelu: bool = False
+    is_interleaved: bool = False
+
+
 class Compute(Message):
-    """Buffer: float32 activations [sum(counts), H], sorted by expert."""
+    """Buffer: the activations of ``num_rows`` tokens, and which of them each pair takes (cluster/activations.py)."""
 
     layer: int
     experts: list[int]
-    counts: list[int]
-    numerics: Literal["int8", "float"]
+    counts: list[int]  # pairs of each expert
+    num_rows: int
+    numerics: Numerics
+    gate: GateSpec = GateSpec()
 
 
 class Computed(Message):
-    """Buffer: float32 outputs [sum(counts), H], unweighted."""
+    """Buffer: float32 outputs [sum(counts), H] in the order of the pairs, unweighted."""
+
+    compute_s: float  # from the request's arrival to its answer
+
+
+class Ping(Message):
+    wants_resident: bool = False
+
+
+class Pong(Message):
+    resident: list[list[int]] | None = None  # as in Welcome
 
 
 class Hint(Message):
@@ -109,13 +136,16 @@ class Echoed(Message):
 
 
 class Refused(Message):
-    reason: Literal["hello", "request", "shard", "failed"]  # "hello": introduce yourself first
+    reason: Literal["hello", "request", "shard", "absent", "failed"]  # "hello": introduce yourself first
     message: str
 
 
 MESSAGES: dict[str, type[Message]] = {
     kind.__name__: kind
-    for kind in (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Echo, Echoed, Refused)
+    for kind in (
+        *(Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release),
+        *(Ping, Pong, Echo, Echoed, Refused),
+    )
 }
 
 

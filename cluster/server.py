@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hmac
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
-import numpy as np
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
+from moray.cluster.keys import CurveServer
 from moray.cluster.messages import (
     MAX_MESSAGE_BYTES,
     Ask,
@@ -17,19 +20,27 @@ from moray.cluster.messages import (
     Computed,
     Echo,
     Echoed,
+    GateSpec,
     Hello,
     Hint,
     Message,
     Need,
+    Ping,
+    Pong,
     Refused,
     Release,
     Welcome,
     decode,
     encode,
 )
-from moray.runtime.errors import MorayError, ProtocolError
+from moray.runtime.errors import ConfigError, MorayError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
+from moray.runtime.kernels.gates import Gate
 from moray.runtime.layout.packed import LAYOUT_ID
+from moray.runtime.layout.shard import ExpertKey
+
+_HANDSHAKE_MS = 5000  # a connection that has not shown its key by then is closed
+_FAILURES = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 _Answer = tuple[Message | None, list[memoryview]]  # None: the message has no reply
 
@@ -38,6 +49,10 @@ _Answer = tuple[Message | None, list[memoryview]]  # None: the message has no re
 class ServerStats:
     """Counts since the start. Written by the server's thread."""
 
+    handshakes_failed: int = 0  # connections that spoke no ZeroMQ or no CURVE, or had not this host's public key
+    clients_refused: int = 0  # those whose own key is not known here
+    pairs_computed: int = 0
+
     requests: int = 0
     rejected: int = 0  # answered with Refused, for whatever reason
     hints: int = 0
@@ -45,10 +60,18 @@ class ServerStats:
 
 
 class DataPlaneServer:
-    """Serves a host at ``address`` until ``close``. Peers must first show the session's token."""
+    """Serves a host at ``address`` until ``close``. Peers must first show the session's token.
 
-    def __init__(self, host_id: str, host: ShardHost, address: str, token: str) -> None:
-        self._host_id, self._host, self._token = host_id, host, token
+    At tcp:// addresses only clients that ``curve`` admits are heard at all. Port 0 takes a free one: see ``address``.
+    """
+
+    def __init__(
+        self, host_id: str, host: ShardHost, address: str, token: str, curve: CurveServer | None = None
+    ) -> None:
+        """Raises ConfigError if the address cannot be used."""
+        if curve is None and not address.startswith("ipc://"):
+            raise ConfigError(f"a host at {address} needs CURVE keys; only ipc:// goes without")
+        self._host_id, self._host, self._token, self._curve = host_id, host, token, curve
         self._fingerprint = host.store.fingerprint
         self._known: dict[bytes, str] = {}
         self.stats = ServerStats()
@@ -56,7 +79,17 @@ class DataPlaneServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(address)
+        self._watched: dict[zmq.Socket[bytes], Callable[[], None]] = {}
+        if curve is not None:
+            self._use_curve(curve)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(
+                f"cannot listen at {address} ({error.strerror}); is it this machine's, and free?"
+            ) from error
+        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._stop, self._stopped = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
         self._stop.bind("inproc://stop")
         self._stopped.connect("inproc://stop")
@@ -69,18 +102,43 @@ class DataPlaneServer:
         self._stop.close(linger=0)
         self._context.term()
 
+    def _use_curve(self, curve: CurveServer) -> None:
+        """Admit known clients alone, and count the others."""
+        ask = self._context.socket(zmq.REP)  # libzmq asks here about every new connection
+        ask.bind("inproc://zeromq.zap.01")
+        self._socket.curve_server, self._socket.zap_domain = True, b"moray"
+        self._socket.curve_secretkey = curve.keys.secret.encode()
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        failures = self._socket.get_monitor_socket(_FAILURES)
+
+        def admit() -> None:
+            reply, is_admitted = curve.answer(ask.recv_multipart())
+            self.stats.clients_refused += not is_admitted
+            ask.send_multipart(reply)
+
+        def count() -> None:
+            event = recv_monitor_message(failures)
+            self.stats.handshakes_failed += event["event"] != zmq.EVENT_HANDSHAKE_FAILED_AUTH  # counted by ``admit``
+
+        self._watched = {ask: admit, failures: count}
+
     def _serve(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._stopped, zmq.POLLIN)
+        for socket in (self._socket, self._stopped, *self._watched):
+            poller.register(socket, zmq.POLLIN)
         while True:
             ready = dict(poller.poll())  # no timeout: an idle host uses no CPU
             if self._stopped in ready:
                 break
-            identity, *frames = self._socket.recv_multipart(copy=True)
-            self._receive(identity, frames)
-        self._socket.close(linger=0)
-        self._stopped.close(linger=0)
+            for socket, handle in self._watched.items():
+                if socket in ready:
+                    handle()
+            if self._socket in ready:
+                identity, *frames = self._socket.recv_multipart(copy=True)
+                self._receive(identity, frames)
+        self._socket.disable_monitor()
+        for socket in (self._socket, self._stopped, *self._watched):
+            socket.close(linger=0)
 
     def _receive(self, identity: bytes, frames: list[bytes]) -> None:
         self.stats.requests += 1
@@ -124,6 +182,8 @@ class DataPlaneServer:
                 return Coming(), []
             case Compute():
                 return self._compute(message, buffers)
+            case Ping():
+                return Pong(resident=self._host.resident() if message.wants_resident else None), []
             case Hint():
                 self.stats.hints += 1
                 self._note(message.uses)
@@ -143,15 +203,14 @@ class DataPlaneServer:
     def _greet(self, identity: bytes, hello: Hello) -> Message:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             return Refused(reason="request", message="the session token is wrong; this host serves another engine")
+        if hello.numerics is not None:
+            self._host.prepare(hello.numerics)
         for old, client in list(self._known.items()):
             if client == hello.client:
                 del self._known[old]
                 self._host.drop_client(client)
         self._known[identity] = hello.client
         self.stats.clients.add(hello.client)
-        experts: list[list[int]] = [[] for _ in self._host.store.manifest.layers]
-        for key in self._host.keys:
-            experts[key.layer].append(key.expert)
         arena = self._host.arena.ref
         return Welcome(
             host_id=self._host_id,
@@ -162,20 +221,45 @@ class DataPlaneServer:
             arena_fd=arena.fd,
             arena_bytes=arena.num_bytes,
             holds_all=self._host.holds_all,
-            experts=experts,
+            experts=self._by_layer(self._host.keys),
+            assigned=self._by_layer(self._host.assigned),
+            resident=self._host.resident(),
         )
 
+    def _by_layer(self, keys: Sequence[ExpertKey]) -> list[list[int]]:
+        experts: list[list[int]] = [[] for _ in self._host.store.manifest.layers]
+        for key in keys:
+            experts[key.layer].append(key.expert)
+        return experts
+
     def _compute(self, request: Compute, buffers: list[bytes]) -> _Answer:
-        manifest = self._host.store.manifest
-        if not 0 <= request.layer < len(manifest.layers):
-            raise ProtocolError(f"layer {request.layer} does not exist")
-        down = manifest.layers[request.layer].layout["down_proj"].spec
-        total, width = sum(request.counts), down.rows if down else 0
+        # Imported here: a host that only lends its shards never loads Numba.
+        from moray.cluster.activations import WireFormat
+
+        started = perf_counter()
+        layers, layer = self._host.store.manifest.layers, request.layer
+        if not 0 <= layer < len(layers):
+            raise ProtocolError(f"layer {layer} does not exist")
+        gate_up = layers[layer].layout.get("gate_up_proj")
+        if gate_up is None or gate_up.spec is None:
+            raise ProtocolError(f"the experts of MoE layer {layer} have no gate: lease them")
         if len(request.counts) != len(request.experts) or min(request.counts, default=0) < 1:
-            raise ProtocolError("counts must give at least one row for each expert")
-        if len(buffers) != 1 or len(buffers[0]) != 4 * total * width:
-            raise ProtocolError(f"expected one buffer of {total} x {width} float32 activations")
-        # A copy, because the frame is read-only, and Numba would compile all kernels anew for read-only arrays.
-        x = np.frombuffer(buffers[0], dtype=np.float32).reshape(total, width).copy()
-        y = self._host.compute(request.layer, request.experts, request.counts, x, request.numerics)
-        return Computed(), [y.data.cast("B")]
+            raise ProtocolError("counts must give at least one pair for each expert")
+        if len(buffers) != 1:
+            raise ProtocolError(f"found {len(buffers)} buffers, expected one of activations")
+        gate = _gate(request.gate)
+        form = WireFormat.of(gate_up.spec, request.numerics)
+        x_TH, row_of_pair = form.decode(buffers[0], request.num_rows, sum(request.counts))
+        if absent := self._host.absent(layer, request.experts):
+            self._host.hint(layer, absent)
+            return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), []
+        y = self._host.compute(layer, request.experts, request.counts, x_TH, row_of_pair, request.numerics, gate)
+        self.stats.pairs_computed += len(y)
+        return Computed(compute_s=perf_counter() - started), [y.data.cast("B")]
+
+
+def _gate(spec: GateSpec) -> Gate:
+    try:
+        return Gate(spec.limit, spec.alpha, spec.is_gelu, spec.is_interleaved)
+    except (ValueError, OverflowError) as error:
+        raise ProtocolError(str(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import xxhash
 from moray.runtime.arena import NOWHERE, Arena
 from moray.runtime.errors import HostLostError, MorayError, ProtocolError
 from moray.runtime.experts.source import Ints
+from moray.runtime.kernels.gates import Gate
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.prefetch.host import HostPrefetch, PrefetchMode
@@ -22,6 +24,9 @@ from moray.runtime.residency.manager import ResidencyManager, ResidencyStats, St
 from moray.runtime.residency.policies import make_policy
 from moray.runtime.store.reader import ShardReader
 from moray.runtime.store.store import Store
+
+if TYPE_CHECKING:
+    from moray.runtime.experts.fused import FusedExperts
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,7 +51,7 @@ class HostStats:
 class ShardHost:
     """Holds some of a store's experts in an arena and answers for them. Thread-safe.
 
-    Without anybody asking it fills what is free of its arena.
+    Without anybody asking it fills what is free of its arena with what is assigned to it.
     """
 
     def __init__(
@@ -59,9 +64,11 @@ class ShardHost:
         num_slots: int | None = None,
         policy: str = "lru",
         prefetch: PrefetchMode = "auto",
+        assigned: Sequence[ExpertKey] | None = None,
     ) -> None:
         """``keys``: in layer order. ``arena``: the one this host had before it was restarted. ``num_slots``: experts
-        that are in memory at once; None: all. Raises ResourceError.
+        that are in memory at once; None: all. ``assigned``: those that it fills its arena with, in this order; None:
+        all. Raises ResourceError.
         """
         self._num_threads = num_threads
         self.store, self.keys = store, list(keys)
@@ -78,6 +85,11 @@ class ShardHost:
         layers = [sum(key.layer == layer for key in self.keys) for layer in range(len(store.manifest.layers))]
         layer_of, entries = [key.layer for key in self.keys], [store.manifest.shards[key] for key in self.keys]
         self._manager = ResidencyManager(layer_of, count, make_policy(policy, layers, count))
+        if assigned is not None:
+            self._manager.assign([self._index[key] for key in assigned])
+        self.assigned = self.keys if assigned is None else list(assigned)
+        self._prepared: set[Numerics] = set()
+        self._fused: dict[int, tuple[tuple[Numerics, Gate], FusedExperts]] = {}  # by layer
         self._adopt()
         self._prefetch = HostPrefetch(prefetch, layer_of, [entry.num_bytes for entry in entries])
         reader = ShardReader(store.path)
@@ -88,6 +100,32 @@ class ShardHost:
     def holds_all(self) -> bool:
         """Whether nothing is ever evicted here."""
         return self._manager.holds_all
+
+    def assign(self, assigned: Sequence[ExpertKey]) -> None:
+        """From now on these are what it fills its arena with, in this order. Evicts nothing by itself.
+
+        Raises KeyError for an expert that does not live here.
+        """
+        indices = [self._index[key] for key in assigned]
+        with self._loader.lock:
+            self.assigned = list(assigned)
+            self._manager.assign(indices)
+            self._loader.wake()
+
+    def resident(self) -> list[list[int]]:
+        """[layer]: which of the assigned experts are in memory."""
+        held: list[list[int]] = [[] for _ in self.store.manifest.layers]
+        with self._loader.lock:
+            for key in self.assigned:
+                if self._manager.state(self._index[key]) is State.RESIDENT:
+                    held[key.layer].append(key.expert)
+        return held
+
+    def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Which of these are not in memory. Raises KeyError for an expert that does not live here."""
+        with self._loader.lock:
+            states = [self._manager.state(index) for index in self._indices(layer, experts)]
+        return [expert for expert, state in zip(experts, states, strict=True) if state is not State.RESIDENT]
 
     def need(self, client: str, layer: int, experts: Sequence[int]) -> None:
         """A client's layer needs these: they are loaded, and stay until it needs others or releases them.
@@ -161,33 +199,53 @@ class ShardHost:
                 raise error
             return done
 
-    def compute(
-        self, layer: int, experts: Sequence[int], counts: Sequence[int], x_PH: Floats, numerics: Numerics
-    ) -> Floats:
-        """SwiGLU experts where they lie: rows of x sorted by expert, ``counts`` rows each -> float32 [P, H].
-
-        The rows are not weighted: the caller sums them, in the router's order.
-        """
-        # Imported here: a host that only lends its shards never loads torch or Numba.
-        from moray.runtime.kernels import ops
-        from moray.runtime.kernels.ops import LayerKernel, MatrixKernel
+    def prepare(self, numerics: Numerics) -> None:
+        """Make the kernels ready for ``compute``: compiled, or loaded, and checked. Idempotent."""
+        # Imported here: a host that only lends its shards never loads Numba.
+        from moray.runtime.experts.fused import FusedExperts
+        from moray.runtime.kernels.gates import SWIGLU
         from moray.runtime.kernels.pool import set_num_threads
 
+        if numerics in self._prepared:
+            return
         set_num_threads(self._num_threads)
-        info = self.store.manifest.layers[layer]
-        if info.activation != "swiglu":
-            raise ProtocolError(f"the experts of MoE layer {layer} ({info.module}) are not plain SwiGLU: lease them")
-        layout = info.layout
-        gate_up, down = layout["gate_up_proj"], layout["down_proj"]
-        assert gate_up.spec is not None and down.spec is not None
-        starts: Ints = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        pairs = np.arange(len(x_PH))
-        grouping = ops.Grouping(np.asarray(experts, dtype=np.int64), starts, pairs, pairs[:, None])
-        ones = np.ones((len(x_PH), 1), dtype=np.float32)
-        kernels = LayerKernel(MatrixKernel.of(gate_up.spec, numerics), MatrixKernel.of(down.spec, numerics))
+        for layout in {info.layout for info in self.store.manifest.layers if info.layout.get("gate_up_proj")}:
+            fused, blank = FusedExperts.of(layout, numerics, SWIGLU), np.zeros(layout.num_bytes + 64, dtype=np.uint8)
+            shards = np.array([blank.ctypes.data + -blank.ctypes.data % 64], dtype=np.int64)
+            x, starts = np.zeros((1, fused.kernel.gate_up.spec.columns), dtype=np.float32), np.arange(2)
+            fused.compute_pairs(x, np.zeros(1, dtype=np.int64), starts, np.zeros(1, dtype=np.int64), shards)
+        self._prepared.add(numerics)
+
+    def compute(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        counts: Sequence[int],
+        x_TH: Floats,
+        row_of_pair: Ints,
+        numerics: Numerics,
+        gate: Gate,
+    ) -> Floats:
+        """Gated experts where they lie -> float32 [P, H]: ``counts`` pairs each, pair p of row ``row_of_pair[p]``.
+
+        The outputs are not weighted: the caller sums them, in the router's order. Waits for what must be loaded.
+        Raises KeyError for an expert that does not live here, and what keeps one from being loaded.
+        """
+        from moray.runtime.experts.fused import FusedExperts
+
+        layout = self.store.manifest.layers[layer].layout
+        if layout.get("gate_up_proj") is None:
+            raise ProtocolError(f"the experts of MoE layer {layer} have no gate: lease them")
+        self.prepare(numerics)
+        kind, fused = self._fused.get(layer, (None, None))
+        if fused is None or kind != (numerics, gate):
+            fused = FusedExperts.of(layout, numerics, gate)
+            self._fused[layer] = (numerics, gate), fused
+        starts: Ints = np.zeros(len(experts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=starts[1:])
         try:
             shards = self.arena.addresses(self._hold(layer, experts))
-            return ops.moe_layer(x_PH, ones, grouping, kernels, shards + gate_up.offset, shards + down.offset)
+            return fused.compute_pairs(x_TH, np.asarray(experts, dtype=np.int64), starts, row_of_pair, shards)
         finally:
             self.drop_client(_SELF)
 
@@ -220,8 +278,7 @@ class ShardHost:
             return self.arena.directory[indices]
 
     def _is_filled(self) -> bool:
-        full = self._manager.num_resident + len(self._loader.errors) >= self.arena.num_slots
-        return full and self._loader.is_idle
+        return not self._manager.wants_to_fill and self._loader.is_idle
 
     def _adopt(self) -> None:
         """Take over what a kept arena holds whole; what a dead writer left is as good as empty."""

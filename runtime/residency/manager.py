@@ -82,6 +82,15 @@ class ResidencyManager:
         self._failed: set[int] = set()  # left alone until somebody needs them again
         self.stats = ResidencyStats()
 
+    def assign(self, experts: Sequence[int]) -> None:
+        """Free memory is filled with these alone, in this order."""
+        self._fills = list(experts)[::-1]
+
+    @property
+    def wants_to_fill(self) -> bool:
+        """Whether there is free memory, and something left to fill it with."""
+        return bool(self._free) and any(self._is_loadable(e) for e in self._fills)
+
     @property
     def holds_all(self) -> bool:
         """Whether there is a slot for every expert: then nothing is ever evicted."""

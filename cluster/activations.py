@@ -1,0 +1,74 @@
+"""The buffer of a ``Compute`` request.
+
+row_of_pair   int32 [P]              which row each pair takes, pairs sorted by expert
+peaks         float32 [T, H / group] \\  int8 with quantized experts: lossless, because the kernels
+codes         int8 [T, H]            /  quantize to the same (runtime/kernels/wire.py)
+or x          float32 [T, H]         in class float, and for experts in 16 or 32 bits
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moray.runtime.errors import ProtocolError
+from moray.runtime.kernels.wire import quantize_rows, restore_rows
+from moray.runtime.layout.packed import Numerics, PackedSpec
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class WireFormat:
+    """How a layer's activations travel. ``group`` 0: as float32."""
+
+    columns: int
+    group: int
+
+    @classmethod
+    def of(cls, gate_up: PackedSpec, numerics: Numerics) -> WireFormat:
+        return cls(gate_up.columns, gate_up.group if numerics == "int8" and gate_up.is_quantized else 0)
+
+    def num_bytes(self, num_rows: int, num_pairs: int) -> int:
+        row = self.columns + 4 * (self.columns // self.group) if self.group else 4 * self.columns
+        return 4 * num_pairs + row * num_rows
+
+    def encode(self, x_TH: Floats, row_of_pair: Ints) -> npt.NDArray[np.uint8]:
+        """The buffer for rows of x that pairs take."""
+        num_rows, num_pairs = len(x_TH), len(row_of_pair)
+        buffer = np.empty(self.num_bytes(num_rows, num_pairs), dtype=np.uint8)
+        buffer[: 4 * num_pairs].view(np.int32)[:] = row_of_pair
+        rest = buffer[4 * num_pairs :]
+        if self.group:
+            codes, peaks = self._views(rest, num_rows)
+            quantize_rows(x_TH, self.group, codes, peaks)
+        else:
+            rest.view(np.float32).reshape(x_TH.shape)[:] = x_TH
+        return buffer
+
+    def decode(self, data: bytes, num_rows: int, num_pairs: int) -> tuple[Floats, Ints]:
+        """Rows [T, H] and ``row_of_pair`` [P]. Raises ProtocolError unless the buffer is exactly that."""
+        if num_rows < 1 or num_pairs < 1 or len(data) != self.num_bytes(num_rows, num_pairs):
+            raise ProtocolError(
+                f"found {len(data)} bytes, expected {num_rows} rows of {self.columns} activations in groups of "
+                f"{self.group} for {num_pairs} pairs"
+            )
+        row_of_pair = np.frombuffer(data, dtype=np.int32, count=num_pairs).astype(np.int64)
+        if row_of_pair.min() < 0 or row_of_pair.max() >= num_rows:
+            raise ProtocolError(f"a pair takes a row that is not one of the {num_rows}")
+        # Arrays that may be written: for others Numba would compile everything anew.
+        rest = np.frombuffer(data, dtype=np.uint8, offset=4 * num_pairs).copy()
+        if not self.group:
+            return rest.view(np.float32).reshape(num_rows, self.columns), row_of_pair
+        x_TH = np.empty((num_rows, self.columns), dtype=np.float32)
+        restore_rows(*self._views(rest, num_rows), self.group, x_TH)
+        return x_TH, row_of_pair
+
+    def _views(self, rest: npt.NDArray[np.uint8], num_rows: int) -> tuple[npt.NDArray[np.int8], Floats]:
+        num_groups = self.columns // self.group
+        end = 4 * num_rows * num_groups
+        peaks = rest[:end].view(np.float32).reshape(num_rows, num_groups)
+        return rest[end:].view(np.int8).reshape(num_rows, self.columns), peaks
