@@ -6,7 +6,8 @@ The rule, layer by layer, because layers follow each other:
 2. How many of a layer's experts each worker should have is what makes the layer's expected time shortest, if all are
    used equally: computing here beside requests to remote hosts (layer_cost.py). Where memory does not allow it, experts
    go where it costs least.
-3. Experts are dealt hottest first, each to the worker whose share of the traffic is furthest below the wanted one.
+3. Experts are dealt hottest first, each to the worker whose share of the layer's traffic is furthest below what it
+   should be: that of an even split, or more where memory holds few experts of a worker that should have many.
 4. In layers with few experts single moves and exchanges follow, as long as they shorten the expected time.
 5. What memory is left on remote hosts takes replicas, the hottest first; before all others those of experts that only
    one host has and the compute node's disk lacks.
@@ -81,7 +82,7 @@ class _Planner:
         shares = uniform_heat(layers) if heat is None else heat
         self._best: dict[tuple[TokenCost, int], tuple[int, ...]] = {}
         self._seconds: dict[tuple[TokenCost, tuple[int, ...]], float] = {}
-        self._dealt: dict[tuple[TokenCost, bytes, tuple[int, ...]], list[int]] = {}
+        self._dealt: dict[tuple[TokenCost, bytes, tuple[int, ...], tuple[float, ...]], list[int]] = {}
         self._heat = [np.asarray(each, dtype=float) / max(np.sum(each), 1e-300) for each in shares]
 
     def place(self) -> Placement:
@@ -89,7 +90,7 @@ class _Planner:
         splits = self._splits(chosen)
         workers: dict[ExpertKey, int] = {}
         for index, (experts, rooms) in enumerate(zip(chosen, self._with_spare(splits), strict=True)):
-            placed = self._deal(index, experts, rooms)
+            placed = self._deal(index, experts, rooms, self._shares(index, experts, splits[index]))
             workers |= {ExpertKey(index, expert): worker for expert, worker in placed.items()}
         return self._finish(workers, Placement({}))
 
@@ -97,18 +98,19 @@ class _Planner:
         workers = self._kept(old)
         chosen = self._choose(workers)
         splits = self._splits(chosen)
+        shares = [self._shares(index, experts, splits[index]) for index, experts in enumerate(chosen)]
         wanted = {ExpertKey(index, expert) for index, experts in enumerate(chosen) for expert in experts}
         workers = {key: worker for key, worker in workers.items() if key in wanted}
         room = [slots - count for slots, count in zip(self._slots, self._totals(workers), strict=True)]
         for key in sorted(wanted - workers.keys(), key=lambda k: (-self._heat[k.layer][k.expert], k.expert, k.layer)):
             loads = self._loads(workers, key.layer)
-            worker = self._neediest(key.layer, loads, [bool(free) for free in room])
+            worker = _neediest(shares[key.layer], loads, [bool(free) for free in room])
             workers[key], room[worker] = worker, room[worker] - 1
         known = {host for key in old.primary for host in old.hosts_of(key)}
         for worker, host in enumerate(self._remote, start=1):
             share = sum(split[worker] for split in splits) - self._totals(workers)[worker]
             for index, split in enumerate(splits if host.host_id not in known else ()):
-                share -= self._take_over(workers, index, split, worker, share)
+                share -= self._take_over(workers, index, split, worker, shares[index][worker], share)
         return self._finish(workers, old)
 
     def _finish(self, workers: Mapping[ExpertKey, int], old: Placement) -> Placement:
@@ -215,63 +217,62 @@ class _Planner:
 
     # ------------------------------------------------------------------------------- which where
 
-    def _deal(self, index: int, experts: list[int], rooms: list[int]) -> dict[int, int]:
+    def _shares(self, index: int, experts: list[int], split: list[int]) -> list[float]:
+        """Of the traffic to a layer's experts, the share that each worker should have."""
+        wanted, heat = self._wanted(index, len(experts)), np.sort(self._heat[index][experts])[::-1]
+        total, shares = float(heat.sum()), [0.0] * len(split)
+        for worker, (want, count) in enumerate(zip(wanted, split, strict=True)):
+            if count < want:  # as much as the hottest give it
+                shares[worker] = min(want / len(experts), float(heat[:count].sum()) / total)
+        rest, others = max(0.0, 1 - sum(shares)), [s if s >= w else 0 for s, w in zip(split, wanted, strict=True)]
+        return [share + rest * count / max(sum(others), 1) for share, count in zip(shares, others, strict=True)]
+
+    def _deal(self, index: int, experts: list[int], rooms: list[int], shares: list[float]) -> dict[int, int]:
         """The worker of each of a layer's experts."""
         heat = self._heat[index][experts]
-        kind = (self._costs[index], heat.tobytes(), tuple(rooms))
+        kind = (self._costs[index], heat.tobytes(), tuple(rooms), tuple(shares))
         if kind not in self._dealt:
             workers = [-1] * len(experts)
             left, loads = list(rooms), [0.0] * len(rooms)
             for position in sorted(range(len(experts)), key=lambda i: (-heat[i], i)):
-                worker = self._neediest(index, loads, [count > 0 for count in left])
+                worker = _neediest(shares, loads, [count > 0 for count in left])
                 workers[position] = worker
                 left[worker] -= 1
-                loads[worker] += heat[position]
+                loads[worker] += heat[position] / heat.sum()
             if len(experts) <= _FEW and len(set(heat.tolist())) > 1:
                 odds = odds_of(heat, self._layers[index].top_k)
                 _improve(workers, left, odds, self._costs[index])
             self._dealt[kind] = workers
         return dict(zip(experts, self._dealt[kind], strict=True))
 
-    def _neediest(self, index: int, loads: list[float], is_open: list[bool]) -> int:
-        """The open worker whose load (shares of the layer's traffic) is furthest below what it should be."""
-        wanted = self._wanted(index, self._layers[index].num_experts)
-        gaps = [
-            (round(load - count / self._layers[index].num_experts, 9), worker)
-            for worker, (load, count) in enumerate(zip(loads, wanted, strict=True))
-            if is_open[worker]
-        ]
-        return min(gaps)[1]
-
     def _loads(self, workers: Mapping[ExpertKey, int], index: int) -> list[float]:
+        """Shares of the traffic to those of a layer's experts that are placed."""
         loads = [0.0] * len(self._slots)
         for expert in range(self._layers[index].num_experts):
             worker = workers.get(ExpertKey(index, expert))
             if worker is not None:
                 loads[worker] += self._heat[index][expert]
-        return loads
+        total = max(sum(loads), 1e-300)
+        return [load / total for load in loads]
 
-    def _take_over(self, workers: dict[ExpertKey, int], index: int, split: list[int], worker: int, most: int) -> int:
-        """Give a new worker its share of a layer, at most ``most``, from those with more. Returns how many."""
-        counts, loads = [0] * len(split), self._loads(workers, index)
+    def _take_over(
+        self, workers: dict[ExpertKey, int], index: int, split: list[int], worker: int, share: float, most: int
+    ) -> int:
+        """Give a new worker its part of a layer, at most ``most``, of those with more. Returns how many."""
         mine = [key for key in keys_of(self._layers, index) if key in workers]
-        for key in mine:
-            counts[workers[key]] += 1
-        wanted = self._wanted(index, len(mine))[worker] / max(len(mine), 1)
-        taken = 0
+        counts, load, taken = Counter(workers[key] for key in mine), self._loads(workers, index)[worker], 0
+        total = sum(self._heat[index][key.expert] for key in mine)
         while counts[worker] < split[worker] and taken < most:
             offered = [key for key in mine if workers[key] != worker and counts[workers[key]] > split[workers[key]]]
             if not offered:
                 break
             # With as much traffic as those that are still to come must have on average.
-            needed = (wanted - loads[worker]) / (split[worker] - counts[worker])
-            key = min(offered, key=lambda key: (round(abs(self._heat[index][key.expert] - needed), 9), key))
-            heat = self._heat[index][key.expert]
+            needed = (share - load) / (split[worker] - counts[worker])
+            key = min(offered, key=lambda key: (round(abs(self._heat[index][key.expert] / total - needed), 9), key))
             counts[workers[key]] -= 1
-            loads[workers[key]] -= heat
-            workers[key] = worker
             counts[worker] += 1
-            loads[worker] += heat
+            workers[key] = worker
+            load += self._heat[index][key.expert] / total
             taken += 1
         return taken
 
@@ -311,6 +312,12 @@ class _Planner:
                 free[target] -= 1
                 replicas[key] = (target,)
         return replicas
+
+
+def _neediest(shares: Sequence[float], loads: Sequence[float], is_open: Sequence[bool]) -> int:
+    """The open worker whose load is furthest below its share."""
+    gaps = [(round(load - share, 9), worker) for worker, (load, share) in enumerate(zip(loads, shares, strict=True))]
+    return min(gap for gap, is_free in zip(gaps, is_open, strict=True) if is_free)[1]
 
 
 def _best_split(cost: TokenCost, count: int, speeds: Sequence[ComputeSpeed]) -> tuple[int, ...]:

@@ -15,8 +15,9 @@ from moray.runtime.errors import ConfigError
 from moray.runtime.planning.sizes import parse_bytes
 
 #: Of an ordinary PC, where nothing is measured: bytes of experts a second that a core computes with one token each, at
-#: most so many for all cores, which share the memory; shard bytes times tokens a second and core; the disk.
-_CORE_BYTES_S, _MOST_BYTES_S, _CORE_TOKEN_BYTES_S, _DISK_BYTES_S = 10e9, 30e9, 25e9, 2e9
+#: most so many for all cores, which share the memory; and shard bytes times tokens a second and core.
+_CORE_BYTES_S, _MOST_BYTES_S, _CORE_TOKEN_BYTES_S = 10e9, 30e9, 25e9
+DISK_BYTES_S = 2e9  # likewise
 _LINK = re.compile(r"(?P<rate>[\d.]+) *(?P<unit>[kMG])bit(?:/s)? */ *(?P<latency>[\d.]+) *(?P<time>us|ms|s)")
 _BITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -67,7 +68,7 @@ class PlanNode(BaseModel):
 
     @property
     def disk_bytes_per_s(self) -> float:
-        return _rate(self.disk, "disk") if self.disk else _DISK_BYTES_S
+        return _rate(self.disk, "disk") if self.disk else DISK_BYTES_S
 
 
 class PlanConfig(BaseModel):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from moray.cluster.topology import Topology
+from moray.cluster.topology import Topology, measure_node
 from moray.deploy.config import demo_store
 from moray.deploy.memory_plan import plan_rows
 from moray.deploy.plan import ClusterPlan, PlannedNode, make_plan, planned_store, to_json, topology_of
-from moray.deploy.plan_config import PlanConfig, plan_config_of_file, plan_config_of_flags
+from moray.deploy.plan_config import DISK_BYTES_S, PlanConfig, plan_config_of_file, plan_config_of_flags
 from moray.runtime.errors import ConfigError
 from moray.runtime.memory import format_bytes
 
@@ -40,8 +41,17 @@ def run_plan(
         if nodes or cluster is not None:
             config = plan_config_of_flags(nodes, links) if cluster is None else plan_config_of_file(cluster)
             plan = _plan_described(str(path), store, config, context)
-        else:
+        elif address is None:
+            report = measure_node(store)
+            if store != path:  # an outline's files are holes
+                report = replace(report, disk_bytes_per_s=DISK_BYTES_S)
+            plan = make_plan(str(path), store, Topology("here", {"here": report}, {}), context=context)
+        elif store == path:
             plan = make_plan(str(path), store, _measured(store, address), context=context)
+        else:
+            raise ConfigError(
+                f"{path} is not converted, and a cluster is measured with a store; describe it with --node or --cluster"
+            )
     if as_json:
         console.print_json(json.dumps(to_json(plan)))
     else:
@@ -54,12 +64,18 @@ def _plan_described(model: str, store: Path, config: PlanConfig, context: int | 
     return make_plan(model, store, topology_of(config), context=context, host_memory=host_memory, assumed=assumed)
 
 
-def _measured(store: Path, address: str | None) -> Topology:
-    from moray.cluster.topology import measure_node
+def _measured(store: Path, address: str) -> Topology:
+    """A running cluster."""
+    from moray.actors.wiring import measure_cluster
+    from moray.cluster import ray_session
+    from moray.cluster.nodes import choose_compute_node
 
-    if address is not None:
-        raise NotImplementedError
-    return Topology("here", {"here": measure_node(store)}, {})
+    session = ray_session.join(address)
+    try:
+        node = choose_compute_node(ray_session.living_nodes(), ray_session.this_node(), needs_gpu=False)
+        return measure_cluster(str(store.absolute()), node.node_id)
+    finally:
+        ray_session.leave(session)
 
 
 def _print(plan: ClusterPlan, console: Console) -> None:
