@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from statistics import median
 from time import sleep
@@ -56,7 +57,7 @@ class Setting:
 
 
 SETTINGS = {
-    "3:1": Setting((1.2, 0.4), (1.0, 0.375)),
+    "3:1": Setting((1.2, 0.4), (1.0, 1 / 3)),
     "1:1": Setting((0.8, 0.8), (0.75, 0.75)),
 }
 
@@ -97,7 +98,7 @@ class Machine:
         stack.callback(self._end)
         (cpu / "cgroup.procs").write_text(str(self._process.pid))
         memory.add(self._process.pid)
-        self._ask(store=str(store), threads=max(1, round(cores)), keys=[keys.public, keys.secret], admitted=admitted)
+        self._ask(store=str(store), threads=ceil(cores), keys=[keys.public, keys.secret], admitted=admitted)
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
         return self._ask(do=do, **arguments)

@@ -145,9 +145,7 @@ class TokenCost:
             product = before * mine[:, :1]
             for n in range(1, k + 1):
                 product[:, n:] += before[:, : k + 1 - n] * mine[:, n : n + 1]
-        weights = product[:, k]
-        if weights[-1] <= 0:
-            return 0.0
+        weights = product[:, np.flatnonzero(product[-1])[-1]]  # all of them, if there are fewer than top_k
         return float(np.diff(weights, prepend=0.0) @ self._levels / weights[-1])
 
 
