@@ -28,7 +28,7 @@ _LAUNCH_S = 2e-5  # of the kernels, once a layer
 _WORKING_SET_BYTES = 128 << 20  # more than most caches, so that memory is measured
 _GROUP_BYTES = 32 << 20  # of the experts computed by one call
 _MANY = 64  # tokens an expert in a call that tells a token's cost from a byte's
-_MEASURE_S = 0.2  # for each of both
+_MEASURE_S, _MEANS = 0.1, 3  # for each of both
 _READS_AT_ONCE = 4
 _SMOOTHING = 0.1  # weight of the newest observation
 _LARGEST_CHANGE = 4.0  # an observation counts as at most so many times too slow or too fast
@@ -190,21 +190,25 @@ def _measure_compute(layer: ExpertsLayer, addresses: list[int]) -> ComputeSpeed:
         return run
 
     num_bytes = size * layout.num_bytes
-    one_s, many_s = _median_s(load(1)), _median_s(load(_MANY))
+    one_s, many_s = _seconds(load(1)), _seconds(load(_MANY))
     # A token costs what _MANY of them take beyond one; noise may not make that nothing.
     token_s = max((many_s - one_s) / (_MANY - 1), 0.01 * one_s)
     return ComputeSpeed(num_bytes / one_s, num_bytes / token_s)
 
 
-def _median_s(run: Callable[[int], None]) -> float:
-    """Seconds of a call, which gets its number."""
+def _seconds(run: Callable[[int], None]) -> float:
+    """Seconds of a call, which gets its number: the median of means, because where a control group limits the time of
+    a process most calls take less than their share."""
     run(0)  # compiles
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < _MEASURE_S:
-        started = perf_counter()
-        run(len(times) + 1)
-        times.append(perf_counter() - started)
-    return median(times)
+    means, number = [], 0
+    while len(means) < _MEANS:
+        started, calls = perf_counter(), 0
+        while calls < 2 or perf_counter() - started < _MEASURE_S:
+            calls += 1
+            number += 1
+            run(number)
+        means.append((perf_counter() - started) / calls)
+    return median(means)
 
 
 # ------------------------------------------------------------------------------------------- a link
