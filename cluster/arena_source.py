@@ -78,6 +78,8 @@ class ArenaSource:
     offloading whole layers costs, to compare with.
     """
 
+    remote = None
+
     def __init__(self, store: Store, hosts: Sequence[HostAddress], *, whole_layers: bool = False) -> None:
         """Connect to all hosts. Raises ClusterError if they do not hold this store's experts between them."""
         self._store, self._whole_layers = store, whole_layers
@@ -157,7 +159,7 @@ class ArenaSource:
     def _join(self, client: HostClient) -> None:
         """Map a host's arena and note where its experts' entries lie."""
         welcome = client.greet()
-        _check(welcome, self._store.fingerprint, self._store.manifest.numerics_id)
+        check_welcome(welcome, self._store)
         host, first = _Host(client, welcome), 0
         self._hosts.append(host)
         for of_layer, experts in zip(self._layers, welcome.experts, strict=True):
@@ -266,15 +268,10 @@ class _ArenaFetch:
         return [(index, host, mine) for index, host, mine in split if len(mine)]
 
 
-def _check(welcome: Welcome, fingerprint: str, numerics_id: str) -> None:
-    mine, theirs = (
-        (fingerprint, LAYOUT_ID, numerics_id),
-        (
-            welcome.store_fingerprint,
-            welcome.layout_id,
-            welcome.numerics_id,
-        ),
-    )
+def check_welcome(welcome: Welcome, store: Store) -> None:
+    """Raises ClusterError unless a host has the same shards, and computes with them by the same rules."""
+    mine = (store.fingerprint, LAYOUT_ID, store.manifest.numerics_id)
+    theirs = (welcome.store_fingerprint, welcome.layout_id, welcome.numerics_id)
     if mine != theirs:
         raise ClusterError(
             f"expert host {welcome.host_id} holds another store or speaks another format: it has {theirs}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -11,6 +12,15 @@ from moray.cluster.keys import CurveKeys
 from moray.cluster.messages import MAX_MESSAGE_BYTES, Hello, Message, Refused, Welcome, decode, encode
 from moray.runtime.errors import ConfigError, CorruptShardError, HostLostError, ProtocolError
 
+# A connection that died is noticed and made again, and nothing is queued for one that is not there.
+_TCP_OPTIONS = (
+    (zmq.IMMEDIATE, 1),
+    (zmq.HEARTBEAT_IVL, 1000),
+    (zmq.HEARTBEAT_TIMEOUT, 3000),
+    (zmq.CONNECT_TIMEOUT, 2000),
+    (zmq.RECONNECT_IVL, 100),
+    (zmq.RECONNECT_IVL_MAX, 1000),
+)
 _ATTEMPT_S = 1.0  # before a message is taken for lost
 
 
@@ -44,6 +54,9 @@ class HostClient:
         if curve is not None and host.server_key:
             self._socket.curve_serverkey = host.server_key.encode()
             self._socket.curve_publickey, self._socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
+            for option, value in _TCP_OPTIONS:
+                self._socket.setsockopt(option, value)
+            self._socket.setsockopt(zmq.SNDTIMEO, int(1000 * timeout_s))
         self._socket.connect(host.address)
 
     def greet(self) -> Welcome:
@@ -53,12 +66,41 @@ class HostClient:
             raise ProtocolError(f"host {self.host.host_id} answered Hello with {type(reply).__name__}")
         return reply
 
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """To be polled beside others."""
+        return self._socket
+
     def send(self, message: Message, *buffers: memoryview) -> int:
-        """Send without waiting, so that all hosts work at once. Returns the id to ``receive``."""
+        """Send without waiting for a reply, so that all hosts work at once. Returns the id to ``receive``.
+
+        Raises HostLostError if there is no connection for ``timeout_s``.
+        """
+        request_id = self._send(message, buffers, 0)
+        if request_id is None:
+            raise HostLostError(f"there is no connection to expert host {self.host.host_id} at {self.host.address}")
+        return request_id
+
+    def try_send(self, message: Message, *buffers: memoryview) -> int | None:
+        """``send``, or None if there is no connection now."""
+        return self._send(message, buffers, zmq.NOBLOCK)
+
+    def _send(self, message: Message, buffers: Sequence[memoryview], flags: int) -> int | None:
         self._next_id += 1
-        # Frames without a copy cost more than copying a header does.
-        self._socket.send_multipart([encode(self._next_id, message), *buffers], copy=not buffers)
+        try:
+            # Frames without a copy cost more than copying a header does.
+            self._socket.send_multipart([encode(self._next_id, message), *buffers], flags, copy=not buffers)
+        except zmq.Again:
+            return None
         return self._next_id
+
+    def try_receive(self) -> tuple[int, Message, list[bytes]] | None:
+        """The next reply, whatever it answers, or None if there is none yet. Raises ProtocolError."""
+        try:
+            header, *buffers = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return *decode(header), buffers
 
     def receive(self, request_id: int, timeout_s: float | None = None) -> tuple[Message, list[bytes]]:
         """The reply to a request, and its buffers; replies to older, abandoned requests are skipped.

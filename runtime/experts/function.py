@@ -7,11 +7,14 @@ Registered with transformers' experts interface under the name "moray". Each exp
     check the lease (again, if a slot changed under it) -> weighted sum, in the router's order
 
 If some shards must come from elsewhere, those that are here are computed meanwhile, and the others as they arrive;
-outputs of single experts wait in a buffer until all are there, and are then summed in the same order.
+outputs of single experts wait in a buffer until all are there, and are then summed in the same order. What other
+machines compute is sent to them first, and waits in the same buffer.
 """
 
 from __future__ import annotations
 
+import logging
+from contextlib import closing
 from time import perf_counter
 from typing import Any
 
@@ -24,12 +27,13 @@ from moray.runtime.device.experts import DeviceExperts, LayerParts
 from moray.runtime.device.fetch import DeviceFetch
 from moray.runtime.device.tier import DeviceTier
 from moray.runtime.device.transfer import bytes_at
+from moray.runtime.experts.fused import FusedExperts
 from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.pairs import Pairs
-from moray.runtime.experts.source import Fetch, Ints, Lease, ShardSource
+from moray.runtime.experts.source import Fetch, Ints, Lease, RemoteCall, ShardSource
 from moray.runtime.experts.watch import LayerCall, LayerWatch
 from moray.runtime.kernels import ops
-from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
+from moray.runtime.kernels.ops import Grouping, MatrixKernel
 from moray.runtime.kernels.ops_fused import RoutedKernel, routed_at
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout, ShardTensor
@@ -37,6 +41,7 @@ from moray.runtime.model.expert_gates import fused_gate
 from moray.runtime.model.router_modules import FusedRouter
 
 IMPLEMENTATION = "moray"
+_log = logging.getLogger(__name__)
 
 
 class ExpertsBinding:
@@ -62,7 +67,9 @@ class ExpertsBinding:
         self._up_kernel = MatrixKernel.of(self._up.spec, numerics)
         self._down_kernel = MatrixKernel.of(self._down.spec, numerics)
         gate = fused_gate(module)
-        self._fused = None if gate is None else LayerKernel(self._up_kernel, self._down_kernel, gate)
+        self._fused = None if gate is None else FusedExperts.of(layout, numerics, gate)
+        if gate is None and source.remote is not None:
+            _log.info("MoE layer %d has a gate that is not fused: computed on this node alone", layer)
         self.watch: LayerWatch | None = None
         self._is_announced = False  # ``watch`` has seen the present input
         self._used: Ints = np.zeros(1 + 2 * self.num_experts, dtype=np.int64)
@@ -71,17 +78,32 @@ class ExpertsBinding:
         started = perf_counter()
         grouping = ops.group_by_expert(ids_TK.cpu().numpy(), self.num_experts)
         grouped = perf_counter()
-        fetch = self._fetch(grouping.active)
-        self._announce(x_TH)
-        out, waited_s = self._compute_as_they_come(module, x_TH, weights_TK, grouping, fetch)
+        call, elsewhere = self._begin_remote(x_TH, grouping), None
+        if call is None:
+            fetch = self._fetch(grouping.active)
+            self._announce(x_TH)
+            out, waited_s = self._compute_as_they_come(module, x_TH, weights_TK, grouping, fetch)
+            missed = fetch.missed.tolist()
+        else:
+            with closing(call):
+                self._announce(x_TH)
+                out, waited_s, missed = self._compute_beside(module, x_TH, weights_TK, grouping, call)
+                elsewhere = grouping.active[call.elsewhere]
+        times = waited_s, perf_counter() - grouped - waited_s
         if self.meter is not None:
-            self.meter.record(self.layer, grouping, grouped - started, waited_s, perf_counter() - grouped - waited_s)
+            self.meter.record(self.layer, grouping, grouped - started, *times, elsewhere)
         if self.watch is not None:
             active, tokens = grouping.active.tolist(), np.diff(grouping.starts).tolist()
-            times = waited_s, perf_counter() - grouped - waited_s
-            missed, num_bytes = fetch.missed.tolist(), len(fetch.missed) * self._layout.num_bytes
+            num_bytes = len(missed) * self._layout.num_bytes
             self.watch.after(LayerCall(self.layer, len(x_TH), active, tokens, missed, num_bytes, *times))
         return out
+
+    def _begin_remote(self, x_TH: torch.Tensor, grouping: Grouping) -> RemoteCall | None:
+        """Let other machines begin with what they are to compute."""
+        remote = self.source.remote
+        if remote is None or self._fused is None or self.device is not None:
+            return None
+        return remote.begin(self.layer, grouping, x_TH.contiguous().numpy(), self._fused.kernel.gate)
 
     def _fetch(self, active: Ints) -> Fetch:
         if self.device is None:
@@ -102,13 +124,55 @@ class ExpertsBinding:
                 if lease.is_valid():
                     fetch.finish(here)
                     return out, waited_s
-                continue
-            part, ones = pairs.part(here)
-            y_PH = self._compute(module, x_TH, ones, part, lease)
-            if lease.is_valid():
-                pairs.keep(y_PH)
+            elif self._compute_part(module, x_TH, pairs, here, lease):
                 fetch.finish(here)
         return pairs.combine(weights_TK), waited_s
+
+    def _compute_beside(
+        self, module: Any, x_TH: torch.Tensor, weights_TK: torch.Tensor, grouping: Grouping, call: RemoteCall
+    ) -> tuple[torch.Tensor, float, list[int]]:
+        """The layer's output with what other machines compute, the seconds spent waiting, and what was missed here."""
+        pairs, waited_s, here = Pairs(grouping, x_TH), 0.0, call.here
+        missed: list[int] = []
+        while True:
+            if len(here):
+                waited_s += self._compute_here(module, x_TH, pairs, grouping, here, call, missed)
+            if call.is_over:
+                return pairs.combine(weights_TK), waited_s, missed
+            asked = perf_counter()
+            arrived, here = call.take()
+            waited_s += perf_counter() - asked
+            for rows, y_PH in arrived:
+                pairs.put(rows, y_PH)
+
+    def _compute_here(
+        self, module: Any, x_TH: torch.Tensor, pairs: Pairs, grouping: Grouping, positions: Ints, call: RemoteCall,
+        missed: list[int],
+    ) -> float:  # fmt: skip
+        """Some of the layer's experts, by their positions in the list of active ones. Returns the seconds waited."""
+        fetch, waited_s = self._fetch(grouping.active[positions]), 0.0
+        missed += fetch.missed.tolist()
+        started = perf_counter()
+        while not fetch.is_over:
+            asked = perf_counter()
+            here, lease = fetch.take()
+            waited_s += perf_counter() - asked
+            if self._compute_part(module, x_TH, pairs, positions[here], lease):
+                fetch.finish(here)
+        counts = np.diff(grouping.starts)[positions]
+        call.note_computed(len(positions), int(counts.sum()), perf_counter() - started - waited_s)
+        if len(fetch.missed):
+            call.note_loaded(len(fetch.missed), waited_s)
+        return waited_s
+
+    def _compute_part(self, module: Any, x_TH: torch.Tensor, pairs: Pairs, positions: Ints, lease: Lease) -> bool:
+        """Keep the outputs of some of the active experts, or False if their lease did not hold."""
+        part, ones = pairs.part(positions)
+        y_PH = self._compute(module, x_TH, ones, part, lease)
+        if not lease.is_valid():
+            return False
+        pairs.keep(y_PH)
+        return True
 
     def routed_kernel(self, router: FusedRouter) -> RoutedKernel | None:
         """For ``compute_routed``; None if the gate is not fused, or a device has a part in it."""
@@ -117,7 +181,7 @@ class ExpertsBinding:
         biases = [-1 if bias is None else bias.offset for bias in (self._up_bias, self._down_bias)]
         routing = [router.weight_at, router.bias_at, router.kind, router.num_experts, router.top_k]
         fields = [*routing, self._up.offset, self._down.offset, *biases, self._layout.num_bytes]
-        return RoutedKernel(np.array(fields, dtype=np.int64), router.kernel, self._fused)
+        return RoutedKernel(np.array(fields, dtype=np.int64), router.kernel, self._fused.kernel)
 
     def compute_routed(self, kernel: RoutedKernel, x: torch.Tensor, out: torch.Tensor) -> bool:
         """out = experts(x, router(x)) for float32 on the CPU, or False if some expert must be fetched first."""
@@ -152,15 +216,12 @@ class ExpertsBinding:
             return self.device.compute(module, x_TH, weights_TK, grouping, lease)
         shards_E = lease.addresses
         x_TH, weights_TK = x_TH.contiguous(), weights_TK.float().contiguous()
-        up_at, down_at = shards_E + self._up.offset, shards_E + self._down.offset
         if self._fused is not None:
             out_TH = x_TH.new_empty(len(weights_TK), x_TH.shape[1])
             at = (x_TH.data_ptr(), weights_TK.data_ptr(), out_TH.data_ptr())
-            biases = (
-                NO_BIASES if bias is None else shards_E + bias.offset for bias in (self._up_bias, self._down_bias)
-            )
-            ops.moe_layer_at(*at, grouping, self._fused, up_at, down_at, *biases)
+            self._fused.compute_at(*at, grouping, shards_E)
             return out_TH
+        up_at, down_at = shards_E + self._up.offset, shards_E + self._down.offset
         x, weights = x_TH.numpy(), weights_TK.numpy()
         experts_of_pair = np.repeat(np.arange(len(grouping.active)), np.diff(grouping.starts))
         up = torch.from_numpy(self._up_kernel.matmul(x, up_at, grouping.starts, grouping.token_of_pair))
@@ -175,7 +236,7 @@ class ExpertsBinding:
         """From now on some experts are computed on a device, or all of them."""
         parts = LayerParts(
             self._layout, self._up, self._down, self._up_bias, self._down_bias, self._up_kernel, self._down_kernel,
-            self._fused,
+            None if self._fused is None else self._fused.kernel,
         )  # fmt: skip
         self.device = DeviceExperts(tier, self.layer, parts)
 

@@ -63,13 +63,20 @@ class ExpertsMeter:
             bytes_by_owner=np.zeros(len(places), dtype=np.int64),
         )
 
-    def record(self, layer: int, grouping: Grouping, group_s: float, lease_s: float, compute_s: float) -> None:
+    def record(
+        self, layer: int, grouping: Grouping, group_s: float, lease_s: float, compute_s: float,
+        elsewhere: Ints | None = None,
+    ) -> None:  # fmt: skip
+        """``elsewhere``: experts that other machines computed; they count for the last place."""
         from moray.runtime.kernels.moe import count_use
 
+        owners = self.owners[layer]
+        if elsewhere is not None:
+            owners = owners.copy()
+            owners[elsewhere] = len(self.names) - 1
         count_use(
-            grouping.active, grouping.starts, self.shard_bytes[layer], self.owners[layer], self.tokens[layer],
-            self.bytes_by_owner,
-        )  # fmt: skip
+            grouping.active, grouping.starts, self.shard_bytes[layer], owners, self.tokens[layer], self.bytes_by_owner
+        )
         self.layer_calls += 1
         self.uses += len(grouping.active)
         self.group_s += group_s

@@ -51,6 +51,10 @@ class Pairs:
         """What was computed of the last ``part``."""
         self._y_PH[self._rows] = y_PH.to("cpu", torch.float32).numpy()
 
+    def put(self, pairs: Ints, y_PH: npt.NDArray[np.float32]) -> None:
+        """Outputs of pairs by their numbers."""
+        self._y_PH[pairs] = y_PH
+
     def combine(self, weights_TK: torch.Tensor) -> torch.Tensor:
         weights = weights_TK.cpu().float().contiguous().numpy()
         return torch.from_numpy(ops.combine(self._y_PH, self._grouping, weights)).to(self._like)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,10 @@ from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.memory import require_memory
 from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
+
+if TYPE_CHECKING:
+    from moray.runtime.kernels.gates import Gate
+    from moray.runtime.kernels.ops import Grouping
 
 Ints = npt.NDArray[np.int64]
 
@@ -63,8 +67,49 @@ class LeaseTable:
     generations: Ints
 
 
+class RemoteCall(Protocol):
+    """A layer call of which other machines compute a part."""
+
+    here: Ints  # positions in the list of active experts: those to be computed here at once
+    elsewhere: npt.NDArray[np.bool_]  # [E], the others, except those that came back
+
+    @property
+    def is_over(self) -> bool: ...
+
+    def take(self) -> tuple[list[tuple[Ints, npt.NDArray[np.float32]]], Ints]:
+        """Outputs that have arrived, as numbers of pairs and float32 [P, H], and positions to be computed here after
+        all. Waits for either, with a deadline.
+        """
+        ...
+
+    def note_computed(self, num_experts: int, num_pairs: int, seconds: float) -> None:
+        """So long did experts take here."""
+        ...
+
+    def note_loaded(self, num_experts: int, seconds: float) -> None:
+        """So long were experts waited for that must be loaded here."""
+        ...
+
+    def close(self) -> None:
+        """Must be called before the next ``begin``."""
+        ...
+
+
+class RemoteExperts(Protocol):
+    """Other machines that compute experts."""
+
+    def begin(self, layer: int, grouping: Grouping, x_TH: npt.NDArray[np.float32], gate: Gate) -> RemoteCall | None:
+        """Send what others compute of a layer call: gated experts on float32 [T, H]. None: nothing."""
+        ...
+
+
 class ShardSource(Protocol):
     """Gives shards to the step loop's thread, the only one that calls."""
+
+    @property
+    def remote(self) -> RemoteExperts | None:
+        """Where experts can be computed besides this process. What that does is the last place of ``describe``."""
+        ...
 
     def fetch(self, layer: int, experts: Ints) -> Fetch: ...
 
@@ -112,7 +157,7 @@ class SourceInfo:
     """A place that holds shards."""
 
     name: str  # "memory" for this process, else the host's id
-    tier: str  # "process" or "arena"
+    tier: str  # "process", "arena" or "remote"
     num_experts: int
     num_bytes: int
 
@@ -153,6 +198,8 @@ class FixedFetch:
 class BlankSource:
     """Zeros in place of every shard, one piece of memory for all: to try a model without reading experts."""
 
+    remote = None
+
     def __init__(self, manifest: Manifest) -> None:
         self._num_experts = [layer.num_experts for layer in manifest.layers]
         room = np.zeros(manifest.slot_bytes + VECTOR_BYTES, dtype=np.uint8)
@@ -173,6 +220,7 @@ class InProcessSource:
     """All shards of a store in this process's private memory: the smallest source, for tests and libraries."""
 
     wants_uses = wants_hints = False
+    remote = None
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -8,7 +8,7 @@ from moray.runtime.errors import ConfigError
 
 
 class Lane(IntEnum):
-    """A way to get one expert's output. The remote lanes are priced like the others; no source offers them yet."""
+    """A way to get one expert's output. REMOTE_FETCH is priced like the others; no source offers it yet."""
 
     DEVICE_HIT = 0  # the shard is on the device: compute there
     DEVICE_COPY = 1  # copy the shard from the arena to the device, compute there, keep it

@@ -109,6 +109,19 @@ class Rates:
     def num_resources(self) -> int:
         return len(self.alone)
 
+    def add_remote(self) -> int:
+        """Room for one more remote host. Returns its number."""
+        remote = (self.num_resources - len(Resource)) // 2
+        for kind, rate in (("network", _NETWORK), ("remote-cpu", _CPU)):
+            self.names.append(f"{kind}-{remote}")
+            for table in (self.alone, self.together, *self._measured):
+                table.append(rate)
+            self._counts.append([0, 0])
+            for fits in self._fits:
+                fits.append(_Fit())
+        self.choices.clear()
+        return remote
+
     def observe(self, resource: int, num_bytes: int, tokens: int, seconds: float, concurrent: bool) -> None:
         """A completed piece of work: its bytes, its (token, expert) pairs and how long the resource worked on it.
 

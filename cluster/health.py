@@ -1,0 +1,127 @@
+"""Whether a remote host is given work: deadlines from what was measured, and what follows when one passes.
+
+Pure: no sockets, no clock; ``now`` is the caller's, in seconds.
+
+    DOWN -> UP          it said Welcome, and was measured
+    UP -> SUSPECTED     it missed a deadline; its work is done elsewhere, and it is pinged
+    SUSPECTED -> UP     it was heard again, and its penalty is over
+    any -> DOWN         the connection is gone, it does not know us, or it was not heard for long
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+FLOOR_S = 0.05  # of a deadline: what an ordinary scheduler or network may take at times
+CAP_S = 0.9  # so that a lost host costs less than a second
+LONGEST_S = 0.25  # of one request, expected; more work goes in several requests, each with a deadline
+_PATIENCE = 4.0  # deviations from what was expected, as in TCP's retransmission timer (RFC 6298)
+_MARGIN = 2.0  # times what was expected
+_GAIN = 0.25
+_FIRST_PENALTY_S, _LAST_PENALTY_S = 0.1, 10.0
+_FIRST_PROBE_S, _LAST_PROBE_S = 0.05, 2.0
+_SILENCE_S = 10.0  # a suspected host that was not heard for so long must introduce itself again
+_IDLE_PING_S = 1.0
+
+
+class HostState(Enum):
+    UP = "up"
+    SUSPECTED = "suspected"
+    DOWN = "down"
+
+
+class Probe(Enum):
+    HELLO = "hello"
+    PING = "ping"
+
+
+class HostHealth:
+    """One host's."""
+
+    def __init__(self, now: float) -> None:
+        self.state = HostState.DOWN
+        self._deviation_s = 0.0
+        self._is_measured = False
+        self._penalty_s = 0.0
+        self._trusted_at = now
+        self._probe_at, self._probe_s = now, _FIRST_PROBE_S
+        self._heard_at = now
+
+    def deadline_s(self, expected_s: float) -> float:
+        """From sending, or from the host's last reply, to the next one, which is expected after so long."""
+        if not self._is_measured:
+            return CAP_S
+        return min(max(_MARGIN * expected_s + _PATIENCE * self._deviation_s, FLOOR_S), CAP_S)
+
+    def joined(self, now: float) -> None:
+        """It is ready for work."""
+        self.state, self._heard_at = HostState.UP, now
+        self._probe_at, self._probe_s = now + _IDLE_PING_S, _FIRST_PROBE_S
+
+    def answered(self, now: float, expected_s: float, took_s: float) -> None:
+        """It replied in time."""
+        error = abs(took_s - expected_s)
+        self._deviation_s = error if not self._is_measured else self._deviation_s + _GAIN * (error - self._deviation_s)
+        self._is_measured = True
+        self._penalty_s *= 1 - _GAIN
+        self.heard(now)
+
+    def missed(self, now: float) -> None:
+        """A deadline passed. Each one in a row keeps it out for longer."""
+        if self.state is HostState.UP:
+            self.state = HostState.SUSPECTED
+            self._trusted_at = now + self._penalty_s
+            self._penalty_s = min(max(2 * self._penalty_s, _FIRST_PENALTY_S), _LAST_PENALTY_S)
+            self._probe_at, self._probe_s = now, _FIRST_PROBE_S
+
+    def heard(self, now: float) -> None:
+        """Anything came from it, also a reply that is too late."""
+        self._heard_at = now
+        if self.state is HostState.UP:
+            self._probe_at = now + _IDLE_PING_S
+        elif self.state is HostState.SUSPECTED and now >= self._trusted_at:
+            self.state = HostState.UP
+
+    def lost(self, now: float) -> None:
+        """It must introduce itself again."""
+        if self.state is not HostState.DOWN:
+            self.state = HostState.DOWN
+            self._probe_at, self._probe_s = now, _FIRST_PROBE_S
+
+    def probe(self, now: float) -> Probe | None:
+        """What to send now. More and more seldom while nothing comes back."""
+        if self.state is HostState.SUSPECTED and now - self._heard_at > _SILENCE_S:
+            self.lost(now)
+        if now < self._probe_at:
+            return None
+        if self.state is HostState.UP:
+            self._probe_at = now + _IDLE_PING_S
+            return Probe.PING
+        self._probe_at = now + self._probe_s
+        self._probe_s = min(2 * self._probe_s, _LAST_PROBE_S)
+        return Probe.HELLO if self.state is HostState.DOWN else Probe.PING
+
+
+class LinkRate:
+    """Seconds of a round trip and of a byte on the way to a host and back: moving averages."""
+
+    _SMALL = 32 << 10  # bytes: below, a message's time is the round trip's
+    _GAIN = 0.1
+
+    def __init__(self) -> None:
+        self.round_trip_s, self.byte_s = 5e-4, 1 / 100e6  # an ordinary network, before anything was measured
+        self._counts = [0, 0]
+
+    def observe(self, num_bytes: int, seconds: float) -> None:
+        """A request and its reply were so long under way, the host's own work not included."""
+        if num_bytes < self._SMALL:
+            self.round_trip_s = self._mean(0, self.round_trip_s, max(seconds, 1e-6))
+        else:
+            self.byte_s = self._mean(1, self.byte_s, max(seconds - self.round_trip_s, 1e-9) / num_bytes)
+
+    def seconds(self, num_bytes: int) -> float:
+        return self.round_trip_s + num_bytes * self.byte_s
+
+    def _mean(self, kind: int, mean: float, value: float) -> float:
+        self._counts[kind] += 1
+        return mean + max(self._GAIN, 1 / self._counts[kind]) * (value - mean)

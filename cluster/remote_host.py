@@ -1,0 +1,366 @@
+"""One remote host as the compute process sees it: its connection, what it has in memory, the requests under way.
+
+    Hello -> Welcome -> Ping -> Pong, and small computations -> ready for work
+
+Nothing here waits. Decisions are health.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from moray.cluster.activations import WireFormat
+from moray.cluster.arena_source import check_welcome
+from moray.cluster.client import HostAddress, HostClient
+from moray.cluster.health import CAP_S, HostHealth, HostState, LinkRate, Probe
+from moray.cluster.keys import CurveKeys
+from moray.cluster.messages import Compute, Computed, Hello, Message, Ping, Pong, Refused, Welcome
+from moray.runtime.errors import ClusterError, ProtocolError
+from moray.runtime.lanes.lane import network, remote_cpu
+from moray.runtime.lanes.rates import Rate, Rates
+from moray.runtime.layout.packed import Numerics
+from moray.runtime.store.store import Store
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+OnChange = Callable[[str, HostState, HostState, str], None]
+"""Told of each change of a host's state: host id, old state, new state, why."""
+
+_HELLO_S = 2.0  # before a greeting is taken for lost; the answer may take longer, kernels may have to be compiled
+_TRIALS = (1, 1, 16, 16)  # rows of the computations that a host is measured with; the first of each warms up
+_NEWS_S = 0.2  # between questions to a host that has not yet loaded what is assigned to it
+_MOST_ABANDONED = 256
+_GAIN = 0.1  # of the newest request in the mean number of experts
+_LEAST_RATE = 1e-15  # s for a byte: what noise may not make zero or less
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Request:
+    """Work sent to a host: pairs of a layer call, by their numbers there."""
+
+    layer: int
+    positions: Ints  # of its experts in the call's list
+    experts: list[int]
+    pairs: Ints
+    num_bytes: int  # of shards
+    wire_bytes: int  # there and back
+    expected_s: float
+    sent_at: float = 0.0
+
+
+@dataclass(slots=True)
+class RemoteStats:
+    """Since the start, of one remote host."""
+
+    host_id: str
+    node: str
+    state: str = HostState.DOWN.value
+    num_assigned: int = 0
+    num_resident: int = 0
+    requests: int = 0
+    pairs: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    missed: int = 0  # deadlines
+    stale: int = 0  # replies that came too late
+    refused: int = 0  # requests that it did not accept
+    round_trip_us: float = 0.0  # without computing
+    bytes_per_s: float = 0.0  # of the way there and back
+    joined: int = 0  # how often it was ready for work, after it had not been
+
+
+@dataclass(slots=True)
+class _Joining:
+    """Steps on the way to work."""
+
+    hello_id: int = -1
+    hello_sent_at: float = -1e9
+    num_bytes: int = 0  # of the expert that is computed
+    trials_left: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+class RemoteHost:
+    """Used with the lock of RemoteLanes held."""
+
+    def __init__(
+        self, address: HostAddress, client: str, keys: CurveKeys | None, store: Store, numerics: Numerics,
+        rates: Rates, number: int, on_change: OnChange, now: float,
+    ) -> None:  # fmt: skip
+        """``number``: of its resources in ``rates``. Raises ConfigError if the address needs keys it has not."""
+        self.address, self.number = address, number
+        self._store, self._numerics, self._rates, self._on_change = store, numerics, rates, on_change
+        self._name = client
+        self.client = HostClient(address, client, curve=keys)
+        self.health, self.link = HostHealth(now), LinkRate()
+        self.resident = [np.zeros(layer.num_experts, dtype=np.bool_) for layer in store.manifest.layers]
+        self.stats = RemoteStats(address.host_id, address.node)
+        self.failure: ClusterError | None = None  # why it can never be used as it is
+        self.in_flight: dict[int, Request] = {}
+        self._last_reply_at = now
+        self._abandoned: dict[int, Request] = {}
+        self._pings: dict[int, float] = {}
+        self._trials: dict[int, float] = {}
+        self._joining = _Joining()
+        self._num_assigned, self._news_at = 0, now
+        self._mean_experts = 1.0  # in a request
+
+    @property
+    def is_up(self) -> bool:
+        return self.health.state is HostState.UP
+
+    # ------------------------------------------------------------------------------------- work
+
+    def expected_s(self, wire_bytes: int, num_bytes: int, num_pairs: int) -> float:
+        """Of a request for experts of so many bytes."""
+        return self.link.seconds(wire_bytes) + self._rates.alone[remote_cpu(self.number)].seconds(num_bytes, num_pairs)
+
+    def send(self, request: Request, message: Compute, buffer: memoryview, now: float) -> bool:
+        """False if there is no connection."""
+        request_id = self.client.try_send(message, buffer)
+        if request_id is None:
+            self._lose(now, "no connection")
+            return False
+        request.sent_at = now
+        self.in_flight[request_id] = request
+        self.stats.requests += 1
+        self.stats.bytes_sent += len(buffer)
+        return True
+
+    def deadline(self) -> float:
+        """When the oldest request under way is given up."""
+        oldest = next(iter(self.in_flight.values()))
+        return max(self._last_reply_at, oldest.sent_at) + self.health.deadline_s(oldest.expected_s)
+
+    def give_up(self, now: float) -> list[Request]:
+        """The deadline has passed: what was under way is to be done elsewhere."""
+        old = self.health.state
+        self.health.missed(now)
+        self.stats.missed += 1
+        self._tell(old, "a deadline passed")
+        return self.abandon()
+
+    def abandon(self) -> list[Request]:
+        """Forget what is under way; replies that still come only tell that the host lives."""
+        requests = list(self.in_flight.values())
+        self._abandoned |= self.in_flight
+        self.in_flight.clear()
+        while len(self._abandoned) > _MOST_ABANDONED:
+            del self._abandoned[next(iter(self._abandoned))]
+        return requests
+
+    def receive(self, now: float, waited: bool) -> tuple[Request, Floats | None] | None:
+        """The next reply to work that is there: float32 [P, H], or None if it was refused. ``waited``: so that its
+        time of arrival is known.
+        """
+        while True:
+            try:
+                reply = self.client.try_receive()
+            except ProtocolError as error:
+                self._fail(now, str(error))
+                continue
+            if reply is None:
+                return None
+            request_id, message, buffers = reply
+            request = self.in_flight.pop(request_id, None)
+            if request is not None:
+                return request, self._accept(request, message, buffers, now, waited)
+            self._other(request_id, message, now)
+
+    def _accept(
+        self, request: Request, message: Message, buffers: Sequence[bytes], now: float, waited: bool
+    ) -> Floats | None:
+        width = self._store.manifest.layers[request.layer].layout["down_proj"].spec.rows  # type: ignore[union-attr]
+        expected = 4 * len(request.pairs) * width
+        if isinstance(message, Computed) and len(buffers) == 1 and len(buffers[0]) == expected:
+            took_s = now - max(request.sent_at, self._last_reply_at)
+            self._last_reply_at = now
+            self.health.answered(now, request.expected_s, min(took_s, request.expected_s) if not waited else took_s)
+            self.stats.pairs += len(request.pairs)
+            self.stats.bytes_received += expected
+            self._learn(request, message.compute_s, now if waited else None)
+            return np.frombuffer(buffers[0], dtype=np.float32).reshape(-1, width)
+        self.stats.refused += 1
+        if isinstance(message, Refused) and message.reason != "hello":
+            _log.info("host %s does not compute: %s", self.address.host_id, message.message)
+            self.resident[request.layer][request.experts] = False
+            self._count_resident()
+            self._news_at = now + _NEWS_S
+        elif isinstance(message, Refused):
+            self._lose(now, "it was restarted")
+        else:
+            self._fail(now, f"it answered Compute with {type(message).__name__} and {len(buffers)} buffers")
+        return None
+
+    def _learn(self, request: Request, compute_s: float, arrived_at: float | None) -> None:
+        num_pairs, now_s = len(request.pairs), 0.0 if arrived_at is None else arrived_at - request.sent_at
+        self._rates.observe(remote_cpu(self.number), request.num_bytes, num_pairs, compute_s, concurrent=False)
+        if arrived_at is not None and now_s > compute_s and not self.in_flight:
+            self.link.observe(request.wire_bytes, now_s - compute_s)
+            self._mean_experts += _GAIN * (len(request.experts) - self._mean_experts)
+            self._publish_link()
+
+    def _publish_link(self) -> None:
+        """One request takes all of a layer's experts: each is priced its part of the round trip."""
+        rate = Rate(self.link.round_trip_s / self._mean_experts, self.link.byte_s, 0.0)
+        self._rates.seed(network(self.number), rate, rate)
+
+    # ----------------------------------------------------------------------------------- health
+
+    def tend(self, now: float) -> None:
+        """Read what came without being waited for, and send what is due. No work may be under way."""
+        while self.receive(now, waited=False) is not None:
+            pass
+        old = self.health.state
+        if self.is_up and any(now - sent_at > CAP_S for sent_at in self._pings.values()):
+            self.health.missed(now)
+            self.stats.missed += 1
+            self._tell(old, "a ping was not answered")
+        probe = self.health.probe(now)
+        self._tell(old, "not heard for long")
+        if probe is Probe.HELLO and now - self._joining.hello_sent_at > _HELLO_S and self.failure is None:
+            self._greet(now)
+        elif probe is Probe.PING or (self.is_up and now >= self._news_at):
+            self._ping(now)
+
+    def _greet(self, now: float) -> None:
+        message = Hello(client=self._name, token=self.address.token, numerics=self._numerics)
+        if (request_id := self.client.try_send(message)) is not None:
+            self._joining = _Joining(request_id, now)
+
+    def _ping(self, now: float) -> None:
+        lacks = self.stats.num_resident < self._num_assigned
+        self._news_at = now + _NEWS_S if lacks else np.inf
+        request_id = self.client.try_send(Ping(wants_resident=lacks))
+        if request_id is None:
+            self._lose(now, "no connection")
+        else:
+            self._pings.setdefault(request_id, now)
+
+    def _other(self, request_id: int, message: Message, now: float) -> None:
+        """What is no reply to work under way."""
+        if (late := self._abandoned.pop(request_id, None)) is not None:
+            self.stats.stale += 1
+            if isinstance(message, Computed):
+                self._learn(late, message.compute_s, now)
+        if isinstance(message, Welcome):
+            self._welcome(message, now)
+        elif isinstance(message, Computed) and request_id in self._trials:
+            self._trial_done(message.compute_s, now)
+        elif isinstance(message, Pong):
+            if message.resident is not None:
+                self._note_resident(message.resident, now)
+            self._pings.pop(request_id, None)
+        elif isinstance(message, Refused) and (message.reason == "hello" or request_id in self._trials):
+            self._lose(now, message.message)
+        elif isinstance(message, Refused) and request_id == self._joining.hello_id:
+            self._refuse(ClusterError(f"expert host {self.address.host_id}: {message.message}"))
+        old = self.health.state
+        self.health.heard(now)
+        self._tell(old, "it answers again")
+
+    def _welcome(self, welcome: Welcome, now: float) -> None:
+        try:
+            check_welcome(welcome, self._store)
+        except ClusterError as error:
+            self._refuse(error)
+            return
+        self._num_assigned = self.stats.num_assigned = sum(map(len, welcome.assigned))
+        self._note_resident(welcome.resident, now)
+        self._joining.trials_left, self._joining.seconds = list(_TRIALS), []
+        self._next_trial(now)
+
+    def _next_trial(self, now: float) -> None:
+        """Measure how fast it computes, with an expert that it has in memory; then it is ready."""
+        layer = max(range(len(self.resident)), key=lambda i: self.resident[i].sum())
+        gate_up = self._store.manifest.layers[layer].layout.get("gate_up_proj")
+        if not self._joining.trials_left or gate_up is None or gate_up.spec is None or not self.resident[layer].any():
+            self._join(now)
+            return
+        num_rows, expert = self._joining.trials_left.pop(0), int(self.resident[layer].argmax())
+        form, every = WireFormat.of(gate_up.spec, self._numerics), np.arange(num_rows, dtype=np.int64)
+        self._joining.num_bytes = self._store.manifest.layers[layer].layout.num_bytes
+        buffer = form.encode(np.ones((num_rows, form.columns), dtype=np.float32), every)
+        message = Compute(
+            layer=layer,
+            experts=[expert],
+            counts=[num_rows],
+            num_rows=num_rows,
+            numerics=self._numerics,
+            gate=GateSpec(),
+        )
+        request_id = self.client.try_send(message, buffer.data)
+        self._trials = {} if request_id is None else {request_id: now}
+
+    def _trial_done(self, compute_s: float, now: float) -> None:
+        joining, (sent_at,) = self._joining, self._trials.values()
+        joining.seconds.append(compute_s)
+        self.link.observe(0, now - sent_at - compute_s)
+        self._next_trial(now)
+
+    def _join(self, now: float) -> None:
+        if len(self._joining.seconds) == len(_TRIALS):
+            one_s, many_s = self._joining.seconds[1::2]
+            num_bytes = self._joining.num_bytes
+            pair_s = max((many_s - one_s) / (_TRIALS[-1] - _TRIALS[0]), 1e-8)
+            rate = Rate(0.0, max(one_s - pair_s, num_bytes * _LEAST_RATE) / num_bytes, pair_s)
+            self._rates.seed(remote_cpu(self.number), rate, rate)
+            self._publish_link()
+        old = self.health.state
+        self.health.joined(now)
+        self._pings.clear()
+        self._trials.clear()
+        self._news_at = now
+        self.stats.joined += 1
+        self._tell(old, "it is ready")
+
+    def _note_resident(self, resident: list[list[int]], now: float) -> None:
+        for held, experts in zip(self.resident, resident, strict=False):
+            held[:] = False
+            held[[e for e in experts if 0 <= e < len(held)]] = True
+        self._count_resident()
+
+    def _count_resident(self) -> None:
+        self.stats.num_resident = sum(int(held.sum()) for held in self.resident)
+
+    # --------------------------------------------------------------------------------- changes
+
+    def _refuse(self, error: ClusterError) -> None:
+        """It holds something else, or serves another engine: asked no more."""
+        if self.failure is None:
+            _log.error("%s", error)
+        self.failure = error
+
+    def _fail(self, now: float, why: str) -> None:
+        _log.warning("host %s does not keep to the protocol: %s", self.address.host_id, why)
+        self._lose(now, why)
+
+    def _lose(self, now: float, why: str) -> None:
+        old = self.health.state
+        self.health.lost(now)
+        self._pings.clear()
+        for held in self.resident:
+            held[:] = False
+        self._count_resident()
+        self._joining = _Joining()
+        self._tell(old, why)
+
+    def _tell(self, old: HostState, why: str) -> None:
+        if (new := self.health.state) is not old:
+            self.stats.state = new.value
+            _log.info("host %s: %s -> %s, %s", self.address.host_id, old.value, new.value, why)
+            self._on_change(self.address.host_id, old, new, why)
+
+    def snapshot(self) -> RemoteStats:
+        stats = self.stats
+        stats.round_trip_us, stats.bytes_per_s = 1e6 * self.link.round_trip_s, 1 / self.link.byte_s
+        return stats
+
+    def close(self) -> None:
+        self.client.close()
