@@ -4,9 +4,9 @@
 
 Two processes are put into CPU and memory groups (cgroup v1, root), CPU time 3:1 and memory 3:1, then 1:1. One is the
 compute node, the other a host that it reaches through the real data plane (loopback TCP with CURVE). Both are measured
-as a joining node is, the experts are placed by these measurements, and the experts of random tokens are computed under
-that placement and under every other split that memory allows, in turns. Throughput: tokens a second of the experts
-alone. Quotas are given in periods of 5 ms: a stall at the end of a period would else be longer than a layer.
+as a joining node is, the experts are placed by these measurements, and a model of random weights generates under that
+placement and under other splits that memory allows, in turns. Throughput: decoded tokens a second, medians. The texts
+must be the same. Quotas are given in periods of 5 ms: a stall at the end of a period would else be longer than a layer.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ from moray.cluster.predict import Trunk, predict
 from moray.cluster.topology import ComputeSpeed, LinkReport
 from moray.runtime.convert.recipe import Recipe
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.planning.profiles import profile_of
 from moray.runtime.store.store import Store
 
 _CPU, _PERIOD_US = Path("/sys/fs/cgroup/cpu"), 5000
-_PROCESS_BYTES = 700 << 20  # besides the arena
+_PROCESS_BYTES = 900 << 20  # besides the arena
+_CHOSEN = -1  # in place of a number of remote experts: what ``place`` says
 GEOMETRIES = {
     "coarse": Geometry(2048, 7168, experts=8, layers=3, vocab=1024, active=2),
     "fine": Geometry(1024, 1024, experts=64, layers=4, vocab=1024, active=8),
@@ -87,18 +89,20 @@ class Machine:
     """A worker process in its groups."""
 
     def __init__(
-        self, stack: ExitStack, name: str, store: Path, cores: float, num_bytes: int, keys: CurveKeys, admitted: str
+        self, stack: ExitStack, name: str, store: Path, cores: float, slots: int, keys: CurveKeys, admitted: str
     ) -> None:
         self.server_key = keys.public
         cpu = stack.enter_context(cpu_group(name, cores))
         memory = stack.enter_context(memory_group(name))
-        memory.limit(num_bytes + _PROCESS_BYTES)
+        with Store.open(store) as opened:
+            memory.limit(slots * opened.manifest.slot_bytes + _PROCESS_BYTES)
         command = [sys.executable, str(Path(__file__).with_name("placement_worker.py"))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         stack.callback(self._end)
         (cpu / "cgroup.procs").write_text(str(self._process.pid))
         memory.add(self._process.pid)
-        self._ask(store=str(store), threads=ceil(cores), keys=[keys.public, keys.secret], admitted=admitted)
+        given = {"threads": ceil(cores), "slots": slots, "keys": [keys.public, keys.secret]}
+        self._ask(store=str(store), admitted=admitted, **given)
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
         return self._ask(do=do, **arguments)
@@ -121,25 +125,19 @@ class Machine:
 class Pair:
     """The compute node and the other machine."""
 
-    def __init__(
-        self, stack: ExitStack, store: Path, setting: Setting, slots: tuple[int, int], slot_bytes: int, top_k: int
-    ) -> None:
+    def __init__(self, stack: ExitStack, store: Path, setting: Setting, slots: tuple[int, int]) -> None:
         keys = CurveKeys.make(), CurveKeys.make()
         self.here, self.there = (
-            Machine(stack, name, store, cores, count * slot_bytes, own, other.public)
+            Machine(stack, name, store, cores, count, own, other.public)
             for name, cores, count, own, other in zip(
                 ("here", "there"), setting.cores, slots, keys, keys[::-1], strict=True
             )
         )
-        self.here("configure", top_k=top_k)
 
     def hold(self, placement: Placement) -> None:
-        self.here("hold", experts=placement.assigned("here"))
-        self._address = self.there("hold", experts=placement.assigned("there"))["address"]
-
-    @property
-    def there_at(self) -> dict[str, str]:
-        return {"address": self._address, "server_key": self.there.server_key}
+        self.here("hold", assigned=placement.assigned("here"), address=f"ipc://@moray-placement-{os.getpid()}")
+        found = self.there("hold", assigned=placement.assigned("there"), address="tcp://127.0.0.1:0")
+        self.there_at = {"address": found["address"], "server_key": self.there.server_key}
 
 
 def splits(layers: Sequence[LayerGeometry], slots: tuple[int, int], number: int) -> Iterator[tuple[int, Placement]]:
@@ -151,42 +149,45 @@ def splits(layers: Sequence[LayerGeometry], slots: tuple[int, int], number: int)
         yield remote, Placement({key: "there" if key.expert < remote else "here" for key in all_keys(layers)})
 
 
-def compare(name: str, setting: str, store: Path, top_k: int, tokens: int, rounds: int) -> list[str]:
+def compare(name: str, setting: str, store: Path, tokens: int, rounds: int) -> list[str]:
     """Measure one geometry under one setting. Returns a row of the table."""
+    profile = profile_of(store)
     with Store.open(store) as opened:
         manifest = opened.manifest
-    layers = geometry_of(manifest, [top_k] * len(manifest.layers))
-    total = len(manifest.shards)
-    slots = tuple(int(share * total) for share in SETTINGS[setting].memory)
+    layers, total = geometry_of(manifest, profile.top_k), len(manifest.shards)
+    here, there = (int(share * total) for share in SETTINGS[setting].memory)
     with ExitStack() as stack:
-        pair = Pair(stack, store, SETTINGS[setting], slots, manifest.slot_bytes, top_k)
+        pair = Pair(stack, store, SETTINGS[setting], (here, there))
         reports = pair.here("measure"), pair.there("measure")
         pair.hold(Placement({ExpertKey(0, 0): "here", ExpertKey(0, 1): "there"}))
         link = LinkReport(**pair.here("link", **pair.there_at))
         speeds = [ComputeSpeed(**report["compute"]) for report in reports]
-        hosts = [HostSpec("here", slots[0], speeds[0]), HostSpec("there", slots[1], speeds[1], link)]
+        hosts = [HostSpec("here", here, speeds[0]), HostSpec("there", there, speeds[1], link)]
         chosen = place(layers, hosts)
-        trials = [(-1, chosen), *splits(layers, slots, 7)]
-        seconds: dict[int, list[float]] = {}
-        for turn in range(rounds):
-            for remote, placement in trials:
+        rates: dict[int, list[float]] = {}
+        texts = set()
+        for _ in range(rounds):
+            for remote, placement in [(_CHOSEN, chosen), *splits(layers, (here, there), 7)]:
                 pair.hold(placement)
-                pair.here("run", **pair.there_at, tokens=3, seed=0)
-                found = pair.here("run", **pair.there_at, tokens=tokens, seed=turn)
-                seconds.setdefault(remote, []).append(found["mean_s"])
-    medians = {remote: median(each) for remote, each in seconds.items()}
-    best = min((s, remote) for remote, s in medians.items() if remote >= 0)
-    predicted_s = predict(layers, Trunk(0, 0), hosts, chosen, 1e9).experts_s
+                found = pair.here("run", **pair.there_at, tokens=tokens, runs=3)
+                rates.setdefault(remote, []).append(median(found["rates"]))
+                texts.add(tuple(found["ids"]))
+    if len(texts) != 1:
+        raise SystemExit(f"{name}, {setting}: {len(texts)} different texts; placement must not change them")
+    medians = {remote: median(each) for remote, each in rates.items()}
+    best = max((rate, remote) for remote, rate in medians.items() if remote != _CHOSEN)
+    trunk = Trunk(len(layers), profile.bytes_per_token)
+    predicted = predict(layers, trunk, hosts, chosen, reports[0]["disk_bytes_per_s"]).decode_tokens_per_s
     print(
         f"{name}, {setting}: computing {speeds[0].bytes_per_s / 1e9:.1f} and {speeds[1].bytes_per_s / 1e9:.1f} GB/s, "
-        f"link {1e3 * link.latency_s:.2f} ms, {link.bytes_per_s / 1e6:.0f} MB/s; ms a token by remote experts a layer: "
-        + ", ".join(f"{remote}: {1e3 * s:.2f}" for remote, s in sorted(medians.items()) if remote >= 0),
+        f"link {1e3 * link.latency_s:.2f} ms, {link.bytes_per_s / 1e6:.0f} MB/s; tokens/s by remote experts a layer: "
+        + ", ".join(f"{remote}: {rate:.1f}" for remote, rate in sorted(medians.items()) if remote != _CHOSEN),
         flush=True,
     )
-    remote = sum(host == "there" for host in chosen.primary.values()) / len(layers)
+    primaries = sum(host == "there" for host in chosen.primary.values()) / len(layers)
     return [
-        f"{name}, {setting}", f"{remote:.1f}", f"{1 / medians[-1]:.1f}", f"{best[1]}", f"{1 / best[0]:.1f}",
-        f"{best[0] / medians[-1]:.2f}", f"{1 / predicted_s:.1f}",
+        f"{name}, {setting}", f"{primaries:.1f} + {len(chosen.replicas) / len(layers):.1f}", f"{medians[_CHOSEN]:.1f}",
+        f"{best[1]}", f"{best[0]:.1f}", f"{medians[_CHOSEN] / best[0]:.2f}", f"{predicted:.1f}",
     ]  # fmt: skip
 
 
@@ -204,8 +205,16 @@ def main() -> None:
         with working_directory(2 * geometry.num_parameters) as directory:
             store = write_store(directory / "store", geometry, Recipe.parse("experts=hqq4:64"))
             for setting in SETTINGS:
-                rows.append(compare(name, setting, store, geometry.active, arguments.tokens, arguments.rounds))
-    header = ("experts, throttled", "remote a layer", "tokens/s", "best remote", "tokens/s", "of the best", "predicted")
+                rows.append(compare(name, setting, store, arguments.tokens, arguments.rounds))
+    header = (
+        "experts, throttled",
+        "remote + replicas",
+        "tokens/s",
+        "best remote",
+        "tokens/s",
+        "of the best",
+        "predicted",
+    )
     print_table(header, rows)
 
 

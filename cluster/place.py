@@ -9,8 +9,8 @@ The rule, layer by layer, because layers follow each other:
 3. Experts are dealt hottest first, each to the worker whose share of the layer's traffic is furthest below what it
    should be: that of an even split, or more where memory holds few experts of a worker that should have many.
 4. In layers with few experts single moves and exchanges follow, as long as they shorten the expected time.
-5. What memory is left on remote hosts takes replicas, the hottest first; before all others those of experts that only
-   one host has and the compute node's disk lacks.
+5. What memory is left takes replicas, the hottest first: where an expert is held twice, each call takes what is done
+   first. Before all others come experts that one remote host alone has and the compute node's disk lacks.
 """
 
 from __future__ import annotations
@@ -295,23 +295,27 @@ class _Planner:
         return primary
 
     def _replicate(self, primary: Mapping[ExpertKey, str], old: Placement) -> dict[ExpertKey, tuple[str, ...]]:
-        """One replica for what only a remote host has, as long as there is memory: where it was, or is most left."""
+        """Copies as long as there is memory, round after round, where they were before or where most is left."""
         local, counts = {host.host_id for host in self._local}, Counter(primary.values())
         free = {host.host_id: host.num_slots - counts[host.host_id] for host in (*self._local, *self._remote)}
-        replicas: dict[ExpertKey, tuple[str, ...]] = {}
-        exposed = [key for key in primary if primary[key] not in local]
-        for key in sorted(exposed, key=lambda k: (k not in self._not_here, -self._heat[k.layer][k.expert], k)):
-            # Here a replica would be computed in place of the primary; it is worth that only if nothing else is left.
-            targets = [
-                host
-                for host, slots in free.items()
-                if slots > 0 and host != primary[key] and (host not in local or key in self._not_here)
-            ]
-            if targets:
-                target = min(targets, key=lambda host: (host not in old.hosts_of(key), -free[host], host))
-                free[target] -= 1
-                replicas[key] = (target,)
-        return replicas
+        holders: dict[ExpertKey, list[str]] = {key: [host] for key, host in primary.items()}
+
+        def order(key: ExpertKey) -> tuple[bool, float, ExpertKey]:
+            is_alone = key in self._not_here and primary[key] not in local
+            return not is_alone, -self._heat[key.layer][key.expert], key
+
+        keys, added = sorted(primary, key=order), 1
+        while added:
+            added = 0
+            for key in keys:
+                taken = {*holders[key], *(local if local & {*holders[key]} else ())}  # they share a CPU
+                targets = [host for host, slots in free.items() if slots > 0 and host not in taken]
+                if targets:
+                    target = min(targets, key=lambda host: (host not in old.hosts_of(key), -free[host], host))
+                    free[target] -= 1
+                    holders[key].append(target)
+                    added += 1
+        return {key: tuple(hosts[1:]) for key, hosts in sorted(holders.items()) if len(hosts) > 1}
 
 
 def _neediest(shares: Sequence[float], loads: Sequence[float], is_open: Sequence[bool]) -> int:

@@ -1,7 +1,8 @@
 """Which expert lives on which host.
 
-A host *holds* an expert if it keeps it in memory: as its primary, which computes it, or as a replica, which computes it
-while the primary does not answer. What no memory is left for is *left out*, and loaded from the compute node's disk.
+A host *holds* an expert if it keeps it in memory: as its primary, or as a replica beside it. Who computes an expert
+that several hold is decided for each layer call (runtime/lanes/places.py). What no memory is left for is *left out*,
+and loaded from the compute node's disk.
 """
 
 from __future__ import annotations

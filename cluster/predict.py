@@ -1,8 +1,9 @@
 """Tokens a second of a placement, before anything is loaded. Pure.
 
 A token takes the sum over layers of the trunk's time and the experts'. Of the experts, the mean over layer calls, real
-ones if traffic was recorded, else drawn at random, of what the cost model says of the split that the placement makes of
-each call (layer_cost.py). A prompt's chunk is taken as one call in which each worker gets its expected part.
+ones if traffic was recorded, else drawn at random: each call's experts are given to those who hold them as the compute
+process does it (runtime/lanes/places.py), and the cost model says how long that takes (layer_cost.py). A prompt's chunk
+is one call in which every expert has its expected tokens.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from moray.cluster.layer_cost import LayerGeometry, Worker, layer_s, make_rates
 from moray.cluster.placement import Heat, HostSpec, Placement, heat_of, uniform_heat
-from moray.runtime.lanes.rates import Rate
+from moray.runtime.lanes.places import choose_places
+from moray.runtime.lanes.rates import Rate, Rates
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.trace.simulate import hit_rates
+
+Ints = npt.NDArray[np.int64]
 
 _DRAWN_CALLS = 64  # a layer
 _MOST_CALLS = 256  # a layer, of those recorded
@@ -65,6 +71,14 @@ def predict(
     return _Predictor(layers, trunk, hosts, placement, disk_bytes_per_s, calls).predict(chunk)
 
 
+class _LayerPart(NamedTuple):
+    """Of a layer, for one token."""
+
+    seconds: float
+    bytes_here: float  # of the shards computed on the compute node
+    link_bytes: float  # sent and received
+
+
 class _Predictor:
     def __init__(
         self,
@@ -84,15 +98,15 @@ class _Predictor:
         self._disk = Rate(_DISK_S, 1 / disk_bytes_per_s, 0.0)
         rates = {layer: make_rates(layer, self._workers, self._disk) for layer in set(layers)}
         self._rates = [rates[layer] for layer in layers]
-        #: [layer][expert]: its worker; what was left out is computed here
-        self._worker_of = [
-            np.array([_worker_of(ExpertKey(i, e), placement, numbers) for e in range(layer.num_experts)])
+        #: [layer][expert]: the workers that hold it; the compute node what nobody does
+        self._holders = [
+            [_holders(ExpertKey(i, e), placement, numbers) for e in range(layer.num_experts)]
             for i, layer in enumerate(layers)
         ]
 
     def predict(self, chunk: int) -> Prediction:
-        trunk_s, experts_s = self._trunk_s(1), sum(self._layer_s(index) for index in range(len(self._layers)))
-        here, sent = self._per_token()
+        parts = [self._token(index) for index in range(len(self._layers))]
+        trunk_s, experts_s = self._trunk_s(1), sum(part.seconds for part in parts)
         prefill_s = self._trunk_s(chunk) + sum(self._chunk_s(index, chunk) for index in range(len(self._layers)))
         return Prediction(
             decode_tokens_per_s=1 / (trunk_s + experts_s),
@@ -100,8 +114,8 @@ class _Predictor:
             trunk_s=trunk_s,
             experts_s=experts_s,
             hit_rate=self._hit_rate,
-            disk_bytes_per_token=(1 - self._hit_rate) * here,
-            link_bytes_per_token=sent,
+            disk_bytes_per_token=(1 - self._hit_rate) * sum(part.bytes_here for part in parts),
+            link_bytes_per_token=sum(part.link_bytes for part in parts),
         )
 
     def _trunk_s(self, tokens: int) -> float:
@@ -109,42 +123,43 @@ class _Predictor:
         read_s = (trunk.bytes_per_token + tokens * trunk.kv_bytes) / speed.bytes_per_s
         return read_s + tokens * trunk.bytes_per_token / speed.token_bytes_per_s + trunk.num_layers * _LAYER_S
 
-    def _layer_s(self, index: int) -> float:
-        """Expected seconds of a layer's experts for one token."""
-        seconds: dict[tuple[int, ...], float] = {}
-        found = []
+    def _token(self, index: int) -> _LayerPart:
+        """One token's experts of a layer: means over its calls."""
+        layer, rates, known = self._layers[index], self._rates[index], {}
+        parts = []
         for experts in self._calls[index]:
-            counts = tuple(np.bincount(self._worker_of[index][experts], minlength=len(self._workers)).tolist())
-            if counts not in seconds:
-                missed = (1 - self._hit_rate) * counts[0]
-                loads = [(n, n) for n in counts]
-                seconds[counts] = layer_s(self._rates[index], self._layers[index], loads, missed)
-            found.append(seconds[counts])
-        return fmean(found)
+            kind = tuple(sorted(self._holders[index][expert] for expert in experts))
+            if kind not in known:
+                counts = np.bincount(self._places([1.0] * len(kind), kind, layer, rates), minlength=len(self._workers))
+                seconds = layer_s(rates, layer, [(n, n) for n in counts.tolist()], (1 - self._hit_rate) * counts[0])
+                requests, pairs = np.count_nonzero(counts[1:]), counts[1:].sum()
+                sent = int(requests * layer.sent_bytes + pairs * layer.received_bytes)
+                known[kind] = _LayerPart(seconds, int(counts[0]) * layer.shard_bytes, sent)
+            parts.append(known[kind])
+        return _LayerPart(*(fmean(values) for values in zip(*parts, strict=True)))
 
     def _chunk_s(self, index: int, tokens: int) -> float:
-        layer, workers = self._layers[index], self._worker_of[index]
+        layer = self._layers[index]
         share = self._heat[index] / self._heat[index].sum()
         pairs = tokens * layer.top_k * share
         used = 1 - (1 - np.minimum(layer.top_k * share, 1)) ** tokens
+        places = self._places(pairs.tolist(), self._holders[index], layer, self._rates[index])
         loads = [
-            (float(used[workers == number].sum()), float(pairs[workers == number].sum()))
-            for number in range(len(self._workers))
+            (float(used[places == worker].sum()), float(pairs[places == worker].sum()))
+            for worker in range(len(self._workers))
         ]
-        remote = sum(pairs for _, pairs in loads[1:])
-        sent = sum(tokens * (1 - (1 - pairs / (tokens * layer.top_k)) ** layer.top_k) for _, pairs in loads[1:])
-        rates = make_rates(layer, self._workers, self._disk, rows_per_pair=sent / remote if remote else 0.0)
+        elsewhere = sum(pairs for _, pairs in loads[1:])
+        rows = sum(tokens * (1 - (1 - pairs / (tokens * layer.top_k)) ** layer.top_k) for _, pairs in loads[1:])
+        rates = make_rates(layer, self._workers, self._disk, rows_per_pair=rows / elsewhere if elsewhere else 0.0)
         return layer_s(rates, layer, loads, (1 - self._hit_rate) * loads[0][0])
 
-    def _per_token(self) -> tuple[float, float]:
-        """Bytes of the shards that a token computes here, and of what it sends and gets over links."""
-        here = sent = 0.0
-        for index, layer in enumerate(self._layers):
-            share = self._heat[index] / self._heat[index].sum()
-            part = float(share[self._worker_of[index] == 0].sum())
-            here += part * layer.top_k * layer.shard_bytes
-            sent += (1 - part) * layer.top_k * (layer.sent_bytes + layer.received_bytes)
-        return here, sent
+    def _places(
+        self, tokens: Sequence[float], holders: Sequence[tuple[int, ...]], layer: LayerGeometry, rates: Rates
+    ) -> Ints:
+        """The worker that computes each expert."""
+        is_here, offers = [0 in each for each in holders], [tuple(w - 1 for w in each if w) for each in holders]
+        # Expectations need not be whole; the cost model only multiplies them.
+        return np.array(choose_places(tokens, is_here, offers, layer.shard_bytes, rates)) + 1  # type: ignore[arg-type]
 
     @cached_property
     def _heat(self) -> Heat:
@@ -168,7 +183,7 @@ class _Predictor:
     @cached_property
     def _hit_rate(self) -> float:
         """Of the experts that are computed here, how many are in memory."""
-        here = [np.flatnonzero(workers == 0) for workers in self._worker_of]
+        here = [[e for e, holders in enumerate(layer) if 0 in holders] for layer in self._holders]
         total = sum(len(experts) for experts in here)
         if total <= self._num_slots:
             return 1.0
@@ -177,14 +192,12 @@ class _Predictor:
         sizes = [len(experts) for experts in here if len(experts)]
         number, first = [], 0
         for experts in here:
-            number.append(dict(zip(experts.tolist(), range(first, first + len(experts)), strict=True)))
+            number.append(dict(zip(experts, range(first, first + len(experts)), strict=True)))
             first += len(experts)
         calls = [[number[i][e] for e in experts if e in number[i]] for i, *experts in self._recorded]
         # The engine takes the policy that would have been best, too (runtime/trace/traffic.py).
         return max(hit_rates([[call for call in calls if call]], sizes, self._num_slots).values())
 
 
-def _worker_of(key: ExpertKey, placement: Placement, numbers: dict[str, int]) -> int:
-    """Who computes an expert: the compute node what it holds, else the primary; here what nobody holds."""
-    workers = [numbers[host] for host in placement.hosts_of(key)]
-    return 0 if 0 in workers or not workers else workers[0]
+def _holders(key: ExpertKey, placement: Placement, numbers: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sorted({numbers[host] for host in placement.hosts_of(key)})) or (0,)

@@ -59,13 +59,13 @@ def test_capacities_hold_and_everything_is_placed_that_fits(
         shares = {key: heat[key.layer][key.expert] / heat[key.layer].sum() for key in all_keys(layers)}
         assert max(shares[key] for key in made.left_out) <= min(shares[k] for k in made.primary or made.left_out) + 1e-6
     assert place(layers, hosts, heat) == made
-    # Replicas are of what only a remote host has, and as many as there is memory for beside them.
-    remote = [host for host in hosts if host.link]
-    exposed = [key for key, host in made.primary.items() if host.startswith("remote")]
-    assert set(made.replicas) <= set(exposed)
-    full = [host.host_id for host in remote if len(made.assigned(host.host_id)) == host.num_slots]
-    for key in set(exposed) - set(made.replicas):
-        assert {host.host_id for host in remote} - {made.primary[key]} <= set(full)
+    # Memory is full, or holds everything that is placed.
+    held = {host.host_id: {*made.assigned(host.host_id)} for host in hosts}
+    here = {key for host in hosts if not host.link for key in held[host.host_id]}
+    for host in hosts:
+        assert len(held[host.host_id]) == host.num_slots or (held[host.host_id] if host.link else here) == {
+            *made.primary
+        }
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,11 +85,10 @@ def test_after_a_host_came_or_went_little_is_moved(
     for key, host in every.primary.items():
         if host != changing.host_id:  # what did not have to change did not
             assert after_loss.primary[key] == host
-        elif len(every.hosts_of(key)) > 1 and key in after_loss.primary and room >= len(all_keys(layers)):
-            survivor = every.hosts_of(key)[1]
-            assert after_loss.primary[key] == survivor or len(every.assigned(survivor)) > len(
-                [k for k in after_loss.primary if after_loss.primary[k] == survivor]
-            )
+        elif key in after_loss.primary:  # a replica took over, if there was one on a host that had room for it
+            able = [host for host in others if host.host_id in every.hosts_of(key)]
+            full = [host for host in able if primary_counts(after_loss, [host])[0] == host.num_slots]
+            assert not able or after_loss.primary[key] in every.hosts_of(key) or full == able
 
     after_join = replace(without, layers, hosts, heat)
     after_join.validate(layers, hosts)
@@ -163,7 +162,7 @@ def test_what_the_disk_here_lacks_is_placed_first_and_twice() -> None:
     assert set(lacking) <= made.primary.keys() and len(made.left_out) == 4
     assert not any(made.primary[key] == "a" for key in lacking)  # they are used least
     third = [HostSpec("a", 8, FAST), HostSpec("b", 6, SLOW, LAN), HostSpec("c", 6, SLOW, LAN)]
-    assert set(place(layers, third, heat, lacking).replicas) == set(lacking)  # before hotter ones
+    assert set(place(layers, third, heat, lacking).replicas) >= set(lacking)  # before hotter ones
     with pytest.raises(ConfigError, match=r"4 experts are missing on the compute node's disk, .* memory for 2; "):
         place(layers, [HostSpec("a", 1, FAST), HostSpec("b", 1, SLOW, LAN)], heat, lacking)
     with pytest.raises(ConfigError, match="no host is on the compute node"):

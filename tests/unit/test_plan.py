@@ -129,11 +129,15 @@ def test_predictions_follow_from_what_they_are_made_of() -> None:
     assert alone.experts_s == pytest.approx(12 * TokenCost(layer, [Worker(fast)]).tables[0][4])
     assert alone.hit_rate == 1 and alone.link_bytes_per_token == alone.disk_bytes_per_token == 0
     both, placement = predicted(96, 96)
-    counts = [sum(host == name for host in placement.primary.values()) // 12 for name in "ab"]
-    expected = 12 * TokenCost(layer, [Worker(fast), Worker(fast, link)]).expected_even_s(counts)
+    assert not placement.replicas
+    expected = 12 * TokenCost(layer, [Worker(fast), Worker(fast, link)]).expected_even_s((8, 8))
     assert both.experts_s == pytest.approx(expected, rel=0.05)  # drawn calls against the whole distribution
-    assert both.link_bytes_per_token == pytest.approx(12 * 2 * (4352 + 16384))
-    assert both.decode_tokens_per_s > alone.decode_tokens_per_s
+    assert 12 * 2 * 16384 < both.link_bytes_per_token < 12 * (2.2 * 16384 + 4352)
+    twice, placement = predicted(192, 192)
+    assert len(placement.replicas) == 192
+    best = 12 * max(table[2] for table in TokenCost(layer, [Worker(fast), Worker(fast, link)]).tables)
+    assert twice.experts_s == pytest.approx(best)  # every call is split in halves
+    assert twice.decode_tokens_per_s > both.decode_tokens_per_s > alone.decode_tokens_per_s
     assert both.prefill_tokens_per_s > alone.prefill_tokens_per_s
     slow, _ = predicted(96, 96, LinkReport(5e-3, 117e6))
     assert slow.decode_tokens_per_s < both.decode_tokens_per_s
