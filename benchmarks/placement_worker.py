@@ -60,7 +60,7 @@ class Machine:
         return asdict(found)
 
     def run(self, address: str, server_key: str, tokens: int, runs: int) -> dict[str, Any]:
-        """Generate greedily, to warm up and then ``runs`` times. Returns decoded tokens a second of each, and tokens."""
+        """Generate greedily, to warm up and then ``runs`` times. Decoded tokens a second of each, and tokens."""
         assert self._server is not None
         set_num_threads(self._threads)
         if self._model is None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moray.cluster.layer_cost import LayerGeometry, Worker, layer_s, make_rates
+from moray.cluster.layer_cost import Floats, LayerGeometry, Worker, layer_s, make_rates
 from moray.cluster.placement import Heat, HostSpec, Placement, heat_of, uniform_heat
 from moray.runtime.lanes.places import choose_places
 from moray.runtime.lanes.rates import Rate, Rates
@@ -75,7 +75,7 @@ class _LayerPart(NamedTuple):
     """Of a layer, for one token."""
 
     seconds: float
-    bytes_here: float  # of the shards computed on the compute node
+    disk_bytes: float
     link_bytes: float  # sent and received
 
 
@@ -114,7 +114,7 @@ class _Predictor:
             trunk_s=trunk_s,
             experts_s=experts_s,
             hit_rate=self._hit_rate,
-            disk_bytes_per_token=(1 - self._hit_rate) * sum(part.bytes_here for part in parts),
+            disk_bytes_per_token=sum(part.disk_bytes for part in parts),
             link_bytes_per_token=sum(part.link_bytes for part in parts),
         )
 
@@ -130,11 +130,13 @@ class _Predictor:
         for experts in self._calls[index]:
             kind = tuple(sorted(self._holders[index][expert] for expert in experts))
             if kind not in known:
-                counts = np.bincount(self._places([1.0] * len(kind), kind, layer, rates), minlength=len(self._workers))
-                seconds = layer_s(rates, layer, [(n, n) for n in counts.tolist()], (1 - self._hit_rate) * counts[0])
+                places = self._places([1.0] * len(kind), kind, layer, rates)
+                counts = np.bincount(places, minlength=len(self._workers))
+                missed = self._missed(places, kind, np.ones(len(kind)))
+                seconds = layer_s(rates, layer, [(n, n) for n in counts.tolist()], missed)
                 requests, pairs = np.count_nonzero(counts[1:]), counts[1:].sum()
                 sent = int(requests * layer.sent_bytes + pairs * layer.received_bytes)
-                known[kind] = _LayerPart(seconds, int(counts[0]) * layer.shard_bytes, sent)
+                known[kind] = _LayerPart(seconds, missed * layer.shard_bytes, sent)
             parts.append(known[kind])
         return _LayerPart(*(fmean(values) for values in zip(*parts, strict=True)))
 
@@ -151,7 +153,12 @@ class _Predictor:
         elsewhere = sum(pairs for _, pairs in loads[1:])
         rows = sum(tokens * (1 - (1 - pairs / (tokens * layer.top_k)) ** layer.top_k) for _, pairs in loads[1:])
         rates = make_rates(layer, self._workers, self._disk, rows_per_pair=rows / elsewhere if elsewhere else 0.0)
-        return layer_s(rates, layer, loads, (1 - self._hit_rate) * loads[0][0])
+        return layer_s(rates, layer, loads, self._missed(places, self._holders[index], used))
+
+    def _missed(self, places: Ints, holders: Sequence[tuple[int, ...]], used: Floats) -> float:
+        """Experts that the compute node reads from its disk: those it does not hold, and misses of those it does."""
+        chances = np.where([0 in each for each in holders], 1 - self._hit_rate, 1.0)
+        return float((chances * used)[places == 0].sum())
 
     def _places(
         self, tokens: Sequence[float], holders: Sequence[tuple[int, ...]], layer: LayerGeometry, rates: Rates
