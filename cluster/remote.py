@@ -141,7 +141,7 @@ class RemoteLanes:
         while not self._stop.wait(wait_s):
             with self.lock:
                 now = monotonic()
-                for host in self.hosts:
+                for host in [host for host in self.hosts if host.failure is None]:
                     host.tend(now)
                 is_calm = all(host.is_up or host.failure is not None for host in self.hosts)
             wait_s = _TEND_S if is_calm else _HURRY_S

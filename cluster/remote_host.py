@@ -293,7 +293,6 @@ class RemoteHost:
             counts=[num_rows],
             num_rows=num_rows,
             numerics=self._numerics,
-            gate=GateSpec(),
         )
         request_id = self.client.try_send(message, buffer.data)
         self._trials = {} if request_id is None else {request_id: now}

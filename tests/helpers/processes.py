@@ -28,9 +28,9 @@ def start_python(*args: str, **environment: str) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def child(script: str, *args: str) -> Iterator[subprocess.Popen[str]]:
+def child(script: str, *args: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A process that runs ``script``; it is killed and reaped at the end."""
-    process = start_python("-c", script, *args)
+    process = start_python("-c", script, *args, **environment)
     try:
         yield process
     finally:
