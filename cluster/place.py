@@ -78,12 +78,13 @@ class _Planner:
         workers = [Worker(self._local[0].speed), *(Worker(host.speed, host.link) for host in self._remote)]
         costs = {layer: TokenCost(layer, workers) for layer in set(layers)}
         self._costs = [costs[layer] for layer in layers]
-        # A share of its layer's traffic for each expert: layers are alike in that every token passes through all.
-        shares = uniform_heat(layers) if heat is None else heat
         self._best: dict[tuple[TokenCost, int], tuple[int, ...]] = {}
         self._seconds: dict[tuple[TokenCost, tuple[int, ...]], float] = {}
         self._dealt: dict[tuple[TokenCost, bytes, tuple[int, ...], tuple[float, ...]], list[int]] = {}
-        self._heat = [np.asarray(each, dtype=float) / max(np.sum(each), 1e-300) for each in shares]
+        # A share of its layer's traffic for each expert: layers are alike in that every token passes through all.
+        given = uniform_heat(layers) if heat is None else heat
+        used = [each if np.sum(each) > 0 else np.ones(len(each)) for each in given]
+        self._heat = [np.asarray(each, dtype=float) / np.sum(each) for each in used]
 
     def place(self) -> Placement:
         chosen = self._choose({})

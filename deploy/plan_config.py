@@ -1,4 +1,4 @@
-"""The nodes of a plan: from flags, or a YAML file such as configs/cluster/two-machines.yaml."""
+"""The nodes of a plan: from flags, or a YAML file such as configs/plan/two-machines.yaml."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_what_does_not_fit_comes_with_what_helps() -> None:
 
 
 def test_plans_of_files_and_of_models_that_are_not_converted(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    two_machines = ROOT / "configs/cluster/two-machines.yaml"
+    two_machines = ROOT / "configs/plan/two-machines.yaml"
     config = plan_config_of_file(two_machines)
     assert list(config.nodes) == ["desk", "den"] and not config.nodes["desk"].is_assumed
     described = ("--cluster", str(two_machines), "--json")
