@@ -89,9 +89,7 @@ def planned_store(model: Path, recipe: str | None) -> Iterator[Path]:
         model = model.parent
     if (model / MANIFEST_NAME).is_file():
         if recipe is not None:
-            raise ConfigError(
-                f"{model} is a store, whose recipe is decided; leave out --recipe, or give its checkpoint"
-            )
+            raise ConfigError(f"{model} is a store, its recipe is decided; leave out --recipe, or give a checkpoint")
         yield model
         return
     from moray.runtime.convert.outline import write_outline

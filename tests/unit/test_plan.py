@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from moray.cluster.activations import WireFormat
 from moray.cluster.client import HostClient
 from moray.cluster.layer_cost import LayerGeometry, TokenCost, Worker, geometry_of
-from moray.cluster.messages import MAX_ECHO_BYTES, Echo, Echoed
+from moray.cluster.messages import MAX_ECHO_BYTES, Echo, Echoed, decode, encode
 from moray.cluster.place import place
 from moray.cluster.placement import HostSpec
 from moray.cluster.predict import Trunk, predict
@@ -43,8 +43,10 @@ def run(*words: str, code: int = 0) -> str:
 # ------------------------------------------------------------------------------------- outlines
 
 
-@pytest.mark.parametrize("recipe", ["hqq4", "experts=hqq2:16:s8,attention=none"])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "dbrx"])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("mixtral", "experts=hqq2:16:s8,attention=none"), ("gpt_oss", "hqq4"), ("deepseek_v3", "hqq4"), ("dbrx", "hqq4")],
+)
 def test_an_outline_is_the_store_without_its_weights(
     family: str,
     recipe: str,
@@ -95,12 +97,12 @@ def test_a_node_and_a_link_are_measured() -> None:
                 client.receive(client.send(Echo(reply_bytes=10), memoryview(b"abc")))
             client.greet()
             assert client.request(Echo(reply_bytes=10), memoryview(b"abc")) == (Echoed(), [bytes(10)])
-            with pytest.raises(ProtocolError, match="malformed"):
-                client.request(Echo.model_construct(reply_bytes=MAX_ECHO_BYTES + 1), memoryview(b""))
             link = measure_link(client)
             assert 0 < link.latency_s < 1 and link.bytes_per_s > 0
         finally:
             client.close()
+    with pytest.raises(ProtocolError, match="malformed"):
+        decode(encode(1, Echo.model_construct(reply_bytes=MAX_ECHO_BYTES + 1)))
 
 
 def test_activations_are_counted_as_they_travel() -> None:
@@ -138,7 +140,6 @@ def test_predictions_follow_from_what_they_are_made_of() -> None:
     best = 12 * max(table[2] for table in TokenCost(layer, [Worker(fast), Worker(fast, link)]).tables)
     assert twice.experts_s == pytest.approx(best)  # every call is split in halves
     assert twice.decode_tokens_per_s > both.decode_tokens_per_s > alone.decode_tokens_per_s
-    assert both.prefill_tokens_per_s < alone.prefill_tokens_per_s  # outputs of a prompt are too much for 1 Gbit/s
     assert predicted(96, 96, LinkReport(1e-4, 1.2e9))[0].prefill_tokens_per_s > alone.prefill_tokens_per_s
     slow, _ = predicted(96, 96, LinkReport(5e-3, 117e6))
     assert slow.decode_tokens_per_s < both.decode_tokens_per_s
