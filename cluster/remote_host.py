@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ OnChange = Callable[[str, HostState, HostState, str], None]
 
 _HELLO_S = 2.0  # before a greeting is taken for lost; the answer may take longer, kernels may have to be compiled
 _TRIALS = (1, 1, 16, 16)  # rows of the computations that a host is measured with; the first of each warms up
+_TRIAL_MS = 20  # that the answer to one is awaited, so that its time is known
 _NEWS_S = 0.2  # between questions to a host that has not yet loaded what is assigned to it
 _MOST_ABANDONED = 256
 _GAIN = 0.1  # of the newest request in the mean number of experts
@@ -82,6 +84,7 @@ class _Joining:
     hello_id: int = -1
     hello_sent_at: float = -1e9
     num_bytes: int = 0  # of the expert that is computed
+    wire_bytes: int = 0  # of the last trial
     trials_left: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -217,6 +220,8 @@ class RemoteHost:
         """Read what came without being waited for, and send what is due. No work may be under way."""
         while self.receive(now, waited=False) is not None:
             pass
+        while self._trials and self.client.socket.poll(_TRIAL_MS):
+            self.receive(now := monotonic(), waited=True)
         old = self.health.state
         if self.is_up and any(now - sent_at > CAP_S for sent_at in self._pings.values()):
             self.health.missed(now)
@@ -295,12 +300,15 @@ class RemoteHost:
             numerics=self._numerics,
         )
         request_id = self.client.try_send(message, buffer.data)
-        self._trials = {} if request_id is None else {request_id: now}
+        self._joining.wire_bytes = len(buffer) + 4 * num_rows * form.columns
+        self._trials = {} if request_id is None else {request_id: monotonic()}
 
     def _trial_done(self, compute_s: float, now: float) -> None:
         joining, (sent_at,) = self._joining, self._trials.values()
+        self._trials = {}
         joining.seconds.append(compute_s)
-        self.link.observe(0, now - sent_at - compute_s)
+        if len(joining.seconds) % 2 == 0:  # the one before it warmed up
+            self.link.observe(joining.wire_bytes, now - sent_at - compute_s)
         self._next_trial(now)
 
     def _join(self, now: float) -> None:

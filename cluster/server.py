@@ -39,6 +39,7 @@ from moray.runtime.kernels.gates import Gate
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.layout.shard import ExpertKey
 
+_LARGEST = 3e38
 _HANDSHAKE_MS = 5000  # a connection that has not shown its key by then is closed
 _FAILURES = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
@@ -259,7 +260,10 @@ class DataPlaneServer:
 
 
 def _gate(spec: GateSpec) -> Gate:
+    for value in (spec.limit, spec.alpha):
+        if value is not None and not abs(value) <= _LARGEST:
+            raise ProtocolError(f"found a gate's limit or alpha of {value}, expected a finite float32")
     try:
         return Gate(spec.limit, spec.alpha, spec.is_gelu, spec.is_interleaved)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise ProtocolError(str(error)) from error

@@ -15,6 +15,7 @@ from helpers.matrices import Floats, assert_same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moray.cluster.activations import WireFormat
 from moray.cluster.client import HelloRequiredError, HostAddress, HostClient
 from moray.cluster.messages import (
     MESSAGES,
@@ -23,10 +24,13 @@ from moray.cluster.messages import (
     Coming,
     Compute,
     Computed,
+    GateSpec,
     Hello,
     Hint,
     Message,
     Need,
+    Ping,
+    Pong,
     Refused,
     Release,
     Welcome,
@@ -37,6 +41,7 @@ from moray.cluster.server import DataPlaneServer
 from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels import ops
+from moray.runtime.kernels.reference import quantize_activations
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.layout.shard import ExpertKey
@@ -149,7 +154,9 @@ def test_a_host_says_what_it_holds(client: HostClient, host: ShardHost, demo: St
         arena_fd=ref.fd,
         arena_bytes=ref.num_bytes,
         holds_all=True,
-        experts=[[1, 3, 5], [0], [], [], [], []],
+        experts=(held := [[1, 3, 5], [0], [], [], [], []]),
+        assigned=held,
+        resident=held,
     )
 
 
@@ -241,6 +248,13 @@ def test_an_expert_that_lives_elsewhere_is_refused_and_counted(
 # ---------------------------------------------------------------------------------------- compute
 
 
+ROW = 4 + HIDDEN + 4 * HIDDEN // 64  # bytes of one pair with a row of its own, in class int8
+
+
+def wire(store: Store, numerics: Any) -> WireFormat:
+    return WireFormat.of(store.manifest.layers[0].layout["gate_up_proj"].spec, numerics)
+
+
 def rows(count: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).standard_normal((count, HIDDEN)).astype(np.float32)
 
@@ -248,9 +262,11 @@ def rows(count: int, seed: int = 0) -> Floats:
 @pytest.mark.parametrize("numerics", ["int8", "float"])
 def test_outputs_computed_by_a_host_are_the_same_bits(client: HostClient, demo: Store, numerics: Any) -> None:
     experts, counts, x = [5, 1, 3], [2, 1, 4], rows(7)
-    request = Compute(layer=0, experts=experts, counts=counts, numerics=numerics)
-    reply, buffers = client.request(request, x.data.cast("B"))
-    assert reply == Computed() and len(buffers) == 1
+    taken = np.array([0, 6, 3, 1, 2, 5, 6])  # a row may be several experts', or nobody's
+    request = Compute(layer=0, experts=experts, counts=counts, num_rows=7, numerics=numerics)
+    reply, buffers = client.request(request, wire(demo, numerics).encode(x, taken).data)
+    assert isinstance(reply, Computed) and reply.compute_s > 0 and len(buffers) == 1
+    x = x[taken]
     layout = demo.manifest.layers[0].layout
     up, down = layout["gate_up_proj"], layout["down_proj"]
     shards = [demo.read_shard(ExpertKey(0, expert)) for expert in experts]
@@ -263,37 +279,90 @@ def test_outputs_computed_by_a_host_are_the_same_bits(client: HostClient, demo: 
     assert_same_bits(np.frombuffer(buffers[0], dtype=np.float32).reshape(7, HIDDEN), expected)
 
 
-def test_activations_that_are_not_numbers_stay_in_their_rows(client: HostClient) -> None:
+def test_activations_that_are_not_numbers_stay_in_their_rows(client: HostClient, demo: Store) -> None:
+    def computed(x: Floats) -> Floats:
+        request = Compute(layer=0, experts=[3], counts=[3], num_rows=3, numerics="int8")
+        return np.frombuffer(client.request(request, wire(demo, "int8").encode(x, np.arange(3)).data)[1][0], np.float32)
+
     x = rows(3)
-    clean = client.request(Compute(layer=0, experts=[3], counts=[3], numerics="int8"), x.data.cast("B"))[1][0]
+    clean = computed(x)
     x[1] = np.nan
-    spoiled = client.request(Compute(layer=0, experts=[3], counts=[3], numerics="int8"), x.data.cast("B"))[1][0]
-    one, other = (np.frombuffer(data, dtype=np.float32).reshape(3, HIDDEN) for data in (clean, spoiled))
+    one, other = clean.reshape(3, HIDDEN), computed(x).reshape(3, HIDDEN)
     assert np.isnan(other[1]).all()
     assert_same_bits(other[[0, 2]], one[[0, 2]])
+
+
+def special_rows(seed: int, num_rows: int) -> Floats:
+    """Rows of all sizes, with values that int8 treats in ways of their own."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((num_rows, HIDDEN)) * 10.0 ** rng.integers(-46, 38, (num_rows, HIDDEN // 16)).repeat(16, 1)
+    specials = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, 3.4e38, -3.4e38]
+    where = rng.random(x.shape) < 0.003
+    x[where] = rng.choice(specials, int(where.sum()))
+    x[0, :16], x[-1] = 0.0, np.linspace(-1, 1, HIDDEN)
+    return x.clip(-3.4e38, 3.4e38).astype(np.float32)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_int8_on_the_wire_loses_nothing(group: int) -> None:
+    form = WireFormat(HIDDEN, group)
+    for seed in range(40):
+        x = special_rows(seed, 9)
+        again, taken = form.decode(form.encode(x, np.arange(9)[::-1]).tobytes(), 9, 9)
+        assert taken.tolist() == list(range(9))[::-1]
+        for found, expected in zip(quantize_activations(again, group), quantize_activations(x, group), strict=True):
+            assert_same_bits(found, expected)
+
+
+def test_an_expert_that_is_not_in_memory_is_refused_and_fetched(demo: Store) -> None:
+    host, address = make_host(demo, KEYS, assigned=[KEYS[1]]), new_address("lazy")
+    request = Compute(layer=0, experts=[3, 5], counts=[1, 1], num_rows=1, numerics="int8")
+    buffer = wire(demo, "int8").encode(rows(1), np.zeros(2, dtype=np.int64)).data
+    try:
+        with serving(address, host) as server, connected(address) as client:
+            welcome = client.greet()
+            assert welcome.assigned == welcome.resident == [[3], [], [], [], [], []]
+            reply = client.receive(client.send(Ping()))[0]
+            assert reply == Pong()
+            with pytest.raises(ProtocolError, match=r"experts \[5\] of layer 0 are not in memory yet"):
+                client.request(request, buffer)
+            host.assign([KEYS[2]])
+            assert host.wait_filled(60)
+            assert isinstance(client.request(request, buffer)[0], Computed)
+            assert client.request(Ping(wants_resident=True))[0] == Pong(resident=[[5], [], [], [], [], []])
+            assert server.stats.pairs_computed == 2
+    finally:
+        host.close()
 
 
 @pytest.mark.parametrize(
     ("fields", "num_bytes", "reason"),
     [
-        ({"layer": 9}, 4 * HIDDEN, "layer 9 does not exist"),
-        ({"layer": -1}, 4 * HIDDEN, "layer -1 does not exist"),
-        ({"experts": [0]}, 4 * HIDDEN, "does not live here"),
-        ({"counts": [0]}, 0, "counts must give at least one row"),
-        ({"counts": [-1]}, 4 * HIDDEN, "counts must give at least one row"),
-        ({"counts": [1, 1]}, 8 * HIDDEN, "counts must give at least one row"),
-        ({"experts": [], "counts": []}, 0, "counts must give at least one row"),
-        ({"counts": [2]}, 4 * HIDDEN, "expected one buffer of 2 x 256 float32"),
-        ({"counts": [2**62]}, 4 * HIDDEN, "expected one buffer of"),
-        ({}, 4 * HIDDEN + 1, "expected one buffer of 1 x 256"),
-        ({}, 0, "expected one buffer of 1 x 256"),
+        ({"layer": 9}, ROW, "layer 9 does not exist"),
+        ({"layer": -1}, ROW, "layer -1 does not exist"),
+        ({"experts": [0]}, ROW, "does not live here"),
+        ({"counts": [0]}, 0, "counts must give at least one pair"),
+        ({"counts": [-1]}, ROW, "counts must give at least one pair"),
+        ({"counts": [1, 1]}, ROW, "counts must give at least one pair"),
+        ({"experts": [], "counts": []}, 0, "counts must give at least one pair"),
+        ({"counts": [2]}, ROW, "expected 1 rows of 256 activations in groups of 64 for 2 pairs"),
+        ({"counts": [2**62]}, ROW, "expected 1 rows of"),
+        ({"num_rows": 2}, ROW, "expected 2 rows of"),
+        ({"num_rows": 0}, 4, "expected 0 rows of"),
+        ({"num_rows": -(2**60)}, ROW, "rows of"),
+        ({"num_rows": 2**62}, ROW, "rows of"),
+        ({"numerics": "float"}, ROW, "groups of 0 for 1 pairs"),
+        ({"gate": GateSpec(limit=1.0, is_gelu=True)}, ROW, "a gate of kind 5 is not one"),
+        ({"gate": GateSpec(limit=1e300)}, ROW, "limit"),
+        ({}, ROW + 1, "expected 1 rows of 256"),
+        ({}, 0, "expected 1 rows of 256"),
     ],
 )
 def test_a_compute_request_that_does_not_add_up_is_refused(
     client: HostClient, server: DataPlaneServer, fields: dict[str, Any], num_bytes: int, reason: str
 ) -> None:
     rejected = server.stats.rejected
-    request = Compute(**({"layer": 0, "experts": [3], "counts": [1], "numerics": "int8"} | fields))
+    request = Compute(**({"layer": 0, "experts": [3], "counts": [1], "num_rows": 1, "numerics": "int8"} | fields))
     with pytest.raises(ProtocolError, match=reason):
         client.request(request, memoryview(bytes(num_bytes)))
     assert server.stats.rejected == rejected + 1
@@ -301,9 +370,17 @@ def test_a_compute_request_that_does_not_add_up_is_refused(
 
 @pytest.mark.parametrize("num_buffers", [0, 2])
 def test_a_compute_request_needs_one_buffer(client: HostClient, num_buffers: int) -> None:
-    buffers = [memoryview(bytes(4 * HIDDEN))] * num_buffers
-    with pytest.raises(ProtocolError, match="expected one buffer"):
-        client.request(Compute(layer=0, experts=[3], counts=[1], numerics="int8"), *buffers)
+    buffers = [memoryview(bytes(ROW))] * num_buffers
+    with pytest.raises(ProtocolError, match="expected one of activations"):
+        client.request(Compute(layer=0, experts=[3], counts=[1], num_rows=1, numerics="int8"), *buffers)
+
+
+@pytest.mark.parametrize("row", [-1, 1, 2**31 - 1])
+def test_a_pair_of_a_row_that_is_not_there_is_refused(client: HostClient, row: int) -> None:
+    buffer = np.zeros(ROW, dtype=np.uint8)
+    buffer[:4].view(np.int32)[:] = row
+    with pytest.raises(ProtocolError, match="a pair takes a row that is not one of the 1"):
+        client.request(Compute(layer=0, experts=[3], counts=[1], num_rows=1, numerics="int8"), buffer.data)
 
 
 # -------------------------------------------------------------------------------- malformed messages
@@ -327,7 +404,7 @@ MALFORMED = {
     "cut short": header()[:-1],
     "more after it": header() + b"\x00",
     "not a list": msgpack.packb({"layer": 0}),
-    "too short": msgpack.packb([2, 5, "Need"]),
+    "too short": msgpack.packb([PROTOCOL_VERSION, 5, "Need"]),
     "older version": header(version=PROTOCOL_VERSION - 1),
     "newer version": header(version=PROTOCOL_VERSION + 1),
     "version is text": header(version="1"),
@@ -348,16 +425,18 @@ MALFORMED = {
     "number as float": header(fields={"layer": 0.0, "experts": [3]}),
     "yes as a number": header(fields={"layer": True, "experts": [3]}),
     "list of text": header(fields={"layer": 0, "experts": ["3"]}),
-    "unknown numerics": header("Compute", {"layer": 0, "experts": [3], "counts": [1], "numerics": "fp8"}),
-    "a number as key": msgpack.packb([2, 5, "Need", {0: 1}]),
-    "a list as key": b"\x94\x02\x05\xa4Need\x81\x90\x01",
+    "unknown numerics": header(
+        "Compute", {"layer": 0, "experts": [3], "counts": [1], "num_rows": 1, "numerics": "fp8"}
+    ),
+    "a number as key": msgpack.packb([PROTOCOL_VERSION, 5, "Need", {0: 1}]),
+    "a list as key": b"\x94\x03\x05\xa4Need\x81\x90\x01",
     "too long a list": header(fields={"layer": 0, "experts": [3] * ((1 << 20) + 1)}),
-    "announces a long list": b"\x94\x02\x05\xa4Need\xdd\xff\xff\xff\xff",
-    "announces long text": b"\x94\x02\x05\xdb\xff\xff\xff\xff",
+    "announces a long list": b"\x94\x03\x05\xa4Need\xdd\xff\xff\xff\xff",
+    "announces long text": b"\x94\x03\x05\xdb\xff\xff\xff\xff",
     "too many keys": header(fields={str(key): 0 for key in range(65)}),
     "too long a text": header("Hello", {"client": "x" * ((1 << 16) + 1), "token": ""}),
-    "not utf-8": b"\x94\x02\x05\xa4\xff\xff\xff\xff\x80",
-    "a bad timestamp": b"\x94\x02\x05\xc7\x03\xff\x00\x00\x00\x80",
+    "not utf-8": b"\x94\x03\x05\xa4\xff\xff\xff\xff\x80",
+    "a bad timestamp": b"\x94\x03\x05\xc7\x03\xff\x00\x00\x00\x80",
     "nested too deeply": b"\x91" * 3000 + b"\x00",
     "version nested deeply": header(version=NESTED),
     "id nested deeply": header(request_id=NESTED),
@@ -389,7 +468,7 @@ def check_alive(peer: Peer, request_id: int = 99) -> None:
 def test_a_peer_of_another_version_is_told_to_upgrade(stranger: Peer) -> None:
     _, reply = stranger.ask([header(version=1)])
     assert isinstance(reply, Refused)
-    assert reply.message == "the peer speaks protocol 1, this moray speaks 2; upgrade both"
+    assert reply.message == "the peer speaks protocol 1, this moray speaks 3; upgrade both"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -414,6 +493,9 @@ fields = st.fixed_dictionaries(
         "experts": st.lists(st.integers(-1, 8), max_size=4) | values,
         "counts": st.lists(st.integers(-1, 3), max_size=4) | values,
         "numerics": st.sampled_from(["int8", "float"]) | values,
+        "num_rows": st.integers(-1, 3) | values,
+        "gate": st.just({}) | values,
+        "wants_resident": st.booleans() | values,
         "uses": st.lists(st.lists(st.integers(-1, 8), max_size=3), max_size=2) | values,
         "client": st.text(max_size=5) | values,
         "token": st.just(TOKEN) | values,
@@ -428,7 +510,7 @@ fields = st.fixed_dictionaries(
     some=fields | values,
     request_id=st.integers(0, 90) | values,
     version=st.just(PROTOCOL_VERSION) | values,
-    buffers=st.lists(st.binary(max_size=8) | st.sampled_from([bytes(4 * HIDDEN), bytes(8 * HIDDEN)]), max_size=2),
+    buffers=st.lists(st.binary(max_size=8) | st.sampled_from([bytes(ROW), bytes(ROW + 4)]), max_size=2),
 )
 def test_messages_that_are_nearly_right_never_stop_the_server(
     stranger: Peer, friend: Peer, kind: object, some: object, request_id: object, version: object, buffers: list[bytes]
@@ -450,7 +532,7 @@ def test_bytes_that_are_not_zeromq_never_stop_the_server(client: HostClient, add
 
 
 @pytest.mark.parametrize(
-    "message", [Need(layer=0, experts=[3], uses=[[1, 2], [3]]), Hello(client="ü", token="t"), Computed()]
+    "message", [Need(layer=0, experts=[3], uses=[[1, 2], [3]]), Hello(client="ü", token="t"), Computed(compute_s=0.5)]
 )
 def test_messages_survive_encoding(message: Message) -> None:
     assert decode(encode(7, message)) == (7, message)
@@ -463,6 +545,9 @@ def test_every_message_survives_encoding() -> None:
         "reason": "shard",
         "numerics": "float",
         "holds_all": True,
+        "is_gelu": True,
+        "is_interleaved": False,
+        "wants_resident": True,
         "uses": [[1, 2]],
         **text,
     }
@@ -470,7 +555,11 @@ def test_every_message_survives_encoding() -> None:
         made = {}
         for name, field in kind.model_fields.items():
             annotation = str(field.annotation)
-            if name in examples and not (kind is Welcome and name == "experts"):
+            if field.annotation in (GateSpec, float):
+                made[name] = GateSpec(limit=7.0) if field.annotation is GateSpec else 0.25
+            elif "| None" in annotation:
+                made[name] = None
+            elif name in examples and not (kind is Welcome and name == "experts"):
                 made[name] = examples[name]
             elif "list[list" in annotation:
                 made[name] = many
@@ -540,7 +629,7 @@ def test_a_host_that_speaks_nonsense_is_a_protocol_error() -> None:
 
 def test_a_host_that_answers_hello_with_something_else_is_a_protocol_error() -> None:
     refused = pytest.raises(ProtocolError, match="host quiet answered Hello with Computed")
-    with QuietHost(encode(1, Computed())) as host, connected(host.address) as client, refused:
+    with QuietHost(encode(1, Computed(compute_s=0.1))) as host, connected(host.address) as client, refused:
         client.greet()
 
 

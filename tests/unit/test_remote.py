@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from subprocess import Popen
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.remote import Net, net
-from helpers.reference import greedy, runner
 from helpers.checkpoints import tiny_checkpoint
+from helpers.hosts import TOKEN, make_host, new_address, serving
+from helpers.reference import greedy, runner
+from helpers.remote import host_process, net, pairs_computed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from moray.cluster.client import HostAddress
 from moray.cluster.cluster_source import ClusterSource
+from moray.cluster.keys import CurveKeys
 from moray.runtime.convert.converter import convert
+from moray.runtime.errors import ClusterError, ConfigError
+from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
@@ -27,22 +41,259 @@ pytestmark = pytest.mark.timeout(280)
 PROMPT_IDS = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 NUM_TOKENS = 6
 
+# Shapes and gates of different kinds: family, entries of its config, recipe. gpt_oss has biases and a gate of its own.
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "many": ("qwen3_moe", {"num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 2}, "hqq4:16"),
+    "biases": ("gpt_oss", {"num_hidden_layers": 2}, "hqq4:16"),
+    "relu": ("mixtral", {"hidden_act": "relu", "num_hidden_layers": 2}, "hqq4:16"),
+    "plain": ("mixtral", {"num_hidden_layers": 2}, "none"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A store, and what it says with all its experts in this process."""
+
+    store: Store
+    numerics: Numerics
+    tokens: list[int]
+    logits: torch.Tensor
+
+    def check(self, made: Runner) -> None:
+        assert greedy(made, PROMPT_IDS, NUM_TOKENS) == self.tokens
+        assert torch.equal(made.logits(PROMPT_IDS), self.logits)
+
+
+@pytest.fixture(scope="module")
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Numerics], Case]]:
+    stores: list[Store] = []
+
+    @cache
+    def store_of(model: str) -> Path:
+        root, (family, entries, recipe) = tmp_path_factory.mktemp(model), MODELS[model]
+        convert(tiny_checkpoint(family, root / "checkpoint", **entries), root / "store", recipe)
+        return root / "store"
+
+    @cache
+    def case(model: str, numerics: Numerics) -> Case:
+        path = store_of(model)
+        stores.append(Store.open(path))
+        with runner(path, numerics) as made:
+            return Case(stores[-1], numerics, greedy(made, PROMPT_IDS, NUM_TOKENS), made.logits(PROMPT_IDS))
+
+    yield case
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture(scope="module")
+def demo_case(demo: Store) -> Case:
+    with runner(demo.path, "int8") as made:
+        return Case(demo, "int8", greedy(made, PROMPT_IDS, NUM_TOKENS), made.logits(PROMPT_IDS))
+
 
 @contextmanager
-def generating(store: Store, source: ClusterSource, numerics: Numerics = "int8") -> Iterator[Runner]:
-    made = Runner(store, source, load_model(store, numerics, torch.device("cpu")), numerics)
+def generating(case: Case, source: ClusterSource) -> Iterator[Runner]:
+    made = Runner(case.store, source, load_model(case.store, case.numerics, torch.device("cpu")), case.numerics)
     try:
         yield made
     finally:
         made.close()
 
 
-def test_first(demo: Store) -> None:
-    every = list(demo.manifest.shards)
-    with runner(demo.path, "int8") as made:
-        tokens, logits = greedy(made, PROMPT_IDS, NUM_TOKENS), made.logits(PROMPT_IDS)
-    for lanes in ("auto", "remote", "local"):
-        with net(demo, every[::2], [every[1::2]], lanes=lanes) as made_net, generating(demo, made_net.source) as made:
-            assert greedy(made, PROMPT_IDS, NUM_TOKENS) == tokens
-            assert torch.equal(made.logits(PROMPT_IDS), logits)
-            print(lanes, made_net.source.remote_stats(), made.stats().bytes_by_source)
+def deal(store: Store, seed: int, num_remotes: int, replicas: float) -> tuple[list[ExpertKey], list[list[ExpertKey]]]:
+    """Experts at random on this node and others, some on several."""
+    rng, nodes = np.random.default_rng(seed), [[] for _ in range(1 + num_remotes)]
+    for key in store.manifest.shards:
+        count = 1 + int(rng.binomial(num_remotes, replicas))
+        for node in rng.permutation(len(nodes))[:count]:
+            nodes[node].append(key)
+    return nodes[0], nodes[1:]
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    st.sampled_from(sorted(MODELS)), st.sampled_from(["int8", "float"]), st.integers(1, 2), st.integers(0, 99),
+    st.sampled_from([0.0, 0.5]), st.sampled_from([1, 5, 1000]),
+)  # fmt: skip
+def test_any_split_gives_the_same_bits(
+    case_of: Callable[[str, Numerics], Case], model: str, numerics: Numerics, num_remotes: int, seed: int,
+    replicas: float, num_slots: int,
+) -> None:  # fmt: skip
+    case = case_of(model, numerics)
+    here, elsewhere = deal(case.store, seed, num_remotes, replicas)
+    for lanes in ("remote", "auto"):
+        with net(case.store, here, elsewhere, num_slots, numerics=numerics, lanes=lanes) as made:
+            with generating(case, made.source) as run:
+                case.check(run)
+            trials = 34 * num_remotes  # that the hosts were measured with
+            if lanes == "remote":
+                assert (made.remote_pairs() > trials) == (model != "relu")
+                assert (run.stats().bytes_by_source["remote"] > 0) == (model != "relu")
+            else:
+                assert made.remote_pairs() >= trials
+
+
+def test_forced_local_asks_nobody(demo_case: Case) -> None:
+    every = list(demo_case.store.manifest.shards)
+    with net(demo_case.store, every[::2], [every], lanes="local") as made, generating(demo_case, made.source) as run:
+        demo_case.check(run)
+        assert made.source.remote_stats()[0].requests == 0 and run.stats().bytes_by_source["remote"] == 0
+
+
+def test_hosts_of_other_instruction_sets_give_the_same_bits(case_of: Callable[[str, Numerics], Case]) -> None:
+    client = CurveKeys.make()
+    for numerics in ("int8", "float"):
+        case = case_of("many", numerics)
+        pair = [CurveKeys.make(), CurveKeys.make()]
+        with (
+            host_process(case.store, "portable", pair[0], client, (2, 0), MORAY_KERNEL="portable") as (one, first),
+            host_process(case.store, "avx2", pair[1], client, (2, 1), MORAY_KERNEL="avx2") as (other, second),
+            standing(case, [first, second], client, numerics=numerics, lanes="remote", join_s=200) as (source, run),
+        ):
+            case.check(run)
+            assert [stats.missed for stats in source.remote_stats()] == [0, 0]
+            assert pairs_computed(one) > 34 and pairs_computed(other) > 34
+
+
+# -------------------------------------------------------------------------------------- failures
+
+
+@contextmanager
+def standing(
+    case: Case, remote: list[HostAddress], client: CurveKeys, **options: Any
+) -> Iterator[tuple[ClusterSource, Runner]]:
+    """A node whose own host has nothing in memory, and a disk."""
+    host, address = (
+        make_host(case.store, list(case.store.manifest.shards), assigned=[], num_slots=8),
+        new_address("here"),
+    )
+    try:
+        with serving(address, host):
+            source = ClusterSource(case.store, [address], remote, client, **options)
+            try:
+                with generating(case, source) as run:
+                    yield source, run
+            finally:
+                source.close()
+    finally:
+        host.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = monotonic() + seconds
+    while not condition():
+        assert monotonic() < deadline, "waited in vain"
+        sleep(0.01)
+
+
+class Faulty(threading.Thread):
+    """Generates again and again until ``stop``; every answer must be the same."""
+
+    def __init__(self, case: Case, run: Runner) -> None:
+        super().__init__()
+        self._case, self._run, self._is_over = case, run, threading.Event()
+        self.count, self.error = 0, None
+
+    def run(self) -> None:
+        try:
+            while not self._is_over.is_set():
+                tokens = greedy(self._run, PROMPT_IDS, NUM_TOKENS)
+                assert tokens == self._case.tokens, tokens
+                self.count += 1
+        except BaseException as error:
+            self.error = error
+
+    def more(self, count: int = 2) -> None:
+        """Wait for some more answers."""
+        wanted = self.count + count
+        until(lambda: self.count >= wanted or self.error is not None)
+        assert self.error is None, self.error
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self.join()
+        assert self.error is None, self.error
+
+
+def kill(process: Popen[str]) -> None:
+    process.kill()
+    process.wait()
+
+
+def test_hosts_that_die_freeze_and_return_cost_no_token(demo_case: Case) -> None:
+    """One host has a replica of half the other's experts. Killed, stopped, restarted; at last none is left."""
+    store, client, keys = demo_case.store, CurveKeys.make(), [CurveKeys.make(), CurveKeys.make()]
+    with (
+        host_process(store, "all", keys[0], client) as (whole, first),
+        host_process(store, "half", keys[1], client, (2, 0)) as (half, second),
+        standing(demo_case, [first, second], client, lanes="remote", join_s=100) as (source, run),
+    ):
+
+        def stats() -> dict[str, Any]:
+            return {each.host_id: each for each in source.remote_stats()}
+
+        work = Faulty(demo_case, run)
+        work.start()
+        try:
+            work.more()
+            os.kill(half.pid, signal.SIGSTOP)
+            until(lambda: stats()["half"].state != "up")
+            work.more()
+            assert stats()["all"].state == "up"
+            os.kill(half.pid, signal.SIGCONT)
+            until(lambda: stats()["half"].state == "up")
+            before = stats()["half"].requests
+            until(lambda: stats()["half"].requests > before)
+            kill(whole)
+            until(lambda: stats()["all"].state == "down")
+            work.more()
+            with host_process(store, "all", keys[0], client, address=first.address) as (again, same):
+                assert same.address == first.address
+                until(lambda: stats()["all"].state == "up")
+                before = pairs_computed(again)
+                work.more()
+                assert pairs_computed(again) > before
+            kill(half)
+            until(lambda: {each.state for each in stats().values()} == {"down"})
+            work.more()
+            assert source.stats().misses > 0
+        finally:
+            work.stop()
+        demo_case.check(run)
+
+
+def test_a_host_that_moved_and_one_that_left(demo_case: Case) -> None:
+    store, client, keys = demo_case.store, CurveKeys.make(), CurveKeys.make()
+    with standing(demo_case, [], client, lanes="remote") as (source, run):
+        demo_case.check(run)
+        for _ in range(2):
+            with host_process(store, "far", keys, client) as (process, address):
+                source.join(address)
+                until(lambda: [each.state for each in source.remote_stats()] == ["up"])
+                demo_case.check(run)
+                assert pairs_computed(process) > 34
+        source.leave("far")
+        assert source.remote_stats() == []
+        demo_case.check(run)
+
+
+def test_a_host_of_another_store_or_with_other_keys_is_not_used(
+    demo_case: Case, case_of: Callable[[str, Numerics], Case]
+) -> None:
+    client, keys, other = CurveKeys.make(), CurveKeys.make(), case_of("many", "int8").store
+    with host_process(other, "other", keys, client) as (_, address):
+        with pytest.raises(ClusterError, match="other holds another store"):
+            with standing(demo_case, [address], client):
+                pass
+        wrong = HostAddress("other", address.address, TOKEN, server_key=CurveKeys.make().public)
+        for bad, mine in ((wrong, client), (address, CurveKeys.make())):
+            with standing(demo_case, [bad], mine, join_s=0.5, lanes="remote") as (source, run):
+                assert [each.state for each in source.remote_stats()] == ["down"]
+                demo_case.check(run)
+        liar = HostAddress("other", address.address, "another token", server_key=address.server_key)
+        with pytest.raises(ClusterError, match="the session token is wrong"):
+            with standing(demo_case, [liar], client):
+                pass
+    with pytest.raises(ConfigError, match="lanes is 'fast', expected one of auto, local, remote"):
+        ClusterSource(demo_case.store, [], [], client, lanes="fast")

@@ -15,6 +15,7 @@ from moray.runtime.arena import FAILED, NOWHERE, Arena, ArenaRef
 from moray.runtime.errors import CorruptShardError, HostLostError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels import ops
+from moray.runtime.kernels.gates import SWIGLU
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.residency import loader
@@ -130,7 +131,7 @@ def test_a_corrupt_shard_is_read_again_and_told(demo: Store, tmp_path: Path) -> 
             assert all(holds(made, slot, key) for slot, key in enumerate(KEYS[:3]))
             assert str(made.failure(2, [1])).startswith(str(path)) and made.failure(0, [0, 3]) is None
             with pytest.raises(CorruptShardError, match=message):
-                made.compute(2, [1], [1], np.zeros((1, 256), np.float32), "int8")
+                made.compute(2, [1], [1], np.zeros((1, 256), np.float32), np.arange(1), "int8", SWIGLU)
         finally:
             made.close()
 
@@ -272,7 +273,7 @@ def test_a_host_computes_what_the_kernels_compute_here(host: ShardHost, demo: St
     layout = demo.manifest.layers[0].layout
     up, down = layout["gate_up_proj"], layout["down_proj"]
     x = np.random.default_rng(0).standard_normal((7, 256)).astype(np.float32)
-    y = host.compute(0, [3, 0], [2, 5], x, numerics)
+    y = host.compute(0, [3, 0], [2, 5], x, np.arange(7), numerics, SWIGLU)
     shards = [demo.read_shard(ExpertKey(0, expert)) for expert in (3, 0)]
     at = np.array([shard.ctypes.data for shard in shards], dtype=np.int64)
     rows = np.arange(7)
@@ -284,7 +285,7 @@ def test_a_host_computes_what_the_kernels_compute_here(host: ShardHost, demo: St
 
 def test_a_host_computes_nothing_for_others(host: ShardHost) -> None:
     with pytest.raises(KeyError):
-        host.compute(0, [1], [1], np.zeros((1, 256), np.float32), "int8")
+        host.compute(0, [1], [1], np.zeros((1, 256), np.float32), np.arange(1), "int8", SWIGLU)
 
 
 def test_a_host_that_only_lends_shards_loads_neither_torch_nor_numba(demo: Store) -> None:
