@@ -202,7 +202,7 @@ def main() -> None:
     for name, geometry in GEOMETRIES.items():
         if arguments.only not in (None, name):
             continue
-        with working_directory(2 * geometry.num_parameters) as directory:
+        with working_directory(int(0.7 * geometry.num_parameters)) as directory:
             store = write_store(directory / "store", geometry, Recipe.parse("experts=hqq4:64"))
             for setting in SETTINGS:
                 rows.append(compare(name, setting, store, arguments.tokens, arguments.rounds))
