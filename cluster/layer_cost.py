@@ -168,4 +168,5 @@ def odds_of(heat: Floats, top_k: int) -> Floats:
     share = np.minimum(top_k * heat / heat.sum(), 0.98) if heat.sum() > 0 else np.full(len(heat), top_k / len(heat))
     share = np.clip(share, 1e-4, 0.98)
     odds: Floats = share / (1 - share)
-    return odds / odds.mean()
+    even: Floats = odds / odds.mean()
+    return even

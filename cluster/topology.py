@@ -200,7 +200,8 @@ def _seconds(run: Callable[[int], None]) -> float:
     """Seconds of a call, which gets its number: the median of means, because where a control group limits the time of
     a process most calls take less than their share."""
     run(0)  # compiles
-    means, number = [], 0
+    means: list[float] = []
+    number = 0
     while len(means) < _MEANS:
         started, calls = perf_counter(), 0
         while calls < 2 or perf_counter() - started < _MEASURE_S:
