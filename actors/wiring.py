@@ -37,12 +37,14 @@ from moray.actors.messages import (
     NodeReport,
 )
 from moray.actors.orchestrator import Orchestrator
+from moray.actors.probe import NodeProbe
 from moray.actors.survey import survey
 from moray.cluster import ray_session
 from moray.cluster.client import HostAddress
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.placement import place_evenly
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.topology import Topology
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ActorLostError, ClusterError, MorayError
 from moray.runtime.events import Event
@@ -426,3 +428,30 @@ def _results(tasks: Sequence[tuple[NodeInfo, Any]]) -> list[Any]:
 def _kill(actors: list[Any]) -> None:
     for actor in reversed(actors):
         ray.kill(actor)
+
+
+def measure_cluster(store_path: str, compute_node: str) -> Topology:
+    """Measure every living node, all at once, and then the links from the compute node (a Ray node id), one by one.
+
+    Raises StoreError for a node without the store, HostLostError for one that cannot be reached.
+    """
+    nodes = {str(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+    names = [str(node.get("NodeName") or node["NodeManagerAddress"]) for node in nodes.values()]
+    unique = {
+        node_id: name if names.count(name) == 1 else node_id[:12] for node_id, name in zip(nodes, names, strict=True)
+    }
+    probes: dict[str, Any] = {}
+    try:
+        for node_id, node in nodes.items():
+            made = _remote(NodeProbe, label_selector={_NODE_LABEL: node_id})
+            probes[node_id] = made.remote(unique[node_id], str(node["NodeManagerAddress"]), store_path)
+        found = fetch(lambda: ray.get([probe.measure.remote() for probe in probes.values()]))
+        reports = {unique[node_id]: report for node_id, report in zip(probes, found, strict=True)}
+        here = probes[compute_node]
+        key, links = call(here.client_key), {}
+        for node_id, probe in probes.items():
+            if probe is not here:
+                links[unique[node_id]] = call(here.link_to, call(probe.listen, key))
+        return Topology(unique[compute_node], reports, links)
+    finally:
+        _kill([*probes.values()])

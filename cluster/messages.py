@@ -10,6 +10,7 @@ Nothing is pickled. What does not decode into exactly one of these types is refu
     Compute these experts, + activations    Computed  + outputs
     Hint    likely needed soon              (nothing)
     Release experts no longer used          (nothing)
+    Echo    + any bytes                     Echoed    + as many bytes as asked for
     Ping    are you there?                  Pong      what is in memory, if asked
     Read, ReadFile  a part of the store     Bytes     + those bytes
     ListFiles  what the store consists of   Files
@@ -32,6 +33,7 @@ PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 1 << 30
 MAX_READ_BYTES = 4 << 20
 MAX_MANIFEST_BYTES = 256 << 20
+MAX_ECHO_BYTES = 16 << 20
 
 Numerics = Literal["int8", "float"]
 Use = Annotated[list[int], Field(min_length=1)]  # [layer, expert, expert, ...] a layer call
@@ -167,6 +169,16 @@ class Files(Message):
     present: list[list[int]]
 
 
+class Echo(Message):
+    """Measures the way here and back. Buffer: anything."""
+
+    reply_bytes: Annotated[int, Field(ge=0, le=MAX_ECHO_BYTES)]
+
+
+class Echoed(Message):
+    """Buffer: so many zeros."""
+
+
 class Refused(Message):
     reason: Literal["hello", "request", "shard", "absent", "failed"]  # "hello": introduce yourself first
     message: str
@@ -175,7 +187,7 @@ class Refused(Message):
 MESSAGES: dict[str, type[Message]] = {
     kind.__name__: kind
     for group in (
-        (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Ping, Pong, Refused),
+        (Hello, Welcome, Need, Ask, Coming, Compute, Computed, Hint, Release, Ping, Pong, Echo, Echoed, Refused),
         (Read, ReadFile, Bytes, ListFiles, Files),
     )
     for kind in group

@@ -18,6 +18,8 @@ from moray.cluster.messages import (
     Coming,
     Compute,
     Computed,
+    Echo,
+    Echoed,
     GateSpec,
     Hello,
     Hint,
@@ -208,6 +210,8 @@ class DataPlaneServer:
             case Release():
                 self._host.release(client, message.layer, message.experts)
                 return None, []
+            case Echo():
+                return Echoed(), [memoryview(bytes(message.reply_bytes))]
         raise ProtocolError(f"a host does not accept {type(message).__name__}")
 
     def _note(self, uses: list[list[int]]) -> None:

@@ -121,7 +121,7 @@ def make_config(values: dict[str, Any], file: Path | None = None) -> EngineConfi
 
 def load_config(kind: type[Config], values: dict[str, Any], file: Path | None) -> Config:
     """``make_config`` for a configuration that has more keys than an engine's."""
-    settings = _read(file) if file is not None else {}
+    settings = read_yaml(file) if file is not None else {}
     settings |= {name: value for name, value in values.items() if value is not None}
     try:
         return kind.model_validate(settings)
@@ -129,7 +129,8 @@ def load_config(kind: type[Config], values: dict[str, Any], file: Path | None) -
         raise ConfigError(_explain(error, kind)) from error
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A file's keys and values; an empty file has none. Raises ConfigError."""
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -92,7 +92,7 @@ class Rates:
     jitter changes no choice. Nothing is cheaper together than alone; what looks so is noise.
     """
 
-    def __init__(self, num_remotes: int = 0, token_bytes: int = 0) -> None:
+    def __init__(self, num_remotes: int = 0, token_bytes: float = 0) -> None:
         """``token_bytes``: of one token's activations on the network, one way."""
         starting = [_STARTING[resource] for resource in Resource] + num_remotes * [_NETWORK, _CPU]
         self.names = [resource.name.lower() for resource in Resource]

@@ -30,6 +30,7 @@ from moray.runtime.model.batch_cache import can_be_padded
 from moray.runtime.model.families import build_model, context_length, expert_modules, load_config
 from moray.runtime.model.kv_layer import new_cache
 from moray.runtime.model.loader import compute_dtype
+from moray.runtime.model.weights_read import trunk_bytes_read
 from moray.runtime.planning.profile import CHUNKS, ModelProfile, SequenceMemory, Workspace
 from moray.runtime.store.manifest import ExpertsLayer, Manifest
 from moray.runtime.store.store import Store
@@ -50,7 +51,14 @@ def measure_profile(store: Store, dtype: torch.dtype) -> ModelProfile:
     sequence = _sequence_memory(trial)
     workspace = _workspace(trial, sequence, experts)
     config = model.config.get_text_config()
-    return ModelProfile(trunk_bytes(model, store.manifest), context_length(config), sequence, workspace)
+    return ModelProfile(
+        trunk_bytes(model, store.manifest),
+        context_length(config),
+        sequence,
+        workspace,
+        trunk_bytes_read(model, store.manifest),
+        _experts_per_token(experts),
+    )
 
 
 def trunk_bytes(model: PreTrainedModel, manifest: Manifest) -> int:
@@ -66,6 +74,12 @@ def trunk_bytes(model: PreTrainedModel, manifest: Manifest) -> int:
     return total
 
 
+def _experts_per_token(experts: list[_Experts]) -> tuple[int, ...]:
+    """By layer. Layers that were not computed, because one before them is like them, have as many as any other."""
+    most = max(layer.top_k for layer in experts)
+    return tuple(layer.top_k or most for layer in experts)
+
+
 class _Experts:
     """In place of a layer's experts: their result's shape, and the scratch that computing it takes."""
 
@@ -74,12 +88,13 @@ class _Experts:
         up, down = specs["gate_up_proj"] if "gate_up_proj" in specs else specs["up_proj"], specs["down_proj"]
         # Panels of activations, in the larger class, and results before and after the gate: ops.LayerKernel.
         self._pair_bytes = 4 * (up.columns + 2 * up.rows + 2 * down.columns + 2 * down.rows)
-        self.scratch_per_token = 0
+        self.scratch_per_token = self.top_k = 0
         module.moray = self  # type: ignore[assignment]
         module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
 
     def forward(self, module: nn.Module, x_TH: torch.Tensor, ids_TK: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        self.scratch_per_token = self._pair_bytes * ids_TK.shape[-1]
+        self.top_k = ids_TK.shape[-1]
+        self.scratch_per_token = self._pair_bytes * self.top_k
         return torch.empty_like(x_TH)
 
 

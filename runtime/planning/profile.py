@@ -62,6 +62,8 @@ class ModelProfile:
     context_length: int  # the model's own limit
     sequence: SequenceMemory
     workspace: Workspace
+    bytes_per_token: int = 0  # of the trunk's weights, read in a forward pass of one token
+    top_k: tuple[int, ...] = ()  # experts a token, by MoE layer
 
     def chunk_of(self, chunk: int, length: int) -> int:
         """Tokens in the largest forward pass of a sequence of ``length`` tokens."""
@@ -101,9 +103,10 @@ def decode_profile(text: str) -> ModelProfile:
     document: Mapping[str, Any] = json.loads(text)
     sequence = dict(document["sequence"])
     windows = tuple((int(tokens), int(size)) for tokens, size in sequence.pop("windows"))
-    numbers = {name: int(document[name]) for name in ("trunk_bytes", "context_length")}
+    numbers = {name: int(document[name]) for name in ("trunk_bytes", "context_length", "bytes_per_token")}
     return ModelProfile(
         **numbers,
         sequence=SequenceMemory(windows=windows, **sequence),
         workspace=Workspace(**document["workspace"]),
+        top_k=tuple(int(count) for count in document["top_k"]),
     )
