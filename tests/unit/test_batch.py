@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from moray.runtime.store.store import Store
 SHAPES = [(1, 1, 16, 16), (8, 2, 32, 32), (6, 3, 80, 40), (14, 2, 64, 64)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(1, 3)), min_size=1, max_size=9),
     st.sampled_from(SHAPES),
@@ -71,7 +73,7 @@ def test_batches_have_the_bits_of_single_steps(recipe: str, store: Callable[...,
         batch = make_batch_forward(made.model)
         assert batch is not None and batch.kind == "fused" and batch.takes_runs
 
-        @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
         @given(SCHEDULE, st.integers(0, 1000))
         @torch.inference_mode()
         def follow(schedule: list[tuple[list[int], int, list[int]]], seed: int) -> None:
@@ -90,7 +92,7 @@ def test_batches_have_the_bits_of_single_steps(recipe: str, store: Callable[...,
         follow()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 @torch.inference_mode()
 def test_each_layer_is_one_call_of_the_experts(family: str, store: Callable[..., Path]) -> None:
     """And each expert is counted once, however many rows chose it."""
@@ -130,3 +132,32 @@ def test_experts_that_are_missing_are_loaded_once_for_the_batch(store: Callable[
                 assert torch.equal(expected, expected_alone)
                 assert torch.equal(batch(tokens, [got.caches[row][0] for row in rows]), expected)
             assert misses < cut.source.stats().misses <= misses + cut.runner.stats().uses - uses
+
+
+@torch.inference_mode()
+def test_rotations_that_depend_on_the_length_are_each_rows_own(tmp_path: Path, store: Callable[..., Path]) -> None:
+    path = shutil.copytree(store("qwen3_moe", "hqq4:32"), tmp_path / "store")
+    config = json.loads((path / "config.json").read_text())
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
+    config["rope_parameters"] |= factors | {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    (path / "config.json").write_text(json.dumps(config))
+    with runner(path, "int8") as made:
+        batch = make_batch_forward(made.model)
+        assert batch is not None and batch.kind == "fused"
+        sequences = Sequences(made.model, batch)
+        for length in (5, 40, 30):  # the last one grows beyond 32
+            sequences.join(length)
+        for _ in range(6):
+            got, wanted = sequences.step([0, 1, 2])
+            assert torch.equal(got, wanted)
+
+
+@torch.inference_mode()
+def test_a_padded_batch_takes_each_sequence_once(store: Callable[..., Path]) -> None:
+    with runner(store("olmoe", "hqq4:32"), "int8") as made:
+        batch = make_batch_forward(made.model)
+        assert batch is not None and batch.kind == "padded" and not batch.takes_runs
+        sequences = Sequences(made.model, batch)
+        sequences.join(4)
+        with pytest.raises(AssertionError, match="one row"):
+            sequences.step([0, 0])
