@@ -181,7 +181,7 @@ class Prompts:
 def measure_decode(
     config: EngineConfig, prompt_tokens: int, new_tokens: int, repeat: int, console: Console
 ) -> DecodeReport:
-    """Launch an engine and measure it. Progress goes to ``console``. Raises MorayError."""
+    """Launch an engine and measure it, one token a step. Progress goes to ``console``. Raises MorayError."""
     for option, value, least in (
         ("--prompt-tokens", prompt_tokens, 2),
         ("--new-tokens", new_tokens, 2),
@@ -195,7 +195,8 @@ def measure_decode(
     model_config = load_config(config.store_path)
     memory_spec = PackedSpec(min(READ_BYTES, available_memory() // 4) // 4096, 1024, "f32")
     prompts = Prompts(model_config.get_text_config().vocab_size)
-    with running_engine(config, console) as (engine, start_s):
+    plain = config.model_copy(update={"speculation": "off"})  # bytes and times are of single tokens
+    with running_engine(plain, console) as (engine, start_s):
         report = engine.actors.compute_report
         dtype = torch.float32 if report.device == "cpu" else torch.bfloat16
         trunk_bytes = trunk_bytes_read(build_model(model_config, dtype, "meta"), manifest)
@@ -230,20 +231,18 @@ def measure_decode(
 def _decode(engine: Engine, prompt: Sequence[int], new_tokens: int) -> tuple[float, Spent]:
     """Tokens a second after the first, and what single-token steps of the experts took.
 
-    The prompt is computed before, in a request of its own whose KV cache is kept, so that the second request is
-    single-token steps. A model that cannot go on from a kept cache computes it again: that is taken off.
+    The prompt is computed before, in a request of its own whose KV cache is kept. What is computed of it again all the
+    same is what a request for a single token takes; that is taken off.
     """
-    before = engine.stats().experts
     _require_uncached(_generate(engine, prompt, 1))
+    before = engine.stats().experts
+    _generate(engine, prompt, 1)
     between = engine.stats().experts
     made = _generate(engine, prompt, new_tokens)
     after = engine.stats().experts
     if made.num_tokens < 2:
         raise RequestError("the model ended its text at the first token; try another --prompt-tokens")
-    spent = Spent.between(between, after)
-    if made.usage.cached_tokens != len(prompt) - 1:
-        spent = spent.without(Spent.between(before, between))
-    return made.decode_rate, spent
+    return made.decode_rate, Spent.between(between, after).without(Spent.between(before, between))
 
 
 def _prefill(engine: Engine, prompt: Sequence[int]) -> float:

@@ -18,6 +18,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 COMMAND = [sys.executable, "-m", "moray.deploy.cli", "generate", "import os\n", "--hosts", "2", "--max-new-tokens"]
+SLOWER = ["--speculation", "off"]  # the embedded model repeats itself: it would be done before anything happens to it
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Running:
 
 @contextmanager
 def generating(max_new_tokens: int) -> Iterator[Running]:
-    process = subprocess.Popen([*COMMAND, str(max_new_tokens)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [*COMMAND, str(max_new_tokens), *SLOWER], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert process.stdout is not None
     try:
         seen = b""
