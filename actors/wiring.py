@@ -178,6 +178,7 @@ def start_actors(
         compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, home)
         started.append(compute)
         placement = call(orchestrator.open)
+        here = {key for host_id in local_keys for key in placement[host_id]}
         addresses = []
         for index, (host_id, keys) in enumerate(local_keys.items()):
             # Abstract sockets: no files, and gone with their processes.
@@ -186,7 +187,7 @@ def start_actors(
                 address=addresses[-1],
                 store_path=store_path,
                 keys=tuple(keys),
-                assigned=tuple(placement[host_id]),
+                assigned=tuple(key for key in keys if key in here),
                 index=index,
                 num_hosts=num_hosts,
                 num_threads=num_threads,
