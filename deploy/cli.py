@@ -304,6 +304,9 @@ def serve(
     max_requests: Annotated[
         int | None, typer.Option(help="Choices generated or waiting at a time, beyond it callers get 429; none: 48.")
     ] = None,
+    request_log: Annotated[
+        Path | None, typer.Option(help="Append a line of JSON for each request to this file.")
+    ] = None,
     max_body: Annotated[str | None, typer.Option(help="Largest body of a request; none: 4MiB.")] = None,
     request_timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a request is ended; none: 3600.")
@@ -317,6 +320,7 @@ def serve(
     """Serve a store through an OpenAI-compatible API, until Ctrl-C."""
     limits = {"max_requests": max_requests, "max_body": max_body, "request_timeout_s": request_timeout}
     values = {"store": store, "api_keys": api_keys, "model_name": model_name, "drain_s": drain}
+    values["request_log"] = None if request_log is None else request_log.absolute()
     from moray.deploy.serving.args import make_args
     from moray.deploy.serving.command import run_server
 
