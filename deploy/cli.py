@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure this machine: kernels against its memory, decoding on a store.", no_args_is_help=True)
+bench = typer.Typer(help="Measure kernels against this machine's memory, engines, servers.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 store_tools = typer.Typer(help="Check, rewrite and compare stores.", no_args_is_help=True)
 app.add_typer(store_tools, name="store")
@@ -304,6 +304,9 @@ def serve(
     max_requests: Annotated[
         int | None, typer.Option(help="Choices generated or waiting at a time, beyond it callers get 429; none: 48.")
     ] = None,
+    request_log: Annotated[
+        Path | None, typer.Option(help="Append a line of JSON for each request to this file.")
+    ] = None,
     max_body: Annotated[str | None, typer.Option(help="Largest body of a request; none: 4MiB.")] = None,
     request_timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a request is ended; none: 3600.")
@@ -317,6 +320,7 @@ def serve(
     """Serve a store through an OpenAI-compatible API, until Ctrl-C."""
     limits = {"max_requests": max_requests, "max_body": max_body, "request_timeout_s": request_timeout}
     values = {"store": store, "api_keys": api_keys, "model_name": model_name, "drain_s": drain}
+    values["request_log"] = None if request_log is None else request_log.absolute()
     from moray.deploy.serving.args import make_args
     from moray.deploy.serving.command import run_server
 
@@ -441,6 +445,34 @@ def bench_decode(
     from moray.deploy.bench.decode_report import run_decode
 
     run_decode(settings, prompt_tokens, new_tokens, repeat, console, as_json=as_json)
+
+
+@command("moray bench serve http://127.0.0.1:8000/v1 --rate 2 --seconds 60 --plot load.png", "serve", bench)
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="Of any OpenAI-compatible server; without a path: /v1.")],
+    rate: Annotated[float, typer.Option(help="Requests a second, in the mean.")] = 1.0,
+    requests: Annotated[int | None, typer.Option(help="How many requests; or give --seconds.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="For how long requests arrive.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each prompt, about.")] = 256,
+    output_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask chat/completions, not completions.")] = False,
+    model: Annotated[str | None, typer.Option(help="The model's name there; none: the first it lists.")] = None,
+    seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request is an error.")] = 600.0,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer's.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG) to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure an OpenAI-compatible server under load: tokens a second, first-token and per-token times, errors.
+
+    Requests arrive at random times, whether or not the server has answered those before.
+    """
+    from moray.deploy.bench.serve import Load
+    from moray.deploy.bench.serve_report import run_serve
+
+    api: Literal["chat", "completions"] = "chat" if chat else "completions"
+    load = Load(url, api, model, rate, requests, seconds, prompt_tokens, output_tokens, seed, timeout)
+    run_serve(load, api_key, plot, console, as_json=as_json)
 
 
 @command("moray plan ./mixtral-hqq4 --node desk,memory=28GiB,cores=8 --node den,memory=14GiB --link 1Gbit/0.2ms")

@@ -28,6 +28,8 @@ class ServeArgs(EngineConfig):
     api_keys: Path | None = None
     #: Most choices generated or waiting at a time; a request that would exceed it is answered 429.
     max_requests: int = Field(48, ge=1, le=MAX_STREAMS - _SPARE_STREAMS)
+    #: File on the server's node to which a line of JSON is appended for each request; none: standard error.
+    request_log: Path | None = None
     #: Largest body of a request.
     max_body: str = "4MiB"
     #: Seconds after which a request is ended, with an error.

@@ -20,6 +20,7 @@ from moray.deploy.first_use import compile_for
 from moray.deploy.serving.args import ServeArgs
 from moray.deploy.serving.keeper import KEEPER, EngineKeeper
 from moray.deploy.serving.keys import KeyFile
+from moray.deploy.serving.observer import open_log
 from moray.runtime.errors import ClusterError, ConfigError
 
 _APPLICATION = "moray"
@@ -28,6 +29,7 @@ _APPLICATION = "moray"
 def run_server(args: ServeArgs, host: str, port: int, console: Console) -> None:
     """Serve until SIGINT or SIGTERM; a second one does not wait for requests that run. Raises MorayError."""
     _check_address(args, host, port)
+    open_log(args.request_log)
     if args.device != "cuda":
         compile_for(args.engine.store_path, "float" if args.numerics == "float" else "int8", console)
     with serving(args, host, port, console):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError
 
+from moray.actors.messages import EngineStats
 from moray.actors.streams import Replay, cancel, resume
 from moray.actors.wiring import CONTROL, keep, our_errors
 from moray.deploy.config import EngineConfig
@@ -98,6 +99,12 @@ class EngineClient:
                 raise
         except TimeoutError as error:
             raise ClusterError(f"the engine has not answered for {_PING_S:.0f} s") from error
+
+    async def stats(self) -> EngineStats | None:
+        """What the engine has done so far; None if it is being ended. Raises MorayError."""
+        with our_errors():
+            stats: EngineStats | None = await self._keeper.stats.remote()
+        return stats
 
     async def _tell_keeper(self, interval_s: float) -> None:
         while True:

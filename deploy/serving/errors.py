@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
+from moray.deploy.serving.records import current_record
 from moray.runtime.errors import InputError, MorayError, RequestError
 
 logger = logging.getLogger("ray.serve")
@@ -71,7 +72,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError):
         code = "context_length_exceeded" if "context" in str(error) and "holds" in str(error) else None
         return ApiError(400, str(error), code=code)
-    logger.error("a request failed", exc_info=error)
+    logger.error("request %s failed", current_record().request_id, exc_info=error)
     if isinstance(error, MorayError) and not isinstance(error, InputError):
         return ApiError(503, f"the engine is not available: {error}", code="engine_unavailable")
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from ray import serve
@@ -10,6 +11,8 @@ from moray.deploy.serving.api import make_api
 from moray.deploy.serving.args import ServeArgs
 from moray.deploy.serving.engine_client import EngineClient
 from moray.deploy.serving.keys import KeyFile
+from moray.deploy.serving.metrics import Metrics, poll
+from moray.deploy.serving.observer import Observer, open_log
 from moray.deploy.serving.service import Service
 
 # Serve would let requests wait or answer them 503 by itself; the server says 429 and when to come back.
@@ -23,10 +26,15 @@ class Server:
     async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         self._args = args
         self._keys = None if args.api_keys is None else KeyFile(args.api_keys)
+        self._log = open_log(args.request_log)
         self._service = Service(args, await EngineClient.connect(args.engine, args.linger_s))
+        self._metrics = Metrics()
+        self._polling = asyncio.create_task(poll(self._metrics, self._service.engine.stats))
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_api(self._service, self._keys)
+        api = make_api(self._service, self._keys)
+        api.add_middleware(Observer, metrics=self._metrics, log=self._log)
+        return api
 
     async def check_health(self) -> None:
         """Serve starts another server if this fails repeatedly; it starts another engine if that is gone."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from moray.actors.guard import Owner, exit_with
 from moray.actors.ledger import LedgerClient
+from moray.actors.messages import EngineStats
 from moray.actors.streams import await_compute
 from moray.deploy.config import EngineConfig
 from moray.deploy.engine import Engine
@@ -57,6 +58,11 @@ class EngineKeeper:
     def touch(self) -> None:
         """A server lives."""
         self._heard_s = monotonic()
+
+    def stats(self) -> EngineStats | None:
+        """Of the engine, if there is one. Raises MorayError."""
+        engine = self._engine
+        return None if engine is None else engine.stats()
 
     def stop(self) -> None:
         """End the engine now."""

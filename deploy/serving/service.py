@@ -12,6 +12,7 @@ from time import monotonic
 from moray.deploy.serving.args import ServeArgs
 from moray.deploy.serving.engine_client import EngineClient, Generation
 from moray.deploy.serving.errors import ApiError
+from moray.deploy.serving.records import current_record
 from moray.deploy.serving.requests import ChatRequest, CompletionRequest
 from moray.runtime.errors import ClusterError
 from moray.runtime.generation.request import Prompt, TokenEvent
@@ -114,6 +115,8 @@ class Job:
         self._service = service
         self._started_s = monotonic()
         self._is_closed = False
+        self._record = current_record()
+        self._record.begin([len(of.prompt_ids) for of in generations[::num_choices]], len(generations))
 
     def close(self) -> None:
         if not self._is_closed:
@@ -160,6 +163,7 @@ class Job:
             async for event in events:
                 if event.finished is not None and event.finished.reason in ("deadline", "cancelled"):
                     raise _ended_early(event.finished.reason, timeout_s)
+                self._record.note(index, event)
                 yield ChoiceEvent(index, event)
 
 
