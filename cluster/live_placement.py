@@ -51,7 +51,10 @@ class LivePlacement:
         if owned is None:
             return tuple(self._placement.assigned(host_id))
         mine = [key for key in self._placement.assigned(HERE) if key in owned]
-        return tuple(mine[: self._local_slots[host_id]])
+        left_out = {*self._placement.left_out}
+        # What is placed on the node may not be spread over its hosts as their memory is.
+        others = sorted(owned.difference(mine), key=lambda key: (key not in left_out, key.expert, key.layer))
+        return tuple([*mine, *others][: self._local_slots[host_id]])
 
     def _hosts(self, here: ComputeSpeed, remote: Sequence[HostSpec]) -> list[HostSpec]:
         return [HostSpec(HERE, sum(self._local_slots.values()), here), *remote]
