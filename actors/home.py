@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from moray.actors.ledger import LedgerClient
+from moray.actors.messages import HostPart
 from moray.cluster.client import HostAddress
 
 
@@ -20,5 +21,5 @@ class Home(LedgerClient, Protocol):
     def admit(self, client_key: str) -> list[HostAddress]:
         """Let the holder of this key connect to the remote hosts. Returns where they are."""
 
-    def announce(self, address: HostAddress) -> None:
-        """Tell where a host listens, which is new at every start; returns at once."""
+    def announce(self, address: HostAddress) -> HostPart:
+        """Tell where a host listens to the network, which is new at every start."""

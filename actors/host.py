@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 from moray.actors.guard import exit_with
 from moray.actors.home import Home
 from moray.actors.messages import HostConfig, HostReport
+from moray.cluster.client import HostAddress
 from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.peers import Peers
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import HostLostError, MorayError
 from moray.runtime.events import HostRestarted
 from moray.runtime.experts.shard_host import HostStats, ShardHost
+from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
 from moray.runtime.topology import cores_of_host, on_cores, read_cores
 
@@ -25,7 +29,8 @@ class ExpertHost:
 
     def __init__(self, config: HostConfig, home: Home) -> None:
         exit_with(config.owner)
-        self._curve: CurveServer | None = None
+        self._curve: CurveServer | None = None  # None: no other node is part of the engine
+        self._peers: Peers | None = None
         self._outcome: HostReport | MorayError
         try:
             with on_cores(cores_of_host(read_cores(), config.index, config.num_hosts)):
@@ -44,6 +49,19 @@ class ExpertHost:
         if self._curve is not None:
             self._curve.allow(client_key)
 
+    def set_peers(self, hosts: Sequence[HostAddress]) -> None:
+        """The other hosts now: they may read here, and what this node's disk lacks or has damaged comes from them."""
+        if self._curve is None or self._peers is None:
+            return
+        for host in hosts:
+            self._curve.allow(host.server_key)
+        self._peers.set_hosts(hosts)
+        self._host.assign(self._host.assigned)  # somebody may have what could not be loaded
+
+    def assign(self, keys: Sequence[ExpertKey]) -> None:
+        """Keep these in memory from now on, as far as it reaches."""
+        self._host.assign(keys)
+
     def stats(self) -> HostStats:
         return self._host.stats()
 
@@ -58,6 +76,9 @@ class ExpertHost:
         num_threads = min(config.num_threads, len(os.sched_getaffinity(0)))
         caching, address = config.caching, config.address
         is_remote = address.address.startswith("tcp://")
+        network = address.address if is_remote else config.network
+        keys = CurveKeys.make() if network else None
+        self._peers = Peers(store.manifest, [], keys) if keys else None
         arena = None if is_remote else _take_back(orders.survivor)
         options: dict[str, Any] = {"policy": caching.policy, "prefetch": caching.prefetch}
         self._host = ShardHost(
@@ -66,17 +87,20 @@ class ExpertHost:
             num_threads,
             arena,
             num_slots=config.num_slots,
-            assigned=config.assigned,
+            assigned=() if keys else config.assigned,
+            peers=self._peers,
             **options,
         )
-        if is_remote:
-            keys = CurveKeys.make()
+        if not is_remote:
+            self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)
+        if network and keys:
             self._curve = CurveServer(keys, home.client_keys())
-            address = replace(address, server_key=keys.public)
-        self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token, self._curve)
-        address = replace(address, address=self._server.address)
-        if is_remote:
-            home.announce(address)
+            self._network = DataPlaneServer(address.host_id, self._host, network, address.token, self._curve)
+            reached = replace(address, address=self._network.address, server_key=keys.public)
+            address = reached if is_remote else address
+            part = home.announce(reached)
+            self.set_peers(part.peers)
+            self._host.assign(part.assigned)  # with whom to ask for what cannot be read here
         if orders.num_restarts:
             home.note([HostRestarted(orders.cause, address.host_id, os.getpid(), self._host.num_adopted)])
         return HostReport(
@@ -85,7 +109,7 @@ class ExpertHost:
             pid=os.getpid(),
             address=address,
             num_experts=len(config.keys),
-            num_assigned=len(config.assigned),
+            num_assigned=len(self._host.assigned),
             arena=self._host.arena.ref,
             start_s=perf_counter() - started,
         )

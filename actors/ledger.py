@@ -47,6 +47,7 @@ class _State:
     hosts: tuple[HostAddress, ...] = ()
     survivors: dict[str, ArenaRef] = field(default_factory=dict)
     client_keys: tuple[str, ...] = ()
+    reached: dict[str, HostAddress] = field(default_factory=dict)
     watches: bool = False
     events: tuple[Event, ...] = ()
 
@@ -92,6 +93,18 @@ class Ledger:
         with self._lock:
             self._state.hosts = tuple(hosts)
             self._keep()
+
+    def reach(self, address: HostAddress) -> None:
+        """Hosts of other nodes reach a host of the compute node here."""
+        with self._lock:
+            self._state.reached[address.host_id] = address
+            self._keep()
+
+    @property
+    def reached(self) -> dict[str, HostAddress]:
+        """What ``reach`` was told last, by host id."""
+        with self._lock:
+            return dict(self._state.reached)
 
     @property
     def client_keys(self) -> tuple[str, ...]:

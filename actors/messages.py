@@ -10,6 +10,7 @@ from moray.cluster.identity import NodeIdentity
 from moray.cluster.membership import MemberState
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.topology import NodeReport
 from moray.runtime.arena import ArenaRef
 from moray.runtime.device.stats import DeviceStats
 from moray.runtime.experts.meter import ExpertsStats
@@ -42,12 +43,12 @@ class NodeOrders:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeReport:
-    """What a node could hold."""
+class NodeSurvey:
+    """What a node could hold, and how fast it is."""
 
     identity: NodeIdentity
     num_slots: int
-    num_threads: int
+    report: NodeReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,15 @@ class HostConfig:
     num_slots: int  # of the arena: as planned, at most one for each expert
     caching: Caching
     owner: Owner | None  # end with this process of the same machine; None: live until told
+    network: str | None = None  # beside an ipc:// address: tcp:// to port 0, where hosts of other nodes may read
+
+
+@dataclass(frozen=True, slots=True)
+class HostPart:
+    """What changes for a host as nodes come and go."""
+
+    assigned: tuple[ExpertKey, ...]  # in place of what its orders say
+    peers: tuple[HostAddress, ...]  # the other hosts of the engine
 
 
 @dataclass(frozen=True, slots=True)

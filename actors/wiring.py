@@ -32,9 +32,10 @@ from moray.actors.messages import (
     EngineOrders,
     EngineStatus,
     HostConfig,
+    HostPart,
     HostReport,
     NodeOrders,
-    NodeReport,
+    NodeSurvey,
 )
 from moray.actors.orchestrator import Orchestrator
 from moray.actors.probe import NodeProbe
@@ -44,12 +45,13 @@ from moray.cluster.client import HostAddress
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.placement import place_evenly
 from moray.cluster.remote_host import RemoteStats
-from moray.cluster.topology import Topology
+from moray.cluster.topology import NodeReport, Topology, measure_node
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ActorLostError, ClusterError, MorayError
 from moray.runtime.events import Event
 from moray.runtime.experts.shard_host import HostStats
 from moray.runtime.layout.packed import Numerics
+from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.planning.plan import MemoryPlan
 from moray.runtime.store.manifest import Manifest
 
@@ -65,6 +67,8 @@ _REMOTE_START_S = 300.0  # for a host there: it maps its arena; shards are loade
 _REMOTE_STATS_S = 2.0  # a node that is cut off is left out of statistics
 #: Concurrency group of short calls to the compute actor: they never wait behind streams.
 CONTROL = "control"
+#: Concurrency group of a host's changes of part: one after the other.
+PART = "part"
 _FOR_EVER = -1
 _KV_NAMESPACE = b"moray"
 _NODE_LABEL = "ray.io/node-id"  # every node has this label from Ray
@@ -178,7 +182,6 @@ def start_actors(
         compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, home)
         started.append(compute)
         placement = call(orchestrator.open)
-        here = {key for host_id in local_keys for key in placement[host_id]}
         addresses = []
         for index, (host_id, keys) in enumerate(local_keys.items()):
             # Abstract sockets: no files, and gone with their processes.
@@ -187,13 +190,14 @@ def start_actors(
                 address=addresses[-1],
                 store_path=store_path,
                 keys=tuple(keys),
-                assigned=tuple(key for key in keys if key in here),
+                assigned=placement[host_id],
                 index=index,
                 num_hosts=num_hosts,
                 num_threads=num_threads,
                 num_slots=plan.slots[index],
                 caching=caching,
                 owner=owner,
+                network=f"tcp://{node.address}:0" if is_joined else None,
             )
             started.append(_start_host(name, node, config))
         hosts = tuple(started[2:])
@@ -273,15 +277,24 @@ class RayHands:
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
+        self._found: dict[tuple[str, str], Any] = {}
 
     def living_nodes(self) -> list[NodeInfo]:
         return ray_session.living_nodes()
 
-    def survey(self, nodes: Sequence[tuple[NodeInfo, NodeOrders]]) -> list[NodeReport]:
+    def survey(self, nodes: Sequence[tuple[NodeInfo, NodeOrders]]) -> list[NodeSurvey]:
         return _results([(node, _task(node, survey).remote(orders)) for node, orders in nodes])
+
+    def measure(self, node: NodeInfo, store_path: str) -> NodeReport:
+        return run_on(node, measure_node, store_path)
 
     def start_host(self, node: NodeInfo, config: HostConfig) -> Any:
         return _start_host(self._engine, node, config)
+
+    def find_host(self, node: NodeInfo, host_id: str) -> Any:
+        if (node.node_id, host_id) not in self._found:
+            self._found[node.node_id, host_id] = ray.get_actor(_host(self._engine, node, host_id))
+        return self._found[node.node_id, host_id]
 
     def report(self, host: Any) -> HostReport:
         try:
@@ -293,6 +306,14 @@ class RayHands:
     def admit(self, host: Any, client_key: str) -> None:
         with suppress(GetTimeoutError, ClusterError):  # it asks by itself when it is restarted
             fetch(lambda: ray.get(host.admit.remote(client_key), timeout=_REMOTE_STATS_S))
+
+    def assign(self, host: Any, keys: Sequence[ExpertKey]) -> None:
+        with suppress(GetTimeoutError, ClusterError):  # it is told when it is restarted
+            reference = host.assign.options(concurrency_group=PART).remote(tuple(keys))
+            fetch(lambda: ray.get(reference, timeout=_REMOTE_STATS_S))
+
+    def set_peers(self, host: Any, peers: Sequence[HostAddress]) -> None:
+        host.set_peers.options(concurrency_group=PART).remote(tuple(peers))
 
     def stop(self, host: Any) -> None:
         ray.kill(host)
@@ -342,8 +363,9 @@ class RayHome:
     def admit(self, client_key: str) -> list[HostAddress]:
         return list(call(self._actor().admit, client_key))
 
-    def announce(self, address: HostAddress) -> None:
-        self._actor().announce.remote(address)
+    def announce(self, address: HostAddress) -> HostPart:
+        part: HostPart = call(self._actor().announce, address)
+        return part
 
     def _actor(self) -> Any:
         return ray.get_actor(_orchestrator(self.engine))
@@ -398,9 +420,13 @@ def _on(node: NodeInfo) -> dict[str, Any]:
 
 
 def _start_host(engine: str, node: NodeInfo, config: HostConfig) -> Any:
-    name = f"{engine}-{config.address.host_id}-{node.node_id[:8]}"  # a node may come back before its old host is gone
+    name = _host(engine, node, config.address.host_id)
     options: dict[str, Any] = {"name": name, "max_restarts": _FOR_EVER, "max_concurrency": _HOST_CALLS}
-    return _remote(ExpertHost, **options, **_on(node)).remote(config, RayHome(engine))
+    return _remote(ExpertHost, {PART: 1}, **options, **_on(node)).remote(config, RayHome(engine))
+
+
+def _host(engine: str, node: NodeInfo, host_id: str) -> str:
+    return f"{engine}-{host_id}-{node.node_id[:8]}"  # a node may come back before its old host is gone
 
 
 def _task(node: NodeInfo, function: Callable[..., Any]) -> Any:

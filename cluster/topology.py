@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moray.runtime.cpu import usable_cores
+from moray.runtime.errors import StoreError
 from moray.runtime.lanes.rates import Rate
 from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
 from moray.runtime.memory import available_memory
@@ -76,6 +77,10 @@ class LinkReport:
         return Rate(self.latency_s, 1 / self.bytes_per_s, 0.0)
 
 
+#: Before a link has been measured: gigabit Ethernet.
+ASSUMED_LINK = LinkReport(3e-4, 125e6)
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
     """A cluster as seen from its compute node. ``links``: by node, of all nodes but that."""
@@ -134,15 +139,13 @@ def measure_node(store_path: str | Path, num_threads: int | None = None) -> Node
 
 
 def _read_some(store: Store) -> tuple[ExpertsLayer, list[int], float, mmap.mmap]:
-    """Shards of the first MoE layer's size in page-aligned memory: their addresses, and bytes a second of reading."""
-    manifest = store.manifest
-    layer = manifest.layers[0]
-    keys = [
-        ExpertKey(index, expert)
-        for index, other in enumerate(manifest.layers)
-        if other.layout == layer.layout
-        for expert in range(other.num_experts)
-    ]
+    """Shards of one size in page-aligned memory: their addresses, and bytes a second of reading."""
+    layers = store.manifest.layers
+    keys: list[ExpertKey] = sorted(store.present)
+    if not keys:
+        raise StoreError(f"{store.path} has no expert of the store; bring some with `moray store sync`")
+    layer = layers[keys[0].layer]
+    keys = [key for key in keys if layers[key.layer].layout == layer.layout]
     slot = round_up(layer.layout.num_bytes, ALIGNMENT)
     keys = keys[: max(2, -(-_WORKING_SET_BYTES // slot))]
     memory = mmap.mmap(-1, slot * len(keys))

@@ -112,10 +112,12 @@ class ShardHost:
     def assign(self, assigned: Sequence[ExpertKey]) -> None:
         """From now on these are what it fills its arena with, in this order. Evicts nothing by itself.
 
-        Raises KeyError for an expert that does not live here.
+        What could not be loaded before is tried again. Raises KeyError for an expert that does not live here.
         """
         indices = [self._index[key] for key in assigned]
         with self._loader.lock:
+            while self._loader.errors:
+                self.arena.directory[self._loader.errors.popitem()[0]] = NOWHERE
             self.assigned = list(assigned)
             self._manager.assign(indices)
             self._loader.wake()

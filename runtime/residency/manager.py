@@ -87,8 +87,9 @@ class ResidencyManager:
         self.stats = ResidencyStats()
 
     def assign(self, experts: Sequence[int]) -> None:
-        """Free memory is filled with these alone, in this order."""
+        """Free memory is filled with these alone, in this order. What could not be loaded before is tried again."""
         self._fills = list(experts)[::-1]
+        self._failed.clear()
 
     @property
     def wants_to_fill(self) -> bool:

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from moray.cluster.identity import check_identity, identity_of
 from moray.cluster.membership import Drop, Member, Membership, Start
 from moray.cluster.nodes import NodeInfo
-from moray.cluster.placement import place_by_slots, place_more
 from moray.deploy.config import demo_store
-from moray.runtime.errors import ClusterError, ConfigError, ResourceError
+from moray.runtime.errors import ClusterError, ResourceError
 from moray.runtime.planning.host_plan import plan_host_slots
 from moray.runtime.store.store import Store
 
@@ -76,29 +75,6 @@ def test_a_host_that_serves_too_late_is_nobodys() -> None:
     assert not members.started(start.member)
     [again] = members.see([COMPUTE, host("a", 2)])
     assert again.member.host_id == start.member.host_id and members.started(again.member)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.dictionaries(st.sampled_from(NAMES), st.integers(0, 60), min_size=1))
-def test_shares_follow_slots_in_every_layer(slots: dict[str, int]) -> None:
-    with Store.open(demo_store()) as store:
-        manifest = store.manifest
-    if not sum(slots.values()):
-        with pytest.raises(ConfigError, match="memory for no expert"):
-            place_by_slots(manifest, slots)
-        return
-    placement, total = place_by_slots(manifest, slots), len(manifest.shards)
-    placed = [key for keys in placement.values() for key in keys]
-    assert len(placed) == len(set(placed)) == min(total, sum(slots.values()))
-    whole = max(total, sum(slots.values()))
-    for holder, keys in placement.items():
-        assert keys == sorted(keys) and len(keys) <= slots[holder]
-        for layer, info in enumerate(manifest.layers):
-            share = info.num_experts * slots[holder] / whole
-            assert abs(sum(key.layer == layer for key in keys) - share) < 2.5
-    more = place_more(manifest, placement, 10)
-    assert set(manifest.shards) - set(placed) <= set(more) or len(set(more) & set(placed)) == 0
-    assert len(more) == 10 and more == sorted(more)
 
 
 def test_only_equal_identities_go_together() -> None:

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.cluster.layer_cost import LayerGeometry, TokenCost, Worker, odds_of, symmetric_polynomials
+from moray.cluster.live_placement import LivePlacement
 from moray.cluster.place import place, replace
-from moray.cluster.placement import Heat, HostSpec, Placement, all_keys, deal, heat_of, moved
+from moray.cluster.placement import Heat, HostSpec, Placement, all_keys, deal, heat_of, moved, place_evenly
 from moray.cluster.topology import ComputeSpeed, LinkAverage, LinkReport
 from moray.runtime.errors import ConfigError
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.store.store import Store
 
 MB = 1 << 20
 COARSE = LayerGeometry(8, 2, 99 * MB, 4352, 16384)  # as Mixtral-8x7B has them, at 4.5 bits
@@ -190,6 +192,38 @@ def test_the_number_chosen_at_a_worker_is_distributed_as_draws_are() -> None:
     assert cost.expected_even_s((4, 4)) == pytest.approx(by_hand)
     assert cost.expected_s([np.ones(4), np.ones(4)]) == pytest.approx(by_hand)
     assert there[1] > LAN.latency_s + 99 * MB / SLOW.bytes_per_s  # the request and the computing, one after the other
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.lists(st.integers(0, 60), min_size=1, max_size=3))
+def test_a_running_engine_places_by_the_same_rule(demo: Store, local: list[int], remote: list[int]) -> None:
+    """Hosts of the compute node keep to their own experts; what is placed, when nodes come and go, is place.py's."""
+    slots = {f"host-{i}": count for i, count in enumerate(local)}
+    hosts = [HostSpec(f"host-{chr(97 + i)}", count, SLOW, LAN) for i, count in enumerate(remote)]
+    owned, every = place_evenly(demo.manifest, [*slots]), set(demo.manifest.shards)
+    live = LivePlacement(demo, slots)
+
+    def check(used: list[HostSpec]) -> None:
+        held = {host_id: live.assigned(host_id) for host_id in (*slots, *(host.host_id for host in used))}
+        for host_id, count in slots.items():  # no memory is left empty
+            assert {*held[host_id]} <= {*owned[host_id]} and len({*held[host_id]}) == len(held[host_id])
+            assert len(held[host_id]) == min(count, len(owned[host_id]))
+        assert all(len(held[host.host_id]) <= host.num_slots for host in used)
+        if len(slots) == 1:
+            room = sum(slots.values()) + sum(host.num_slots for host in used)
+            assert len({key for keys in held.values() for key in keys}) == min(room, len(every))
+
+    check([])
+    alone = [live.assigned(host_id) for host_id in slots]
+    live.replace(FAST, hosts)
+    check(hosts)
+    if len(slots) == 1:  # only what another has now is not kept
+        taken = {*alone[0]} - {*live.assigned("host-0")}
+        assert taken <= {key for host in hosts for key in live.assigned(host.host_id)}
+    live.replace(FAST, [])
+    check([])
+    live.place(FAST, hosts)
+    check(hosts)
 
 
 def test_heat_is_what_was_recorded() -> None:
