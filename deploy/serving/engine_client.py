@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError
 
+from moray.actors.messages import EngineView
 from moray.actors.streams import Replay, cancel, resume
 from moray.actors.wiring import CONTROL, keep, our_errors
 from moray.deploy.config import EngineConfig
@@ -98,6 +99,16 @@ class EngineClient:
                 raise
         except TimeoutError as error:
             raise ClusterError(f"the engine has not answered for {_PING_S:.0f} s") from error
+
+    async def view(self) -> EngineView:
+        """What there is to see. Raises ClusterError, ActorLostError if the engine does not answer."""
+        try:
+            with our_errors():
+                asked = self._compute.view.options(concurrency_group=CONTROL).remote()
+                view: EngineView = await asyncio.wait_for(asked, _PING_S)
+        except TimeoutError as error:
+            raise ClusterError(f"the engine has not answered for {_PING_S:.0f} s") from error
+        return view
 
     async def _tell_keeper(self, interval_s: float) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -99,6 +100,13 @@ class DeviceTier:
             dropped=cache.counts.dropped if cache else 0,
             rates=self.rates.snapshot(),
         )
+
+    def resident(self) -> list[npt.NDArray[np.bool_]]:
+        """bool [E] of each layer: experts on the device. From any thread: a snapshot, while copies go on."""
+        first = self.first_expert
+        if self.cache is None:
+            return [np.zeros(after - before, dtype=np.bool_) for before, after in pairwise(first)]
+        return [np.array(self.cache.resident(range(before, after)), dtype=np.bool_) for before, after in pairwise(first)]
 
     def close(self) -> None:
         """Wait for what still reads the arenas. Call it before the source is closed."""
