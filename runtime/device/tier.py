@@ -101,12 +101,12 @@ class DeviceTier:
             rates=self.rates.snapshot(),
         )
 
-    def resident(self) -> list[npt.NDArray[np.bool_]]:
-        """bool [E] of each layer: experts on the device. From any thread: a snapshot, while copies go on."""
-        first = self.first_expert
-        if self.cache is None:
-            return [np.zeros(after - before, dtype=np.bool_) for before, after in pairwise(first)]
-        return [np.array(self.cache.resident(range(before, after)), dtype=np.bool_) for before, after in pairwise(first)]
+    def resident(self) -> list[npt.NDArray[np.bool_]] | None:
+        """bool [E] of each layer: experts on the device; None if none ever is. From any thread, while copies go on."""
+        cache = self.cache
+        if cache is None:
+            return None
+        return [np.array(cache.resident(range(a, b)), dtype=np.bool_) for a, b in pairwise(self.first_expert)]
 
     def close(self) -> None:
         """Wait for what still reads the arenas. Call it before the source is closed."""

@@ -220,7 +220,7 @@ class Runner:
 
     def on_device(self) -> list[npt.NDArray[np.bool_]] | None:
         """bool [E] of each layer: experts on a device; None if there is none for them."""
-        return None if self._tier is None or self._tier.cache is None else self._tier.resident()
+        return None if self._tier is None else self._tier.resident()
 
     def close(self) -> None:
         """Stop the thread; open streams end with an error."""

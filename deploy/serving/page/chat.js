@@ -40,6 +40,7 @@ export class Chat {
 
   clear() {
     this.running?.abort();
+    this.setRunning(null);
     this.turns = [];
     this.log.replaceChildren(byId("hint") ?? this.hint);
     this.input.focus();
@@ -57,8 +58,8 @@ export class Chat {
     const answer = new Answer(this.log, this.mode === "chat" ? null : text);
     const turn = { role: "user", content: text };
     this.turns.push(turn);
-    const running = (this.running = new AbortController());
-    byId("send").textContent = "Stop";
+    const running = new AbortController();
+    this.setRunning(running);
     try {
       await this.read(body, answer, running.signal);
     } catch (error) {
@@ -68,11 +69,15 @@ export class Chat {
         this.onError(error);
       }
     }
-    if (this.running !== running) return;
+    if (this.running !== running) return; // a new chat has begun
     if (answer.text) this.turns.push({ role: "assistant", content: answer.text });
     else if (this.turns.at(-1) === turn) this.turns.pop(); // nothing came of it
-    this.running = null;
-    byId("send").textContent = "Send";
+    this.setRunning(null);
+  }
+
+  setRunning(running) {
+    this.running = running;
+    byId("send").textContent = running ? "Stop" : "Send";
   }
 
   async read(body, answer, signal) {

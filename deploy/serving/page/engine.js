@@ -77,9 +77,9 @@ export class EngineView {
     const limit = state.kv_limit_bytes === null ? "no limit" : `of ${bytes(state.kv_limit_bytes)}`;
     const shown = [
       ["Tokens/s", this.rate((s) => s.tokens_decoded).toFixed(1), `${counts.format(state.tokens_decoded)} generated`],
-      ["Prompt tokens/s", this.rate((s) => s.prompt_tokens_computed).toFixed(1),
+      ["Prompt/s", this.rate((s) => s.prompt_tokens_computed).toFixed(1),
         `${counts.format(state.prompt_tokens_reused)} reused`],
-      ["Hit rate", hits(uses, misses), `${hits(state.uses, state.misses)} since the start`],
+      ["Hit rate", hits(uses, misses), `overall ${hits(state.uses, state.misses)}`],
       ["Running", counts.format(state.running), `batching ${state.batching}`],
       ["Queue", counts.format(state.waiting), `${state.requests} of ${state.max_requests} requests`],
       ["KV cache", bytes(state.kv_reserved_bytes), limit],
@@ -118,8 +118,8 @@ export class EngineView {
         const entry = element("li", "");
         const swatch = document.createElement("i");
         swatch.style.background = palette[index][9];
-        const where = name && node && name !== node ? `${name} (${node})` : name;
-        entry.append(swatch, `${tier}${where ? ` ${where}` : ""}: ${counts.format(totals[index])}`);
+        const where = [name.startsWith(tier) ? "" : tier, name, node && node !== name && `(${node})`];
+        entry.append(swatch, `${where.filter(Boolean).join(" ")}: ${counts.format(totals[index])}`);
         return entry;
       }),
     );

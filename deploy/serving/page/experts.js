@@ -31,7 +31,8 @@ function layOut(numLayers, numExperts, width, height) {
     if (side > best.side) best = { side, columns };
   }
   if (best.side >= LEAST) return best;
-  return { side: LEAST, columns: Math.max(1, Math.min(numExperts, Math.floor(width / LEAST))) };
+  const rows = Math.ceil((numExperts * LEAST) / Math.max(width, LEAST));
+  return { side: LEAST, columns: Math.ceil(numExperts / rows) };
 }
 
 export class ExpertMap {
