@@ -6,6 +6,7 @@ import { getState } from "./server.js";
 const INTERVAL_MS = 1000;
 const KEPT = 4; // answers that rates are taken over
 const counts = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const percent = new Intl.NumberFormat("en", { style: "percent", maximumFractionDigits: 1 });
 
 const byId = (id) => document.getElementById(id);
 const decode = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
@@ -72,7 +73,7 @@ export class EngineView {
 
   showNumbers() {
     const { state } = this;
-    const hits = (uses, misses) => (uses > 0 ? `${((100 * (uses - misses)) / uses).toFixed(1)} %` : "–");
+    const hits = (uses, misses) => (uses > 0 ? percent.format((uses - misses) / uses) : "–");
     const [uses, misses] = ["uses", "misses"].map((name) => this.rate((s) => s[name]));
     const limit = state.kv_limit_bytes === null ? "no limit" : `of ${bytes(state.kv_limit_bytes)}`;
     const shown = [
@@ -81,7 +82,7 @@ export class EngineView {
         `${counts.format(state.prompt_tokens_reused)} reused`],
       ["Hit rate", hits(uses, misses), `overall ${hits(state.uses, state.misses)}`],
       ["Running", counts.format(state.running), `batching ${state.batching}`],
-      ["Queue", counts.format(state.waiting), `${state.requests} of ${state.max_requests} requests`],
+      ["Queue", counts.format(state.waiting), `${state.requests} of ${state.max_requests} open`],
       ["KV cache", bytes(state.kv_reserved_bytes), limit],
     ];
     byId("numbers").replaceChildren(

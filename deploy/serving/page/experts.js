@@ -24,15 +24,17 @@ export function paletteOf(places) {
 
 // The cell's side, and columns, for which all layers fit best into a frame.
 function layOut(numLayers, numExperts, width, height) {
+  const whole = (side) => Math.floor(side * devicePixelRatio) / devicePixelRatio; // pixels of the screen
   let best = { side: 0, columns: numExperts };
   for (let rows = 1; rows <= numExperts; rows++) {
     const columns = Math.ceil(numExperts / rows);
-    const side = Math.floor(Math.min(MOST, width / columns, (height / numLayers - 2) / rows));
+    const side = whole(Math.min(MOST, width / columns, (height / numLayers - 2) / rows));
     if (side > best.side) best = { side, columns };
   }
   if (best.side >= LEAST) return best;
   const rows = Math.ceil((numExperts * LEAST) / Math.max(width, LEAST));
-  return { side: LEAST, columns: Math.ceil(numExperts / rows) };
+  const columns = Math.ceil(numExperts / rows);
+  return { side: Math.max(LEAST, whole(width / columns)), columns };
 }
 
 export class ExpertMap {
@@ -144,6 +146,9 @@ export class ExpertMap {
     event.preventDefault();
     layer = Math.max(0, Math.min(layers.length - 1, layer));
     this.select([layer, Math.max(0, Math.min(layers[layer].place.length - 1, expert))]);
+    const { band } = this.grid;
+    const least = (layer + 1) * band - this.frame.clientHeight; // so that the layer is seen
+    this.frame.scrollTop = Math.min(layer * band, Math.max(least, this.frame.scrollTop));
   }
 
   select(cell) {
