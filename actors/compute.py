@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from moray.actors.guard import exit_with
 from moray.actors.home import Home
 from moray.actors.ledger import COMPUTE
-from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats
+from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats, EngineView
 from moray.cluster.client import HostAddress
 from moray.cluster.health import HostState
 from moray.cluster.keys import CurveKeys
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.residency import Place
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.events import ComputeFailed, ComputeRestarted, RemoteHostChanged
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from moray.runtime.device.stats import DeviceStats
     from moray.runtime.device.tier import DeviceTier
     from moray.runtime.evaluation import Ids, TokenScores
+    from moray.runtime.experts.meter import ExpertsStats
+    from moray.runtime.experts.source import SourceStats
     from moray.runtime.generation.vocabulary import Vocabulary
 
 _JOIN_S, _REJOIN_S = 30.0, 300.0  # for hosts to answer: at first they are there, later they may be restarting too
@@ -242,9 +246,42 @@ class ComputeActor:
             remote=self.remote_stats(),
         )
 
+    def view(self) -> EngineView:
+        """What there is to see. Raises ClusterError if the actor cannot be brought back."""
+        import numpy as np
+
+        self.report()
+        experts, fetches = self._runner.stats(), self._source.stats()
+        residency, on_device = self._source.residency(), self._runner.on_device()
+        places, tiers = list(residency.places), list(residency.layers)
+        if on_device is not None:
+            tiers = [np.where(is_there, len(places), held) for is_there, held in zip(on_device, tiers, strict=True)]
+            places.append(Place("device", str(self._model.device), self._home.node_id()))
+        return EngineView(
+            time_s=perf_counter(),
+            num_restarts=self._num_restarts,
+            has_chat_template=bool(getattr(self._runner.tokenizer, "chat_template", None)),
+            places=tuple(places),
+            tiers=tuple(np.minimum(held, 255).astype(np.uint8).tobytes() for held in tiers),
+            recent=tuple(levels.tobytes() for levels in self._runner.recent_use()),
+            uses=experts.uses,
+            misses=fetches.misses,
+            lanes=tuple(_bytes_by_lane(experts, fetches, self._runner.device_stats()).items()),
+            generation=self._runner.generation_stats(),
+        )
+
     def remote_stats(self) -> tuple[RemoteStats, ...]:
         """Of every remote host."""
         return tuple(self._source.remote_stats())
+
+
+def _bytes_by_lane(experts: ExpertsStats, fetches: SourceStats, device: DeviceStats | None) -> dict[str, int]:
+    """Names are those of runtime/lanes/lane.py."""
+    if device is not None:
+        return {lane: count for lane, count in device.bytes_by_lane.items() if lane != "remote-fetch"}
+    remote = experts.bytes_by_source.get("remote", 0)
+    here = sum(experts.bytes_by_source.values()) - remote
+    return {"host-cpu": here - fetches.missed_bytes, "disk-load": fetches.missed_bytes, "remote-compute": remote}
 
 
 def _resolve(device: str) -> str:

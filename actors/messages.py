@@ -10,6 +10,7 @@ from moray.cluster.identity import NodeIdentity
 from moray.cluster.membership import MemberState
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.residency import Place
 from moray.cluster.topology import NodeReport
 from moray.runtime.arena import ArenaRef
 from moray.runtime.device.stats import DeviceStats
@@ -177,6 +178,26 @@ class ComputeStats:
     generation: GenerationStats
     num_restarts: int  # of the compute actor: what it did before the last is not counted
     remote: tuple[RemoteStats, ...]  # of hosts on other nodes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """What there is to see of an engine now. Counts are since the compute actor's start, ``num_restarts`` tells which.
+
+    ``tiers`` and ``recent``: of each layer one byte per expert, an index into ``places`` and how much it was used of
+    late (0 to 255).
+    """
+
+    time_s: float  # of the compute actor's own clock: differences between views are what counts
+    num_restarts: int
+    has_chat_template: bool
+    places: tuple[Place, ...]
+    tiers: tuple[bytes, ...]
+    recent: tuple[bytes, ...]
+    uses: int  # of experts by layer calls
+    misses: int  # uses that did not find their expert in memory
+    lanes: tuple[tuple[str, int], ...]  # bytes of the shards that each lane computed with
+    generation: GenerationStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,16 @@ class ArenaSource:
     def owner_of(self, layer: int) -> Ints:
         return self._layers[layer].owners
 
+    def held_by(self, layer: int) -> Ints:
+        """int64 [E]: index into ``describe()`` of the arena that each expert is in, -1 if none. From any thread."""
+        of_layer, held = self._layers[layer], np.full(len(self._layers[layer].owners), -1, dtype=np.int64)
+        for index, host in enumerate(self._hosts):
+            mine = np.flatnonzero(of_layer.owners == index)
+            first_entry = host.arena.entry_addresses(np.zeros(1, dtype=np.int64))
+            slots = host.arena.directory[(of_layer.places[0][mine] - first_entry) // 8]
+            held[mine[slots >= 0]] = index
+        return held
+
     def stats(self) -> SourceStats:
         return self._stats
 

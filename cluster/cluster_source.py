@@ -18,6 +18,7 @@ from moray.cluster.client import HostAddress
 from moray.cluster.keys import CurveKeys
 from moray.cluster.remote import RemoteCall, RemoteLanes
 from moray.cluster.remote_host import OnChange, RemoteStats
+from moray.cluster.residency import Place, Residency
 from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import ConfigError
 from moray.runtime.events import Event
@@ -59,6 +60,7 @@ class ClusterSource:
         if lanes not in FORCED:
             raise ConfigError(f"lanes is {lanes!r}, expected one of {', '.join(FORCED)}")
         self._arenas = ArenaSource(store, local, whole_layers=whole_layers, join_s=join_s, report=report)
+        self._num_layers, self._local_nodes = len(store.manifest.layers), [host.node for host in local]
         self._elsewhere: tuple[int, frozenset[int]] = (-1, frozenset())  # of the last call: computed on other nodes
         try:
             client = f"compute-{os.uname().nodename}-{os.getpid()}"
@@ -102,6 +104,26 @@ class ClusterSource:
 
     def remote_stats(self) -> list[RemoteStats]:
         return self._remote.stats()
+
+    # ----------------------------------------------------------------------------- everywhere
+
+    def residency(self) -> Residency:
+        """Where every expert is now: here if in memory here, else on the first live host that has it.
+
+        From any thread, without the lanes' lock, which a layer call holds: the list of hosts is never changed in place.
+        """
+        arenas = self._arenas.describe()
+        hosts = [host for host in self._remote.hosts if host.is_up]
+        places = [Place("disk", "", "")]
+        places += [Place("arena", info.name, node) for info, node in zip(arenas, self._local_nodes, strict=True)]
+        places += [Place("remote", host.address.host_id, host.address.node) for host in hosts]
+        layers = []
+        for layer in range(self._num_layers):
+            held = self._arenas.held_by(layer) + 1
+            for number, host in enumerate(hosts, 1 + len(arenas)):
+                held[(held == 0) & host.resident[layer]] = number
+            layers.append(held)
+        return Residency(tuple(places), tuple(layers))
 
     # ------------------------------------------------------------------------------ this node
 

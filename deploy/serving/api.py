@@ -20,8 +20,10 @@ from moray.deploy.serving.errors import ErrorBody, api_error, install_handlers
 from moray.deploy.serving.gate import Gate
 from moray.deploy.serving.keys import KeyFile
 from moray.deploy.serving.openapi import describe
+from moray.deploy.serving.page_files import add_page
 from moray.deploy.serving.requests import ChatRequest, CompletionRequest
 from moray.deploy.serving.service import Job, Service
+from moray.deploy.serving.state import EngineState
 
 
 class ModelList(BaseModel):
@@ -73,6 +75,14 @@ def make_api(service: Service, keys: KeyFile | None) -> FastAPI:
         """What follows a text."""
         return await _respond(service, body, Head.make("cmpl", args.served_name, service.fingerprint))
 
+    @api.get("/state", responses=_errors(503), response_model=EngineState)
+    async def state() -> Response:
+        """What the page shows of the engine."""
+        view = await service.view()
+        found = EngineState.of(view, args.served_name, service.num_taken, args.max_requests)
+        return Response(found.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})
+
+    add_page(api)
     describe(api, has_keys=keys is not None)
     return api
 

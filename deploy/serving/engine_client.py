@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError
 
-from moray.actors.messages import EngineStats
+from moray.actors.messages import EngineStats, EngineView
 from moray.actors.streams import Replay, cancel, resume
 from moray.actors.wiring import CONTROL, keep, our_errors
 from moray.deploy.config import EngineConfig
@@ -105,6 +105,16 @@ class EngineClient:
         with our_errors():
             stats: EngineStats | None = await self._keeper.stats.remote()
         return stats
+
+    async def view(self) -> EngineView:
+        """What there is to see. Raises ClusterError, ActorLostError if the engine does not answer."""
+        try:
+            with our_errors():
+                asked = self._compute.view.options(concurrency_group=CONTROL).remote()
+                view: EngineView = await asyncio.wait_for(asked, _PING_S)
+        except TimeoutError as error:
+            raise ClusterError(f"the engine has not answered for {_PING_S:.0f} s") from error
+        return view
 
     async def _tell_keeper(self, interval_s: float) -> None:
         while True:

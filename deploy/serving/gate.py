@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moray.deploy.serving.errors import ApiError, api_error
 from moray.deploy.serving.keys import KeyFile
 
-_OPEN_PATHS = ("/health", "/openapi.json")
+_OPEN_PATHS = ("/", "/health", "/openapi.json")
+_OPEN_FOLDER = "/page/"  # the same for everybody; what the page shows is asked for with a key
 
 
 class Gate:
@@ -45,7 +46,7 @@ class Gate:
                     403, "this server has no API keys and answers its own machine only", code="not_this_machine"
                 )
             return
-        if scope["path"] in _OPEN_PATHS:
+        if scope["path"] in _OPEN_PATHS or scope["path"].startswith(_OPEN_FOLDER):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or self._keys.owner_of(key.strip()) is None:

@@ -23,7 +23,7 @@ def _corrected(document: dict[str, Any], has_keys: bool) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-            if has_keys and path.startswith("/v1/"):
+            if has_keys and path.startswith(("/v1/", "/state")):
                 operation["security"] = [{"key": []}]
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):

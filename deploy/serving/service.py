@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from time import monotonic
 
+from moray.actors.messages import EngineView
 from moray.deploy.serving.args import ServeArgs
 from moray.deploy.serving.engine_client import EngineClient, Generation
 from moray.deploy.serving.errors import ApiError
@@ -46,6 +47,18 @@ class Service:
             await self.engine.ping()
         except ClusterError as error:
             raise ApiError(503, f"the engine is not available: {error}", code="engine_unavailable") from error
+
+    async def view(self) -> EngineView:
+        """Raises ApiError 503."""
+        try:
+            return await self.engine.view()
+        except ClusterError as error:
+            raise ApiError(503, f"the engine is not available: {error}", code="engine_unavailable") from error
+
+    @property
+    def num_taken(self) -> int:
+        """Choices that are generated or wait."""
+        return self._num_taken
 
     async def begin(self, request: ChatRequest | CompletionRequest) -> Job:
         """Check and admit a request; ``Job.close`` gives its place back. Raises ApiError, RequestError."""

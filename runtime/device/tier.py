@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -99,6 +100,13 @@ class DeviceTier:
             dropped=cache.counts.dropped if cache else 0,
             rates=self.rates.snapshot(),
         )
+
+    def resident(self) -> list[npt.NDArray[np.bool_]] | None:
+        """bool [E] of each layer: experts on the device; None if none ever is. From any thread, while copies go on."""
+        cache = self.cache
+        if cache is None:
+            return None
+        return [np.array(cache.resident(range(a, b)), dtype=np.bool_) for a, b in pairwise(self.first_expert)]
 
     def close(self) -> None:
         """Wait for what still reads the arenas. Call it before the source is closed."""

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -23,6 +24,7 @@ from moray.runtime.device.tier import DeviceTier, default_budget
 from moray.runtime.errors import MorayError, RequestError
 from moray.runtime.evaluation import Ids, TokenScores
 from moray.runtime.experts.meter import ExpertsStats
+from moray.runtime.experts.recent_use import RecentUse
 from moray.runtime.experts.source import ExpertSource
 from moray.runtime.experts.watch import WatchOptions, watch_layers
 from moray.runtime.generation.request import GenerationRequest, Prompt, TokenEvent, joined
@@ -106,6 +108,7 @@ class Runner:
                 tier.cache.clear()
         self._watch = watch_layers(model, store, source, watch or WatchOptions())
         self._meter.reset()
+        self._recent = RecentUse(self._meter.tokens, perf_counter())
         self._end_ids = end_token_ids(store.path, self.model.config)
         self._loop = StepLoop(self.model, self.tokenizer, self._end_ids, cache_kind, limits, batch)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -200,6 +203,10 @@ class Runner:
     def stats(self) -> ExpertsStats:
         return self._meter.snapshot()
 
+    def recent_use(self) -> list[npt.NDArray[np.uint8]]:
+        """uint8 [E] of each layer: see ``RecentUse.levels``."""
+        return self._recent.levels(perf_counter())
+
     def prefetch(self) -> str:
         """Whether experts are loaded ahead of need, and why."""
         return "off" if self._watch is None else self._watch.prefetch
@@ -210,6 +217,10 @@ class Runner:
     def device_stats(self) -> DeviceStats | None:
         """Of the experts on a device; None if all are computed on the CPU anyway."""
         return None if self._tier is None else self._tier.stats()
+
+    def on_device(self) -> list[npt.NDArray[np.bool_]] | None:
+        """bool [E] of each layer: experts on a device; None if there is none for them."""
+        return None if self._tier is None else self._tier.resident()
 
     def close(self) -> None:
         """Stop the thread; open streams end with an error."""
