@@ -62,7 +62,7 @@ def _draw_shares(axes: Axes, report: ServeReport) -> None:
     axes.set(xlabel="at most, ms", ylabel="share, %", xscale="log", ylim=(0, 101))
     axes.grid(alpha=0.3)
     if good:
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
 
 
 def _draw_timeline(axes: Axes, report: ServeReport) -> None:

@@ -35,6 +35,7 @@ def run_server(args: ServeArgs, host: str, port: int, console: Console) -> None:
     with serving(args, host, port, console):
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         console.print(f"serving {args.served_name} at {url}; Ctrl-C ends it", highlight=False, soft_wrap=True)
+        console.print(f"metrics at {_metrics_url()}", highlight=False, soft_wrap=True)
         _wait_for_signal()
         console.print("ending: no new requests, running ones may end", highlight=False)
 
@@ -81,6 +82,15 @@ def _stop(*, whole_serve: bool) -> None:
     keeper = find_kept(KEEPER)
     if keeper is not None:
         call(keeper.stop)
+
+
+def _metrics_url() -> str:
+    """Where Ray's agent of this node exports metrics."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == own)
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 def _check_address(args: ServeArgs, host: str, port: int) -> None:

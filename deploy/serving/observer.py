@@ -1,4 +1,4 @@
-"""Every request is counted, timed and logged, as one line of JSON with its id."""
+"""Requests are counted, timed and logged, each as one line of JSON with its id."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ class Observer:
 
     def _end(self, record: RequestRecord) -> None:
         record.ended_s = monotonic()
+        if record.method == "GET" and record.outcome in ("ok", "gone"):
+            return  # health checks and pages would hide the requests for text
         self._metrics.note_request(record)
-        if record.method != "GET" or record.outcome != "ok":  # what is only looked at is not worth a line
-            self._log.info(line_of(record))
+        self._log.info(line_of(record))
 
 
 def line_of(record: RequestRecord) -> str:
