@@ -22,6 +22,7 @@ from moray.cluster.arena_source import ArenaSource
 from moray.runtime.errors import CorruptShardError, MorayError, StoreError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.generation.runner import Runner
+from moray.runtime.kernels.gates import SWIGLU
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.residency import loader
 from moray.runtime.store.store import Store
@@ -343,7 +344,7 @@ def test_memory_that_runs_out_while_shards_come_is_told(demo: Store, monkeypatch
     with pytest.raises(MorayError, match="do not fit this machine's memory"):
         host.wait_filled(60)
     monkeypatch.setattr(os, "posix_fallocate", real)
-    y = host.compute(0, [0], [1], np.ones((1, 256), np.float32), "int8")
+    y = host.compute(0, [0], [1], np.ones((1, 256), np.float32), np.arange(1), "int8", SWIGLU)
     assert np.isfinite(y).all()
     host.close()
 
@@ -352,7 +353,7 @@ def test_a_failed_computation_claims_nothing(demo: Store, disk: Disk) -> None:
     host = make_host(demo, list(demo.manifest.shards), 1, num_slots=2)
     disk.fault = refuse
     with pytest.raises(StoreError, match="Input/output error"):
-        host.compute(5, [0, 1], [1, 1], np.ones((2, 256), np.float32), "int8")
+        host.compute(5, [0, 1], [1, 1], np.ones((2, 256), np.float32), np.arange(2), "int8", SWIGLU)
     assert not host._manager._claims
     with host._loader.lock:  # no read that was refused is on its way to experts 0 and 1
         assert host._loader.lock.wait_for(lambda: host._loader.is_idle, 60)
