@@ -11,7 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# No test says anything about time: machines are shared.
+settings.register_profile("moray", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moray")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="moray-tests-")  # engines of tests keep their traffic there
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
