@@ -269,6 +269,14 @@ class RemoteHost:
         old = self.health.state
         self.health.heard(now)
         self._tell(old, "it answers again")
+        if old is HostState.SUSPECTED and self.is_up:
+            self._measure_anew(now)
+
+    def _measure_anew(self, now: float) -> None:
+        """What was learned of a host that stood still would keep work from it for good."""
+        self.link = LinkRate()
+        self._joining.trials_left, self._joining.seconds = list(_TRIALS), []
+        self._next_trial(now)
 
     def _welcome(self, welcome: Welcome, now: float) -> None:
         try:
@@ -278,8 +286,7 @@ class RemoteHost:
             return
         self._num_assigned = self.stats.num_assigned = sum(map(len, welcome.assigned))
         self._note_resident(welcome.resident, now)
-        self._joining.trials_left, self._joining.seconds = list(_TRIALS), []
-        self._next_trial(now)
+        self._measure_anew(now)
 
     def _next_trial(self, now: float) -> None:
         """Measure how fast it computes, with an expert that it has in memory; then it is ready."""

@@ -21,7 +21,7 @@ from moray.runtime.errors import ClusterError
 from moray.runtime.events import ComputeRestarted, HostRestarted, OrchestratorRestarted, StreamResumed, cause_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from fault_injection import FAULTS, PROMPT, SAMPLINGS, Fault, KillHost, KillOrchestrator, generate_struck, pid_of
+from fault_injection import FAULTS, PROMPT, SAMPLINGS, Fault, KillHost, generate_struck, pid_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]
 
@@ -52,7 +52,7 @@ def strike(engine: Engine, undisturbed: list[Completion], kind: type[Fault], tim
         assert (struck.token_ids, struck.text) == (undisturbed[which].token_ids, undisturbed[which].text)
 
 
-@pytest.mark.parametrize("kind", [KillHost, KillOrchestrator], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [KillHost], ids=lambda kind: kind.__name__)
 def test_an_answer_is_the_same_whatever_dies(kind: type[Fault], engine: Engine, undisturbed: list[Completion]) -> None:
     strike(engine, undisturbed, kind, 1, 1)
 

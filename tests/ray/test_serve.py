@@ -174,6 +174,7 @@ def test_log_probs_are_the_model_s(client: openai.OpenAI, local: Runner) -> None
     )
 
 
+@pytest.mark.long
 def test_langchain_works_unchanged(server: Server, local: Runner) -> None:
     langchain_openai = pytest.importorskip("langchain_openai")
     model = langchain_openai.ChatOpenAI(
@@ -186,6 +187,7 @@ def test_langchain_works_unchanged(server: Server, local: Runner) -> None:
     assert "".join(chunk.content for chunk in model.stream(turns)) == same
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # its own
 def test_litellm_works_unchanged(server: Server, local: Runner) -> None:
     litellm = pytest.importorskip("litellm")
@@ -301,6 +303,7 @@ def _wait_until_idle(server: Server) -> None:
     raise AssertionError("the engine goes on though nobody listens")
 
 
+@pytest.mark.long
 def test_the_document_is_true(server: Server) -> None:
     """Nothing that schemathesis makes of our OpenAPI document is answered with a 5xx or against the document."""
     schemathesis = pytest.importorskip("schemathesis")

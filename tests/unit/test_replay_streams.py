@@ -68,7 +68,7 @@ def test_a_sampler_goes_on_after_what_was_drawn(num_drawn: int, vocabulary: int,
     params = SamplingParams(temperature, top_p=0.95, seed=num_drawn)
     torch.manual_seed(vocabulary)
     logits = torch.randn(num_drawn + 5, vocabulary)
-    first, second = Sampler(params), Sampler(params, num_drawn)
+    first, second = Sampler(params), Sampler(params, num_drawn=num_drawn)
     drawn = [first.sample([0], row) for row in logits]
     assert [second.sample([0], row) for row in logits[num_drawn:]] == drawn[num_drawn:]
 
