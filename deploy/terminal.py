@@ -164,6 +164,8 @@ def _summarize(engine: Engine, finished: Finished, start_s: float, console: Cons
     places = {source.name: source for source in stats.sources}
     for name, num_bytes in experts.bytes_by_source.items():
         place = places[name]
+        if not place.num_experts:  # other nodes, of an engine that has none
+            continue
         table.add_row(
             f"  {name}",
             f"{format_bytes(num_bytes)} read in place from its {place.tier}, which holds {place.num_experts} experts "
