@@ -29,6 +29,7 @@ class ExpertHost:
 
     def __init__(self, config: HostConfig, home: Home) -> None:
         exit_with(config.owner)
+        self._host_id = config.address.host_id
         self._curve: CurveServer | None = None  # None: no other node is part of the engine
         self._peers: Peers | None = None
         self._outcome: HostReport | MorayError
@@ -63,7 +64,7 @@ class ExpertHost:
         self._host.assign(keys)
 
     def stats(self) -> HostStats:
-        return self._host.stats()
+        return replace(self._host.stats(), host_id=self._host_id)
 
     def wait_filled(self) -> None:
         """Wait until the arena is full or holds all. Raises what kept a shard from being loaded."""

@@ -32,9 +32,9 @@ def print_stats(stats: EngineStats, console: Console) -> None:
         uses = ", ".join(f"{name} {count}" for name, count in device.uses_by_lane.items() if count)
         table.add_row(f"{device.device} memory", f"{device.num_resident} experts in {device.num_slots} slots")
         table.add_row(f"{device.device} lanes", f"{uses}; {device.copies} copies, {device.evictions} evicted")
-    for source, host in zip(stats.sources, stats.hosts, strict=True):
+    for host in stats.hosts:
         for name, text in _host_rows(host):
-            table.add_row(f"{source.name} {name}", text)
+            table.add_row(f"{host.host_id} {name}", text)
     console.print(table, highlight=False)
     for note in NOTES:
         console.print(note, style="dim", highlight=False)

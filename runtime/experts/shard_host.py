@@ -49,6 +49,7 @@ class HostStats:
     loader: LoaderStats
     prefetch: PrefetchStats
     damaged: tuple[str, ...] = ()  # shards on this host's disk that are read from other hosts instead, and why
+    host_id: str = ""  # in an engine
 
 
 class ShardHost:

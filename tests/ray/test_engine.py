@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from threading import Thread
 
 import pytest
 from helpers.reference import greedy, runner, stock_logits, stock_model
+from rich.console import Console
 
 import moray
 from moray.actors.wiring import call
 from moray.deploy.config import demo_store
+from moray.deploy.stats_report import print_stats
 from moray.runtime.errors import ConfigError, CorruptShardError, RequestError
 from moray.runtime.generation.request import Message
 
@@ -43,6 +46,10 @@ def test_any_number_of_hosts_gives_the_tokens_of_one_process(hosts: int, local_t
     assert len({report.pid for report in reports} | {os.getpid()}) == hosts + 1
     by_host = {name: num for name, num in stats.experts.bytes_by_source.items() if name != "remote"}
     assert len(by_host) == hosts and all(num_bytes > 0 for num_bytes in by_host.values())
+    console = Console(file=StringIO(), width=200)
+    print_stats(stats, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(f"{name} memory" in printed for name in by_host) and "remote memory" not in printed
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
