@@ -28,6 +28,7 @@ OBJECT_STORE_BYTES = 128 << 20  # experts live in arenas; Ray's store carries on
 NAMESPACE = "moray"
 _CONNECT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 20.0
 _ALIVE = 0  # GcsNodeInfo.state
 
 
@@ -150,9 +151,22 @@ def prepare_environment(address: str) -> None:
 
 
 def leave(session: RaySession) -> None:
-    """Stop Ray if it was started here."""
+    """Stop Ray if it was started here, and wait until its processes are gone: only then is their memory free."""
     if session.started_here and ray.is_initialized():
+        ending = _family(session)
         ray.shutdown()
+        psutil.wait_procs(ending, timeout=_END_TIMEOUT_S)
+
+
+def _family(session: RaySession) -> list[psutil.Process]:
+    """What ``session`` started and all below it, workers that are ending already included."""
+    found = []
+    for pid, created in session.processes:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == created:
+                found += [process, *process.children(recursive=True)]
+    return found
 
 
 def _children() -> set[tuple[int, float]]:
