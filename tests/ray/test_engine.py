@@ -15,7 +15,7 @@ from helpers.reference import greedy, runner, stock_logits, stock_model
 from rich.console import Console
 
 import moray
-from moray.actors.wiring import call
+from moray.actors.calls import call
 from moray.deploy.config import demo_store
 from moray.deploy.stats_report import print_stats
 from moray.runtime.errors import ConfigError, CorruptShardError, RequestError
