@@ -10,7 +10,7 @@ from moray.cluster.client import HostAddress
 
 
 class Home(LedgerClient, Protocol):
-    """The wiring's ``RayHome`` is it."""
+    """``RayHome`` is it."""
 
     def node_id(self) -> str:
         """Ray's id of this process's node."""

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
+from moray.actors.calls import CONTROL, fetch
 from moray.actors.compute import EVENT_INTERVAL_S
 from moray.actors.ledger import COMPUTE, LedgerClient
 from moray.actors.messages import ComputeReport
-from moray.actors.wiring import CONTROL, fetch
 from moray.runtime.errors import ActorLostError, ClusterError
 from moray.runtime.events import StreamResumed, cause_of
 from moray.runtime.generation.request import Prompt, SamplingParams, Timings, TokenEvent

@@ -1,4 +1,4 @@
-"""Every actor of an engine, and every Ray option they have. No other module makes actors.
+"""An engine's actors: started, asked, ended.
 
 The classes themselves are plain. Options worth knowing:
 - ``num_cpus=0``: threads are set explicitly, and an engine must start on a machine whose CPU slots Ray thinks taken;
@@ -11,20 +11,16 @@ The classes themselves are plain. Options worth knowing:
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from moray.actors.calls import CONTROL, call, fetch
 from moray.actors.compute import ComputeActor
 from moray.actors.guard import Owner
-from moray.actors.host import ExpertHost
-from moray.actors.ledger import COMPUTE, StartOrders
 from moray.actors.messages import (
     Caching,
     ComputeConfig,
@@ -32,63 +28,27 @@ from moray.actors.messages import (
     EngineOrders,
     EngineStatus,
     HostConfig,
-    HostPart,
     HostReport,
     NodeOrders,
-    NodeSurvey,
 )
 from moray.actors.orchestrator import Orchestrator
-from moray.actors.probe import NodeProbe
-from moray.actors.survey import survey
+from moray.actors.ray_hands import RayHands
+from moray.actors.ray_home import KeyValueMemory, RayHome, compute_name, orchestrator_name
+from moray.actors.spawn import FOR_EVER, kill_all, make_remote, on_node, start_host
 from moray.cluster import ray_session
 from moray.cluster.client import HostAddress
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.placement import place_evenly
-from moray.cluster.remote_host import RemoteStats
-from moray.cluster.topology import NodeReport, Topology, measure_node
-from moray.runtime.arena import ArenaRef
-from moray.runtime.errors import ActorLostError, ClusterError, MorayError
-from moray.runtime.events import Event
+from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.experts.shard_host import HostStats
 from moray.runtime.layout.packed import Numerics
-from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.planning.plan import MemoryPlan
 from moray.runtime.store.manifest import Manifest
 
-T = TypeVar("T")
-
 MAX_STREAMS = 64
 _FINISH_S = 10.0
-_KEEPER_CALLS = 8
-_HOST_CALLS = 4  # statistics while somebody waits for the arena to fill
 _ORCHESTRATOR_CALLS = 8  # hosts that start ask it while others wait for them
-_TASK_S = 120.0  # for a task on another node: a worker starts there and imports moray
-_REMOTE_START_S = 300.0  # for a host there: it maps its arena; shards are loaded in the background
 _REMOTE_STATS_S = 2.0  # a node that is cut off is left out of statistics
-#: Concurrency group of short calls to the compute actor: they never wait behind streams.
-CONTROL = "control"
-#: Concurrency group of a host's changes of part: one after the other.
-PART = "part"
-_FOR_EVER = -1
-_KV_NAMESPACE = b"moray"
-_NODE_LABEL = "ray.io/node-id"  # every node has this label from Ray
-
-
-@dataclass(frozen=True, slots=True)
-class KeyValueMemory:
-    """An engine's ledger in the key-value store of Ray's control service, which outlives all actors."""
-
-    engine: str
-
-    def keep(self, state: bytes) -> None:
-        _internal_kv_put(self.engine.encode(), state, overwrite=True, namespace=_KV_NAMESPACE)
-
-    def recall(self) -> bytes | None:
-        state: bytes | None = _internal_kv_get(self.engine.encode(), namespace=_KV_NAMESPACE)
-        return state
-
-    def forget(self) -> None:
-        _internal_kv_del(self.engine.encode(), namespace=_KV_NAMESPACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +130,16 @@ def start_actors(
     started: list[Any] = []
     try:
         memory, home = KeyValueMemory(name), RayHome(name)
-        supervised: dict[str, Any] = {"max_restarts": _FOR_EVER} | _on(node)
+        supervised: dict[str, Any] = {"max_restarts": FOR_EVER} | on_node(node.node_id)
         orchestrator_options: dict[str, Any] = {
-            "name": _orchestrator(name),
+            "name": orchestrator_name(name),
             "max_concurrency": _ORCHESTRATOR_CALLS,
-            "max_task_retries": _FOR_EVER,
+            "max_task_retries": FOR_EVER,
         } | supervised
-        orchestrator = _remote(Orchestrator, **orchestrator_options).remote(orders, RayHands(name), memory)
+        orchestrator = make_remote(Orchestrator, **orchestrator_options).remote(orders, RayHands(name), memory)
         started.append(orchestrator)
-        options = supervised | {"name": _compute(name), "max_concurrency": MAX_STREAMS, "num_gpus": num_gpus}
-        compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, home)
+        options = supervised | {"name": compute_name(name), "max_concurrency": MAX_STREAMS, "num_gpus": num_gpus}
+        compute = make_remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, home)
         started.append(compute)
         placement = call(orchestrator.open)
         addresses = []
@@ -199,7 +159,7 @@ def start_actors(
                 owner=owner,
                 network=f"tcp://{node.address}:0" if is_joined else None,
             )
-            started.append(_start_host(name, node, config))
+            started.append(start_host(name, node, config))
         hosts = tuple(started[2:])
         host_reports = tuple(call(actor.report) for actor in hosts)
         remote_reports = tuple(call(orchestrator.remote_reports))
@@ -209,28 +169,9 @@ def start_actors(
         if is_joined:
             call(orchestrator.watch)
     except BaseException:
-        _kill(started)
+        kill_all(started)
         raise
     return Actors(compute, hosts, orchestrator, compute_report, host_reports, remote_reports, memory, home)
-
-
-def keep(kind: type, name: str, *args: object) -> Any:
-    """The one actor of this name, started if there is none. It outlives this process, and ends with the cluster."""
-    options: dict[str, Any] = {
-        "name": name,
-        "namespace": ray_session.NAMESPACE,
-        "lifetime": "detached",
-        "get_if_exists": True,
-    }
-    return _remote(kind, max_concurrency=_KEEPER_CALLS, **options).remote(*args)
-
-
-def find_kept(name: str) -> Any | None:
-    """The actor that ``keep`` started under this name, if it lives."""
-    try:
-        return ray.get_actor(name, namespace=ray_session.NAMESPACE)
-    except ValueError:
-        return None
 
 
 def finish_actors(actors: Actors) -> None:
@@ -241,7 +182,7 @@ def finish_actors(actors: Actors) -> None:
 
 def stop_actors(actors: Actors) -> None:
     """End the actors. Their memory is gone with their processes."""
-    _kill([actors.compute, *actors.hosts, actors.orchestrator])
+    kill_all([actors.compute, *actors.hosts, actors.orchestrator])
     actors.memory.forget()
 
 
@@ -256,7 +197,7 @@ def host_stats(actors: Actors) -> tuple[HostStats, ...]:
 
 def engine_statuses() -> dict[str, EngineStatus]:
     """Of every engine of the cluster that answers, by the engine's name."""
-    ending, found = _orchestrator(""), {}
+    ending, found = orchestrator_name(""), {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == ray_session.NAMESPACE and actor["name"].endswith(ending):
             with suppress(GetTimeoutError, RayError, ValueError):  # it ends meanwhile
@@ -264,221 +205,3 @@ def engine_statuses() -> dict[str, EngineStatus]:
                 name = actor["name"].removesuffix(ending)
                 found[name] = ray.get(orchestrator.status.remote(), timeout=_REMOTE_STATS_S)
     return found
-
-
-def run_on(node: NodeInfo, function: Callable[..., T], *args: object) -> T:
-    """Run a module's function on a node, in a process of its own. Raises MorayError as it was raised there."""
-    [result] = _results([(node, _task(node, function).remote(*args))])
-    return cast(T, result)
-
-
-class RayHands:
-    """What the orchestrator has done by Ray."""
-
-    def __init__(self, engine: str) -> None:
-        self._engine = engine
-        self._found: dict[tuple[str, str], Any] = {}
-
-    def living_nodes(self) -> list[NodeInfo]:
-        return ray_session.living_nodes()
-
-    def survey(self, nodes: Sequence[tuple[NodeInfo, NodeOrders]]) -> list[NodeSurvey]:
-        return _results([(node, _task(node, survey).remote(orders)) for node, orders in nodes])
-
-    def measure(self, node: NodeInfo, store_path: str) -> NodeReport:
-        return run_on(node, measure_node, store_path)
-
-    def start_host(self, node: NodeInfo, config: HostConfig) -> Any:
-        return _start_host(self._engine, node, config)
-
-    def find_host(self, node: NodeInfo, host_id: str) -> Any:
-        if (node.node_id, host_id) not in self._found:
-            self._found[node.node_id, host_id] = ray.get_actor(_host(self._engine, node, host_id))
-        return self._found[node.node_id, host_id]
-
-    def report(self, host: Any) -> HostReport:
-        try:
-            report: HostReport = fetch(lambda: ray.get(host.report.remote(), timeout=_REMOTE_START_S))
-        except GetTimeoutError as error:
-            raise ClusterError(f"an expert host did not start within {_REMOTE_START_S:g} s; see `ray logs`") from error
-        return report
-
-    def admit(self, host: Any, client_key: str) -> None:
-        with suppress(GetTimeoutError, ClusterError):  # it asks by itself when it is restarted
-            fetch(lambda: ray.get(host.admit.remote(client_key), timeout=_REMOTE_STATS_S))
-
-    def assign(self, host: Any, keys: Sequence[ExpertKey]) -> None:
-        with suppress(GetTimeoutError, ClusterError):  # it is told when it is restarted
-            reference = host.assign.options(concurrency_group=PART).remote(tuple(keys))
-            fetch(lambda: ray.get(reference, timeout=_REMOTE_STATS_S))
-
-    def set_peers(self, host: Any, peers: Sequence[HostAddress]) -> None:
-        host.set_peers.options(concurrency_group=PART).remote(tuple(peers))
-
-    def stop(self, host: Any) -> None:
-        ray.kill(host)
-
-    def meet(self, address: HostAddress) -> None:
-        self._control("meet", address)
-
-    def part(self, host_id: str) -> None:
-        self._control("part", host_id)
-
-    def links(self) -> Sequence[RemoteStats]:
-        try:
-            found: tuple[RemoteStats, ...] = ray.get(self._control("remote_stats"), timeout=_REMOTE_STATS_S)
-        except (GetTimeoutError, RayError, ValueError):  # it starts, or has ended
-            return ()
-        return found
-
-    def _control(self, method: str, *args: object) -> Any:
-        compute: Any = ray.get_actor(_compute(self._engine))
-        return getattr(compute, method).options(concurrency_group=CONTROL).remote(*args)
-
-
-@dataclass(frozen=True, slots=True)
-class RayHome:
-    """What actors ask Ray and their engine's orchestrator, whichever process that is now."""
-
-    engine: str
-
-    def node_id(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
-    def starting(self, actor: str, pid: int) -> StartOrders:
-        orders: StartOrders = call(self._actor().starting, actor, pid)
-        return orders
-
-    def compute_ready(self, arenas: dict[str, ArenaRef]) -> None:
-        call(self._actor().compute_ready, arenas)
-
-    def note(self, events: Sequence[Event], *, wait: bool = False) -> None:
-        reference = self._actor().note.remote(tuple(events))
-        if wait:
-            fetch(lambda: ray.get(reference))
-
-    def client_keys(self) -> list[str]:
-        return list(call(self._actor().client_keys))
-
-    def admit(self, client_key: str) -> list[HostAddress]:
-        return list(call(self._actor().admit, client_key))
-
-    def announce(self, address: HostAddress) -> HostPart:
-        part: HostPart = call(self._actor().announce, address)
-        return part
-
-    def _actor(self) -> Any:
-        return ray.get_actor(_orchestrator(self.engine))
-
-
-def call(method: Any, *args: object, timeout_s: float | None = None) -> Any:
-    """Call an actor's method and wait. Raises our own errors as they were raised there, GetTimeoutError."""
-    return fetch(lambda: ray.get(method.remote(*args), timeout=timeout_s))
-
-
-def fetch(get: Callable[[], T]) -> T:
-    """What ``get`` gives. Raises our own errors as they were raised in the actor."""
-    with our_errors():
-        return get()
-
-
-@contextmanager
-def our_errors() -> Iterator[None]:
-    """Map Ray's errors to ours, at this one edge."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, MorayError):
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise ActorLostError(
-            f"an actor of the engine is gone ({_first_line(error)}); start the engine again"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _remote(kind: type, groups: dict[str, int] | None = None, **options: Any) -> Any:
-    remote: Any = ray.remote  # its types know neither concurrency groups nor plain classes
-    made = (remote(concurrency_groups=groups) if groups else remote)(kind)
-    return made.options(num_cpus=0, **options)
-
-
-def _orchestrator(engine: str) -> str:
-    return f"{engine}-orchestrator"
-
-
-def _compute(engine: str) -> str:
-    return f"{engine}-{COMPUTE}"
-
-
-def _on(node: NodeInfo) -> dict[str, Any]:
-    return {"label_selector": {_NODE_LABEL: node.node_id}}
-
-
-def _start_host(engine: str, node: NodeInfo, config: HostConfig) -> Any:
-    name = _host(engine, node, config.address.host_id)
-    options: dict[str, Any] = {"name": name, "max_restarts": _FOR_EVER, "max_concurrency": _HOST_CALLS}
-    return _remote(ExpertHost, {PART: 1}, **options, **_on(node)).remote(config, RayHome(engine))
-
-
-def _host(engine: str, node: NodeInfo, host_id: str) -> str:
-    return f"{engine}-{host_id}-{node.node_id[:8]}"  # a node may come back before its old host is gone
-
-
-def _task(node: NodeInfo, function: Callable[..., Any]) -> Any:
-    remote: Any = ray.remote
-    return remote(function).options(num_cpus=0, max_retries=0, **_on(node))
-
-
-def _results(tasks: Sequence[tuple[NodeInfo, Any]]) -> list[Any]:
-    """Wait for tasks on nodes. Raises the first error, naming the node if it is not ours."""
-    results = []
-    for node, reference in tasks:
-        try:
-            results.append(fetch(partial(ray.get, reference, timeout=_TASK_S)))
-        except GetTimeoutError as error:
-            raise ClusterError(
-                f"node {node.name} ran no task within {_TASK_S:g} s; is its Ray process alive?"
-            ) from error
-        except RayError as error:
-            raise ClusterError(
-                f"node {node.name} cannot run moray ({_first_line(error)}); install the same version of moray there, "
-                "in the Python that its Ray was started from"
-            ) from error
-    return results
-
-
-def _kill(actors: list[Any]) -> None:
-    for actor in reversed(actors):
-        ray.kill(actor)
-
-
-def measure_cluster(store_path: str, compute_node: str) -> Topology:
-    """Measure every living node, all at once, and then the links from the compute node (a Ray node id), one by one.
-
-    Raises StoreError for a node without the store, HostLostError for one that cannot be reached.
-    """
-    nodes = {str(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
-    names = [str(node.get("NodeName") or node["NodeManagerAddress"]) for node in nodes.values()]
-    unique = {
-        node_id: name if names.count(name) == 1 else node_id[:12] for node_id, name in zip(nodes, names, strict=True)
-    }
-    probes: dict[str, Any] = {}
-    try:
-        for node_id, node in nodes.items():
-            made = _remote(NodeProbe, label_selector={_NODE_LABEL: node_id})
-            probes[node_id] = made.remote(unique[node_id], str(node["NodeManagerAddress"]), store_path)
-        found = fetch(lambda: ray.get([probe.measure.remote() for probe in probes.values()]))
-        reports = {unique[node_id]: report for node_id, report in zip(probes, found, strict=True)}
-        here = probes[compute_node]
-        key, links = call(here.client_key), {}
-        for node_id, probe in probes.items():
-            if probe is not here:
-                links[unique[node_id]] = call(here.link_to, call(probe.listen, key))
-        return Topology(unique[compute_node], reports, links)
-    finally:
-        _kill([*probes.values()])

@@ -82,7 +82,9 @@ class Counters:
     misses: int  # uses whose expert was not in memory and was not on its way from a prefetch
     late: int  # uses that waited for a prefetch under way
     prefetched: int  # uses of what a prefetch brought, late ones included: the first use of each
-    wasted: int  # experts that a prefetch brought and that were evicted unused, or whose load was given up
+    wasted: (
+        int  # experts that a prefetch brought and that were contradicted or evicted unused, or whose load was given up
+    )
     used_bytes: int
     missed_bytes: int  # of misses and of prefetched: what had to come from the disk
     read_bytes: int  # everything read from the disk, wasted reads included
@@ -104,16 +106,17 @@ def read_counters(engine: moray.Engine) -> Counters:
     stats = engine.stats()
     with Store.open(engine.config.store_path) as store:
         shard_bytes = max(layer.layout.num_bytes for layer in store.manifest.layers)  # alike in these models
-    residencies = [host.residency for host in stats.hosts]
-    late = sum(residency.hints_late for residency in residencies)
-    prefetched = late + sum(residency.hints_used for residency in residencies)
+    prefetches = [host.prefetch for host in stats.hosts]
+    late = sum(each.num_late for each in prefetches)
+    used_after = sum(each.num_used_after for each in prefetches)
+    prefetched = late + used_after + sum(each.num_used for each in prefetches)
     misses = stats.fetches.misses - late
     return Counters(
         uses=stats.experts.uses,
         misses=misses,
         late=late,
         prefetched=prefetched,
-        wasted=sum(residency.hints_wasted for residency in residencies),
+        wasted=sum(each.num_wasted for each in prefetches) - used_after,
         used_bytes=sum(stats.experts.bytes_by_source.values()),
         missed_bytes=(misses + prefetched) * shard_bytes,
         read_bytes=sum(host.loader.bytes_read for host in stats.hosts),

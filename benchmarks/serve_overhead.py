@@ -27,7 +27,8 @@ import httpx2
 import ray
 from rich.console import Console
 
-from moray.actors.wiring import call, find_kept
+from moray.actors.calls import call
+from moray.actors.spawn import find_kept
 from moray.deploy.serving.args import ServeArgs, make_args
 from moray.deploy.serving.command import serving
 from moray.deploy.serving.keeper import KEEPER

@@ -10,20 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moray.actors.calls import CONTROL, call
 from moray.actors.compute import EVENT_INTERVAL_S
 from moray.actors.guard import Owner
 from moray.actors.messages import ComputeStats, EngineStats, EngineStatus, NodeOrders
+from moray.actors.spawn import run_on
 from moray.actors.streams import Replay, insist, stream
-from moray.actors.wiring import (
-    CONTROL,
-    Actors,
-    call,
-    finish_actors,
-    host_stats,
-    run_on,
-    start_actors,
-    stop_actors,
-)
+from moray.actors.wiring import Actors, finish_actors, host_stats, start_actors, stop_actors
 from moray.cluster import ray_session
 from moray.cluster.nodes import choose_compute_node
 from moray.cluster.ray_session import RaySession

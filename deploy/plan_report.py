@@ -66,7 +66,7 @@ def _plan_described(model: str, store: Path, config: PlanConfig, context: int | 
 
 def _measured(store: Path, address: str) -> Topology:
     """A running cluster."""
-    from moray.actors.wiring import measure_cluster
+    from moray.actors.measurement import measure_cluster
     from moray.cluster import ray_session
     from moray.cluster.nodes import choose_compute_node
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from moray.deploy.picture import check_picture, make_figure, write_picture
 from moray.deploy.trace_report import ALL_POLICIES, read_traces
-from moray.runtime.errors import InputError, TraceError
 from moray.runtime.memory import format_bytes
 from moray.runtime.trace.format import Trace
 from moray.runtime.trace.recall import recall_by_distance
@@ -24,20 +24,13 @@ _GREY = "#555555"
 
 
 def run_plot(paths: Sequence[Path], output: Path, console: Console, errors: Console) -> None:
-    """Raises TraceError, and InputError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"plotting needs matplotlib, which is not installed ({error}); pip install 'moray-moe[plot]'"
-        ) from error
-    if not output.absolute().parent.is_dir():
-        raise TraceError(f"cannot write {output}: no such directory; choose another file with -o")
+    """Raises TraceError, ConfigError, and InputError without matplotlib."""
+    check_picture(output, "-o")
     traces = read_traces(paths, errors)
     recalls = {
         path.stem: recall for path, trace in zip(paths, traces, strict=True) if (recall := recall_by_distance(trace))
     }
-    figure = Figure(figsize=(11, 4.5) if recalls else (6.5, 4.5), layout="constrained")
+    figure = make_figure(11 if recalls else 6.5)
     axes = figure.subplots(1, 2 if recalls else 1, squeeze=False)[0]
     _draw_hits(axes[0], traces)
     if recalls:
@@ -49,10 +42,7 @@ def run_plot(paths: Sequence[Path], output: Path, console: Console, errors: Cons
         f"{format_bytes(max(header.shard_bytes))}; {sum(trace.num_steps for trace in traces)} steps, {uses} uses",
         fontsize=11,
     )
-    try:
-        figure.savefig(output, dpi=150, format="png")
-    except OSError as error:
-        raise TraceError(f"cannot write {output}: {error.strerror}; choose another file with -o") from error
+    write_picture(figure, output, "-o")
     console.print(f"wrote {output}", highlight=False)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moray.deploy.bench.serve import ServeReport
-from moray.runtime.errors import ConfigError, InputError
+from moray.deploy.picture import make_figure, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,23 +16,9 @@ if TYPE_CHECKING:
 _FIRST, _TOKEN, _ERROR = "#0072B2", "#009E73", "#D55E00"  # Okabe and Ito: told apart by everybody
 
 
-def check_plot(output: Path) -> None:
-    """Before anything is measured. Raises InputError without matplotlib, ConfigError without a directory."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"plotting needs matplotlib, which is not installed ({error}); pip install 'moray-moe[plot]'"
-        ) from error
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {output}: no such directory; choose another file with --plot")
-
-
 def plot_report(report: ServeReport, output: Path) -> None:
     """Write a PNG. Raises ConfigError if the file cannot be written."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = make_figure(11)
     shares, timeline = figure.subplots(1, 2)
     _draw_shares(shares, report)
     _draw_timeline(timeline, report)
@@ -42,10 +28,7 @@ def plot_report(report: ServeReport, output: Path) -> None:
         f"{rate:.1f} tokens/s",
         fontsize=11,
     )
-    try:
-        figure.savefig(output, dpi=150, format="png")
-    except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error.strerror}; choose another file with --plot") from error
+    write_picture(figure, output, "--plot")
 
 
 def _draw_shares(axes: Axes, report: ServeReport) -> None:

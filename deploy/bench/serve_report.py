@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moray.deploy.bench.serve import PERCENTILES, Load, ServeReport, measure_server
-from moray.deploy.bench.serve_plot import check_plot, plot_report
+from moray.deploy.bench.serve_plot import plot_report
+from moray.deploy.picture import check_picture
 from moray.runtime.errors import ClusterError
 
 DEFINITIONS = {
@@ -42,7 +43,7 @@ def run_serve(load: Load, key: str | None, plot: Path | None, console: Console, 
     """Measure, print, draw. Raises MorayError; ClusterError also if nothing was answered."""
     load.validate()
     if plot is not None:
-        check_plot(plot)
+        check_picture(plot, "--plot")
     progress = Console(stderr=True, quiet=as_json)
     with progress.status(f"asking {load.base_url}"):
         report = asyncio.run(measure_server(load, key))

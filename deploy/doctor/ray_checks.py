@@ -78,7 +78,7 @@ def try_ray() -> dict[str, Any]:
         raise error.__cause__ or error from None  # its advice is to run us
     started = perf_counter()
     try:
-        # Outside actors/wiring.py: no part of an engine, whose faults would look like Ray's if that were imported here.
+        # Outside actors/spawn.py: no part of an engine, whose faults would look like Ray's if that were imported here.
         ray.get(ray.remote(_answer).remote(), timeout=ANSWER_TIMEOUT_S)
         answered = perf_counter()
         num_gpus = sum(node.num_gpus for node in ray_session.living_nodes())

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from moray.actors.calls import call
 from moray.actors.guard import Owner
-from moray.actors.wiring import call, find_kept, keep
+from moray.actors.spawn import find_kept, keep
 from moray.cluster import ray_session
 from moray.deploy.first_use import compile_for
 from moray.deploy.serving.args import ServeArgs

@@ -10,9 +10,10 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError
 
+from moray.actors.calls import CONTROL, our_errors
 from moray.actors.messages import EngineStats, EngineView
+from moray.actors.spawn import keep
 from moray.actors.streams import Replay, cancel, resume
-from moray.actors.wiring import CONTROL, keep, our_errors
 from moray.deploy.config import EngineConfig
 from moray.deploy.serving.keeper import KEEPER, EngineAccess, EngineKeeper
 from moray.runtime.errors import ActorLostError, ClusterError

@@ -14,7 +14,7 @@ class Series:
 
     metric: str
     tag: str
-    part: str = ""  # a host; not exported: what all parts count is added up
+    part: str = ""  # a host's id; not exported: what all parts count is added up
 
 
 def totals(stats: EngineStats) -> dict[Series, float]:
@@ -27,9 +27,8 @@ def totals(stats: EngineStats) -> dict[Series, float]:
         found[Series("moray_lane_bytes", lane)] = num_bytes
     found[Series("moray_retries", "compute_restart")] = stats.compute_restarts
     found[Series("moray_retries", "preemption")] = generation.preemptions
-    for number, host in enumerate(stats.hosts):
-        # A host that does not answer is left out, and those after it move up.
-        part = f"{number} of {len(stats.hosts)}"
+    for host in stats.hosts:
+        part = host.host_id
         found[Series("moray_disk_bytes", "own", part)] = host.loader.bytes_read - host.loader.peer_bytes
         found[Series("moray_disk_bytes", "other_hosts", part)] = host.loader.peer_bytes
         found[Series("moray_evictions", "arena", part)] = host.residency.evictions

@@ -45,6 +45,7 @@ class PrefetchStats:
     num_used: int
     num_late: int
     num_wasted: int
+    num_used_after: int  # of the wasted: contradicted, but used in the end
     num_missed: int
     num_refused: int
     used_bytes: int
@@ -95,7 +96,7 @@ class PayoffTracker:
         self._admissions: deque[bool] = deque(maxlen=_WINDOW)
         self._counts: dict[Fate, int] = {"used": 0, "late": 0, "wasted": 0}
         self._bytes: dict[Fate, int] = {"used": 0, "late": 0, "wasted": 0}
-        self._num_begun = self._num_missed = self._num_refused = 0
+        self._num_begun = self._num_missed = self._num_refused = self._num_used_after = 0
         self._saved_s = self._cost_s = 0.0
         self._pause_s, self._resume_s = _FIRST_PAUSE_S, 0.0
 
@@ -112,7 +113,7 @@ class PayoffTracker:
         counts, read = self._counts, self._bytes
         return PrefetchStats(
             self._state, self._reason, self._num_begun, counts["used"], counts["late"], counts["wasted"],
-            self._num_missed, self._num_refused, read["used"], read["late"], read["wasted"],
+            self._num_used_after, self._num_missed, self._num_refused, read["used"], read["late"], read["wasted"],
             self._saved_s, self._cost_s,
         )  # fmt: skip
 
@@ -144,6 +145,7 @@ class PayoffTracker:
             self._end(expert, "used" if loaded_bytes == num_bytes else "late", loaded_bytes)
         elif expert in self._kept:
             prefetch = self._kept.pop(expert)
+            self._num_used_after += 1
             prefetch.later_use_s = self._seconds(num_bytes)
             self._charge(prefetch)
         elif loaded_bytes < num_bytes:

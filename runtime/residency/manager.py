@@ -59,9 +59,6 @@ class ResidencyStats:
     replica_loads: int = 0
     fill_loads: int = 0
     evictions: int = 0
-    hints_used: int = 0  # loaded by a hint, then used
-    hints_late: int = 0  # needed while the hint's load was under way
-    hints_wasted: int = 0  # loaded or begun by a hint, and gone before a use
 
 
 class ResidencyManager:
@@ -157,9 +154,7 @@ class ResidencyManager:
         self._contradict(experts)
         for e in experts:
             self._contradicted.pop(e, None)
-            if e in self._unused_hints:
-                self._unused_hints.discard(e)
-                self.stats.hints_used += 1
+            self._unused_hints.discard(e)
 
     def hint(self, experts: Sequence[int]) -> list[int]:
         """These are predicted to be needed, likeliest first. Returns those that a load was not asked for already."""
@@ -296,9 +291,7 @@ class ResidencyManager:
     def _promote(self, expert: int) -> None:
         self._given_up.discard(expert)
         self._contradicted.pop(expert, None)
-        if expert in self._unused_hints:
-            self._unused_hints.discard(expert)
-            self.stats.hints_late += 1
+        self._unused_hints.discard(expert)
         self._urgency[expert] = Urgency.DEMAND
 
     def _begin(self, expert: int, urgency: Urgency) -> Load | None:
@@ -345,6 +338,4 @@ class ResidencyManager:
 
     def _waste(self, expert: int) -> None:
         self._contradicted.pop(expert, None)
-        if expert in self._unused_hints:
-            self._unused_hints.discard(expert)
-            self.stats.hints_wasted += 1
+        self._unused_hints.discard(expert)

@@ -289,5 +289,6 @@ def test_a_prompt_longer_than_the_planned_context() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.long  # the same refusal, of an engine that was given no context
 def test_a_prompt_longer_than_the_context() -> None:
     refused(moray("generate", "x = 1\n" * 2000), "context holds 2048", "shorten the prompt")

@@ -58,6 +58,7 @@ def generating(max_new_tokens: int) -> Iterator[Running]:
         process.wait()
 
 
+@pytest.mark.long  # as below, but for the kill
 def test_a_normal_end_leaves_nothing() -> None:
     with generating(300) as running:
         assert running.process.stdout is not None
@@ -90,7 +91,7 @@ def test_killing_the_compute_actor_pauses_the_text_and_leaves_nothing() -> None:
     with generating(1900) as running:
         running.named(":ComputeActor").kill()
         output = finish(running, expected={0})
-        assert "1900 tokens" in output and "(raylet)" not in output
+        assert "1900 tokens" in output and "of 48 used" in output and "(raylet)" not in output
 
 
 @pytest.mark.parametrize("victim", ["raylet/raylet", pytest.param("gcs_server", marks=pytest.mark.long)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -15,8 +15,9 @@ from helpers.reference import greedy, runner, stock_logits, stock_model
 from rich.console import Console
 
 import moray
-from moray.actors.wiring import call
+from moray.actors.calls import call
 from moray.deploy.config import demo_store
+from moray.deploy.engine import Engine
 from moray.deploy.stats_report import print_stats
 from moray.runtime.errors import ConfigError, CorruptShardError, RequestError
 from moray.runtime.generation.request import Message
@@ -33,15 +34,20 @@ def local_tokens() -> list[int]:
         return greedy(made, list(made.encode(PROMPT)), 64)
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 3])
-def test_any_number_of_hosts_gives_the_tokens_of_one_process(hosts: int, local_tokens: list[int]) -> None:
-    with moray.launch(hosts=hosts) as engine:
-        completion = engine.generate(PROMPT, max_new_tokens=64)
-        stats = engine.stats()
-        reports = engine.actors.host_reports
-    assert list(completion.token_ids) == local_tokens
+@pytest.fixture(scope="module")
+def engine(session: object) -> Iterator[Engine]:
+    """Two hosts; for every test that needs no other engine. Everything is in memory again when one is done."""
+    with moray.launch(hosts=2) as made:
+        yield made
+
+
+def check_spread(engine: Engine, hosts: int, expected: list[int]) -> None:
+    """The experts really are in other processes, split evenly, and every process was read from."""
+    completion = engine.generate(PROMPT, max_new_tokens=64)
+    stats = engine.stats()
+    reports = engine.actors.host_reports
+    assert list(completion.token_ids) == expected
     assert completion.usage.completion_tokens == 64
-    # The experts really are in other processes, split evenly, and every process was read from.
     assert [report.num_experts for report in reports] == [48 // hosts] * hosts
     assert len({report.pid for report in reports} | {os.getpid()}) == hosts + 1
     by_host = {name: num for name, num in stats.experts.bytes_by_source.items() if name != "remote"}
@@ -52,7 +58,25 @@ def test_any_number_of_hosts_gives_the_tokens_of_one_process(hosts: int, local_t
     assert all(f"{name} memory" in printed for name in by_host) and "remote memory" not in printed
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_two_hosts_give_the_tokens_of_one_process(engine: Engine, local_tokens: list[int]) -> None:
+    check_spread(engine, 2, local_tokens)
+
+
+@pytest.mark.parametrize("hosts", [pytest.param(1, marks=pytest.mark.long), 3])
+def test_any_number_of_hosts_gives_the_tokens_of_one_process_and_leaves_no_arena(
+    hosts: int, local_tokens: list[int]
+) -> None:
+    with moray.launch(hosts=hosts) as engine:
+        check_spread(engine, hosts, local_tokens)
+        pids = [report.pid for report in engine.actors.host_reports]
+    for pid in pids:
+        _wait_for_end(pid)
+    assert all(not Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(name, marks=pytest.mark.long) for name in ("mixtral", "deepseek_v3")), "gpt_oss"]
+)
 def test_logits_equal_transformers_through_ray(
     family: str, checkpoint: Callable[[str], Path], store: Callable[..., Path]
 ) -> None:
@@ -61,61 +85,58 @@ def test_logits_equal_transformers_through_ray(
         assert (engine.logits(IDS) - expected).abs().max() < 1e-5
 
 
-def test_streams_chats_cancels_and_refuses(local_tokens: list[int]) -> None:
-    with moray.launch() as engine:
-        # Text in pieces is the text as a whole.
-        whole = engine.generate(PROMPT, max_new_tokens=40)
-        assert "".join(event.text for event in engine.stream(PROMPT, max_new_tokens=40)) == whole.text
-        assert engine.generate(PROMPT, max_new_tokens=40, stop="main").text == whole.text.split("main")[0]
-        # The second turn of a chat computes only what is new.
-        turns = [Message("user", PROMPT)]
-        first = engine.chat(turns, max_new_tokens=20)
-        turns += [Message("assistant", first.text, first.token_ids), Message("user", "    return 0")]
-        second = engine.chat(turns, max_new_tokens=20)
-        assert second.usage.cached_tokens == first.usage.prompt_tokens + first.usage.completion_tokens - 1
-        # Leaving a stream cancels it; the engine goes on.
-        assert len(list(islice(engine.stream(PROMPT, max_new_tokens=2000), 3))) == 3
-        assert list(engine.generate(PROMPT, max_new_tokens=64).token_ids) == local_tokens
-        # A seed repeats; another seed differs.
-        sampled = [engine.generate(PROMPT, max_new_tokens=30, temperature=1.0, seed=s).token_ids for s in (7, 7, 8)]
-        assert sampled[0] == sampled[1] != sampled[2]
-        with pytest.raises(RequestError, match="the model's context holds 2048"):
-            engine.generate([1] * 3000)
-        with pytest.raises(RequestError, match="max_new_tokens is 0"):
-            engine.generate(PROMPT, max_new_tokens=0)
-        with pytest.raises(RequestError, match="not in the vocabulary"):
-            engine.generate([999_999])
+def test_streams_chats_cancels_and_refuses(engine: Engine, local_tokens: list[int]) -> None:
+    # Text in pieces is the text as a whole.
+    whole = engine.generate(PROMPT, max_new_tokens=40)
+    assert "".join(event.text for event in engine.stream(PROMPT, max_new_tokens=40)) == whole.text
+    assert engine.generate(PROMPT, max_new_tokens=40, stop="main").text == whole.text.split("main")[0]
+    # The second turn of a chat computes only what is new.
+    turns = [Message("user", PROMPT)]
+    first = engine.chat(turns, max_new_tokens=20)
+    turns += [Message("assistant", first.text, first.token_ids), Message("user", "    return 0")]
+    second = engine.chat(turns, max_new_tokens=20)
+    assert second.usage.cached_tokens == first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    # Leaving a stream cancels it; the engine goes on.
+    assert len(list(islice(engine.stream(PROMPT, max_new_tokens=2000), 3))) == 3
+    assert list(engine.generate(PROMPT, max_new_tokens=64).token_ids) == local_tokens
+    # A seed repeats; another seed differs.
+    sampled = [engine.generate(PROMPT, max_new_tokens=30, temperature=1.0, seed=s).token_ids for s in (7, 7, 8)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    with pytest.raises(RequestError, match="the model's context holds 2048"):
+        engine.generate([1] * 3000)
+    with pytest.raises(RequestError, match="max_new_tokens is 0"):
+        engine.generate(PROMPT, max_new_tokens=0)
+    with pytest.raises(RequestError, match="not in the vocabulary"):
+        engine.generate([999_999])
 
 
-def test_many_streams_at_once_do_not_disturb_each_other(local_tokens: list[int]) -> None:
-    with moray.launch(hosts=2) as engine:
-        results: list[list[int]] = []
-        threads = [
-            Thread(target=lambda: results.append(list(engine.generate(PROMPT, max_new_tokens=64).token_ids)))
-            for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+def test_many_streams_at_once_do_not_disturb_each_other(engine: Engine, local_tokens: list[int]) -> None:
+    results: list[list[int]] = []
+    threads = [
+        Thread(target=lambda: results.append(list(engine.generate(PROMPT, max_new_tokens=64).token_ids)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert results == [local_tokens] * 4
 
 
-def test_a_killed_host_costs_no_token_and_takes_its_arena_back(local_tokens: list[int]) -> None:
-    with moray.launch(hosts=2) as engine:
-        victim = engine.actors.host_reports[0]
-        call(engine.actors.hosts[0].wait_filled)
-        events = engine.stream(PROMPT, max_new_tokens=64)
-        tokens = [i for event in islice(events, 10) for i in event.token_ids]
-        os.kill(victim.pid, signal.SIGKILL)
-        tokens += [i for event in events for i in event.token_ids]
-        assert tokens == local_tokens
-        back = _report_of_restarted(engine.actors.hosts[0], victim.pid)
-        assert back.pid != victim.pid
-        call(engine.actors.hosts[0].wait_filled)
-        stats = call(engine.actors.hosts[0].stats)
-        assert (stats.num_resident, stats.loader.bytes_read) == (24, 0)  # nothing was read from disk again
-        assert list(engine.generate(PROMPT, max_new_tokens=64).token_ids) == local_tokens
+def test_a_killed_host_costs_no_token_and_takes_its_arena_back(engine: Engine, local_tokens: list[int]) -> None:
+    victim = engine.actors.host_reports[0]
+    call(engine.actors.hosts[0].wait_filled)
+    events = engine.stream(PROMPT, max_new_tokens=64)
+    tokens = [i for event in islice(events, 10) for i in event.token_ids]
+    os.kill(victim.pid, signal.SIGKILL)
+    tokens += [i for event in events for i in event.token_ids]
+    assert tokens == local_tokens
+    back = _report_of_restarted(engine.actors.hosts[0], victim.pid)
+    assert back.pid != victim.pid
+    call(engine.actors.hosts[0].wait_filled)
+    stats = call(engine.actors.hosts[0].stats)
+    assert (stats.num_resident, stats.loader.bytes_read) == (24, 0)  # nothing was read from disk again
+    assert list(engine.generate(PROMPT, max_new_tokens=64).token_ids) == local_tokens
 
 
 def test_errors_of_actors_arrive_as_they_are(tmp_path: Path) -> None:
@@ -131,18 +152,11 @@ def test_errors_of_actors_arrive_as_they_are(tmp_path: Path) -> None:
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 4]))
     corrupt = pytest.raises(CorruptShardError, match=r"experts-00002\.bin.*expert 3 of MoE layer 2 at offset 589824")
-    with corrupt, moray.launch(damaged) as engine:  # it starts before all is read
-        call(engine.actors.hosts[0].wait_filled)
-    with corrupt, moray.launch(damaged) as engine:
-        engine.logits([*range(3, 300)])  # needs every expert
-
-
-def test_closing_frees_the_arena() -> None:
-    with moray.launch(hosts=2) as engine:
-        pids = [report.pid for report in engine.actors.host_reports]
-    for pid in pids:
-        _wait_for_end(pid)
-    assert all(not Path(f"/proc/{pid}").exists() for pid in pids)
+    with moray.launch(damaged) as engine:  # it starts before all is read
+        with corrupt:
+            call(engine.actors.hosts[0].wait_filled)
+        with corrupt:
+            engine.logits([*range(3, 300)])  # needs every expert
 
 
 def _wait_for_end(pid: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import moray
 from moray.deploy.cli import app
 from moray.deploy.config import demo_store
 from moray.runtime.errors import RequestError
-from moray.runtime.evaluation import Evaluation, cut_windows
+from moray.runtime.evaluation import Evaluation, TokenScores, cut_windows
 from moray.runtime.generation.text import encode_file, require_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]
@@ -23,23 +24,42 @@ IDS = [0, *range(100, 4000, 50)]
 WINDOW = 32
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.py"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.py"
     file.write_text("import os\nimport sys\n\n\ndef main(argv=None):\n    return os.path.join(*argv)\n" * 3)
     return file
 
 
-def test_scores_are_those_of_the_engines_logits() -> None:
+@dataclass(frozen=True)
+class Answers:
+    """Of an engine that has ended: nothing points into memory that went with it."""
+
+    log_probs: torch.Tensor  # of each token but the first, by the engine's logits
+    scores: TokenScores
+    again: TokenScores  # with the first ones' top tokens as candidates
+    text_ids: list[int]
+    evaluation: Evaluation  # of windows of the text, each a forward pass of its own
+
+
+@pytest.fixture(scope="module")
+def answers(session: object, text: Path) -> Answers:
+    ids, evaluation = encode_file(require_tokenizer(demo_store()), text), Evaluation()
     with moray.launch(hosts=2) as engine:
         log_probs = torch.log_softmax(engine.logits(IDS)[:-1], -1)
         scores = engine.score(IDS)
         again = engine.score(IDS, scores.top_ids)
+        for window in cut_windows(ids, WINDOW):
+            evaluation.add(engine.score(window))
         with pytest.raises(RequestError, match="not in the vocabulary"):
             engine.score([0, 999_999])
         with pytest.raises(RequestError, match="expected at least 2"):
             engine.score([0])
-    # After the engine has ended: nothing points into memory that went with it.
+    return Answers(log_probs, scores, again, list(ids), evaluation)
+
+
+def test_scores_are_those_of_the_engines_logits(answers: Answers) -> None:
+    log_probs, scores, again = answers.log_probs, answers.scores, answers.again
     np.testing.assert_array_equal(scores.next_log_probs, log_probs[range(len(IDS) - 1), IDS[1:]])
     np.testing.assert_array_equal(scores.top_ids[:, 0], log_probs.argmax(-1))
     np.testing.assert_array_equal(scores.top_log_probs, log_probs.topk(64).values)
@@ -48,7 +68,7 @@ def test_scores_are_those_of_the_engines_logits() -> None:
     assert scores.candidate_log_probs is None
 
 
-def test_a_store_is_its_own_reference(text: Path) -> None:
+def test_a_store_is_its_own_reference(text: Path, answers: Answers) -> None:
     arguments = ["eval", str(demo_store()), "--text", str(text), "--reference", str(demo_store())]
     result = CliRunner().invoke(app, [*arguments, "--window", str(WINDOW), "--json"])
     assert result.exit_code == 0, result.output
@@ -57,17 +77,15 @@ def test_a_store_is_its_own_reference(text: Path) -> None:
     assert (store["same_top_share"], store["mean_kl"], store["change"]) == (1.0, 0.0, 0.0)
     assert store["perplexity"] == document["reference"]["perplexity"]
     assert (store["recipe"]["experts"], store["numerics"]) == ("hqq4:64", "int8")
-    # The same, by hand: windows of the text, each a forward pass of its own.
-    ids, evaluation = encode_file(require_tokenizer(demo_store()), text), Evaluation()
-    with moray.launch() as engine:
-        for window in cut_windows(ids, WINDOW):
-            evaluation.add(engine.score(window))
+    # The same, by hand.
+    ids, evaluation = answers.text_ids, answers.evaluation
     assert store["perplexity"] == evaluation.perplexity
     assert document["texts"] == [{"file": str(text), "tokens": len(ids), "evaluated": document["num_tokens"]}]
     assert document["num_windows"] == -(-document["num_tokens"] // WINDOW) > 1
     assert document["num_predicted"] == evaluation.num_predicted == document["num_tokens"] - document["num_windows"]
 
 
+@pytest.mark.long  # the table itself is a unit test
 def test_several_stores_make_one_table(text: Path) -> None:
     arguments = ["eval", str(demo_store()), str(demo_store()), "--text", str(text), "--max-tokens", "40"]
     result = CliRunner().invoke(app, arguments)

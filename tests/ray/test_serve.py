@@ -19,7 +19,8 @@ import ray
 from helpers.reference import runner
 from rich.console import Console
 
-from moray.actors.wiring import call, find_kept
+from moray.actors.calls import call
+from moray.actors.spawn import find_kept
 from moray.deploy.app import build
 from moray.deploy.config import demo_store
 from moray.deploy.serving.args import make_args

@@ -347,7 +347,7 @@ def test_a_model_that_changes_is_not_mixed(hub: LocalHub, published: Path, tmp_p
 def test_a_model_is_converted_once_into_the_cache(
     hub: LocalHub, expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moray.deploy.cli import errors
+    from moray.deploy.commands.registry import errors
     from moray.deploy.hub_commands import store_of_model
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -137,10 +137,11 @@ def test_who_leaves_is_told_from_what_fails() -> None:
     assert record.token_s == []  # both came at once
 
 
-def host(evictions: int, used: int) -> HostStats:
-    prefetch = PrefetchStats("on", "", 0, used, 2, 3, 0, 4, 0, 0, 0, 0.0, 0.0)
+def host(number: int, evictions: int, used: int) -> HostStats:
+    prefetch = PrefetchStats("on", "", 0, used, 2, 3, 0, 0, 4, 0, 0, 0, 0.0, 0.0)
     loader = LoaderStats(bytes_read=1000 * evictions, peer_bytes=10)
-    return HostStats(8, 4, 4, 4096, "lru", ResidencyStats(evictions=evictions), loader, prefetch)
+    residency = ResidencyStats(evictions=evictions)
+    return HostStats(8, 4, 4, 4096, "lru", residency, loader, prefetch, host_id=f"host-{number}")
 
 
 def stats(uses: int, *hosts: HostStats, restarts: int = 0) -> EngineStats:
@@ -155,8 +156,8 @@ def stats(uses: int, *hosts: HostStats, restarts: int = 0) -> EngineStats:
 
 def test_what_the_engine_adds_is_told_once_and_restarts_count_from_nothing() -> None:
     increments = Increments()
-    assert increments.take(totals(stats(8, host(1, 1), host(1, 1)))) == {}  # another server may have told it
-    added = increments.take(totals(stats(20, host(4, 1), host(1, 6))))
+    assert increments.take(totals(stats(8, host(0, 1, 1), host(1, 1, 1)))) == {}  # another server may have told it
+    added = increments.take(totals(stats(20, host(0, 4, 1), host(1, 1, 6))))
     assert added == {
         ("moray_expert_uses", "memory"): 9,
         ("moray_expert_uses", "missed"): 3,
@@ -168,12 +169,12 @@ def test_what_the_engine_adds_is_told_once_and_restarts_count_from_nothing() -> 
         ("moray_evictions", "arena"): 3,
         ("moray_prefetches", "used"): 5,
     }
-    assert increments.take(totals(stats(20, host(4, 1), host(1, 6)))) == {}
-    again = increments.take(totals(stats(4, host(4, 1), host(2, 6), restarts=1)))  # the compute actor came back
+    assert increments.take(totals(stats(20, host(0, 4, 1), host(1, 1, 6)))) == {}
+    again = increments.take(totals(stats(4, host(0, 4, 1), host(1, 2, 6), restarts=1)))  # the compute actor came back
     assert (again["moray_expert_uses", "memory"], again["moray_expert_uses", "missed"]) == (3, 1)
     assert again["moray_retries", "compute_restart"] == 1 == again["moray_evictions", "arena"]
-    assert increments.take(totals(stats(4, host(2, 6), restarts=1))) == {}  # one host does not answer
-    back = increments.take(totals(stats(4, host(5, 1), host(2, 7), restarts=1)))
+    assert increments.take(totals(stats(4, host(1, 2, 6), restarts=1))) == {}  # one host does not answer
+    back = increments.take(totals(stats(4, host(0, 5, 1), host(1, 2, 7), restarts=1)))
     assert back["moray_evictions", "arena"] == 1 == back["moray_prefetches", "used"]
 
 
@@ -184,5 +185,5 @@ def test_every_metric_and_value_is_in_the_document() -> None:
     assert {(name, kind, tag) for name, kind, tag, _ in listed} == made and len(listed) == len(made)
     meaning = {name: text for name, _, _, text in listed}
     assert all(f"`{outcome}`" in meaning["moray_requests"] for outcome in OUTCOMES)
-    for series in totals(stats(8, host(1, 1))):
+    for series in totals(stats(8, host(0, 1, 1))):
         assert f"`{series.tag}`" in meaning[series.metric]

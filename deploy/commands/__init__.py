@@ -1,0 +1,1 @@
+"""The command line's commands: what is typed. What they do is elsewhere, imported when they run."""
