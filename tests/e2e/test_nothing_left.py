@@ -94,7 +94,8 @@ def test_killing_the_compute_actor_pauses_the_text_and_leaves_nothing() -> None:
         assert "1900 tokens" in output and "of 48 used" in output and "(raylet)" not in output
 
 
-@pytest.mark.parametrize("victim", ["raylet/raylet", pytest.param("gcs_server", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["raylet/raylet", "gcs_server"])
 def test_killing_ray_s_own_processes_is_survived_or_ends_in_one_clear_error(victim: str) -> None:
     """No layer and no token needs Ray: a short answer may end well before anybody notices."""
     with generating(1900) as running:

@@ -1,4 +1,4 @@
-"""Evaluation through an engine: the scores of its own logits, and the command."""
+"""What measures engines: `moray eval`, by an engine's own logits too, and the structure of `moray bench decode`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from moray.deploy.config import demo_store
 from moray.runtime.errors import RequestError
 from moray.runtime.evaluation import Evaluation, TokenScores, cut_windows
 from moray.runtime.generation.text import encode_file, require_tokenizer
+from moray.runtime.store.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]
 
@@ -94,3 +95,38 @@ def test_several_stores_make_one_table(text: Path) -> None:
     assert "vs first" in header and "same top" not in header
     assert "+0.00 %" in first and "+0.00 %" in second
     assert summary == "40 tokens in 1 windows of at most 512, 39 predicted: text.py (40)"
+
+
+# -------------------------------------------------------------------------------------- bench decode
+
+
+@pytest.mark.slow
+def test_decode_as_json() -> None:
+    arguments = [
+        "--json",
+        "--repeat",
+        "2",
+        "--new-tokens",
+        "8",
+        "--prompt-tokens",
+        "5",
+        "--hosts",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    result = CliRunner().invoke(app, ["bench", "decode", *arguments])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    settings = document["settings"]
+    assert (settings["repeat"], settings["hosts"], settings["new_tokens"], settings["numerics"]) == (2, 2, 8, "int8")
+    assert set(document["prefill_tokens_per_s"]) == {"64", "512"}
+    for spread in (document["decode_tokens_per_s"], document["ratio"], *document["prefill_tokens_per_s"].values()):
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    token = document["token"]
+    parts = ("kernel_s", "grouping_s", "leases_s", "rest_s")
+    assert sum(token[part] for part in parts) == pytest.approx(token["total_s"])
+    with Store.open(demo_store()) as store:
+        layers = store.manifest.layers
+    assert token["expert_bytes"] == sum(2 * layer.layout.num_bytes for layer in layers)  # 2 experts a token
+    assert document["idle_cpu"]["num_processes"] >= 4  # compute, two hosts, the orchestrator
