@@ -51,6 +51,7 @@ class ExpertsMeter:
     lease_s: float = 0.0
     compute_s: float = 0.0
     _times: Ints = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
+    _uses: Ints = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     @classmethod
     def of(cls, manifest: Manifest, source: ExpertSource) -> ExpertsMeter:
@@ -91,13 +92,26 @@ class ExpertsMeter:
         self._times[:] = 0
         done = compute((self.owners[layer], self.tokens[layer], self.bytes_by_owner), self._times)
         if done:
-            self.uses += int(used[0])
-            group_ns, lease_ns, compute_ns = self._times.tolist()
-            self.layer_calls += 1
-            self.group_s += 1e-9 * group_ns
-            self.lease_s += 1e-9 * lease_ns
-            self.compute_s += 1e-9 * compute_ns
+            self._count(1, int(used[0]))
         return done
+
+    def time_layers(self, first: int, compute: Callable[[int, tuple[Ints, Ints, Ints]], int]) -> int:
+        """As ``time_routed``, of several layers from ``first`` on, which count their tokens. Returns where they end.
+
+        ``compute``: given the first and what it adds to, as ``layers_at`` takes it.
+        """
+        self._times[:] = self._uses[:] = 0
+        end = compute(first, (self.bytes_by_owner, self._times, self._uses))
+        self._count(end - first, int(self._uses[0]))
+        return end
+
+    def _count(self, layer_calls: int, uses: int) -> None:
+        self.layer_calls += layer_calls
+        self.uses += uses
+        group_ns, lease_ns, compute_ns = self._times.tolist()
+        self.group_s += 1e-9 * group_ns
+        self.lease_s += 1e-9 * lease_ns
+        self.compute_s += 1e-9 * compute_ns
 
     def reset(self) -> None:
         """Forget what was counted so far."""

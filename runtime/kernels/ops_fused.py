@@ -1,12 +1,13 @@
-"""Fused parts of a decode step as functions on addresses: attention of one token, routing, a whole MoE block."""
+"""Fused parts of a decode step as functions on addresses: attention of one token, routing, MoE blocks, layers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from moray.runtime.kernels import attention, attention_batch, attention_prompt, routed, router
+from moray.runtime.kernels import attention, attention_batch, attention_prompt, layers, routed, router
 from moray.runtime.kernels.ops import FUNCTIONS, PANEL_SLACK, SCRATCH, Ints, LayerKernel, MatrixKernel
 from moray.runtime.kernels.pool import current_pool
 
@@ -23,6 +24,11 @@ class AttentionKernel:
     parts: Ints  # [G + 2] addresses: the queries' parts, keys, values
     output: MatrixKernel
     output_at: int
+
+    def step_bytes(self, length: int) -> int:
+        """Scratch of ``attention_at``."""
+        part, output = self.part.fields, self.output.fields
+        return int(attention.step_bytes(self.fields, part, output, len(self.parts), length)) + PANEL_SLACK
 
 
 def attention_at(
@@ -41,10 +47,9 @@ def attention_at(
     pool = current_pool()
     with pool.lock:
         part, output = kernel.part.fields, kernel.output.fields
-        needed = int(attention.step_bytes(kernel.fields, part, output, len(kernel.parts), length))
         attention.attention_step(
             pool.address, FUNCTIONS, kernel.fields, part, kernel.parts, output, kernel.output_at, norms, x, *rotary,
-            *cache, length, *out, SCRATCH.address(needed + PANEL_SLACK),
+            *cache, length, *out, SCRATCH.address(kernel.step_bytes(length)),
         )  # fmt: skip
 
 
@@ -123,6 +128,10 @@ class RoutedKernel:
     router: MatrixKernel
     layer: LayerKernel
 
+    def scratch_bytes(self, num_tokens: int) -> int:
+        routing = self.router.panel_row_bytes * num_tokens + PANEL_SLACK
+        return max(self.layer.scratch_bytes(num_tokens * int(self.fields[routed.TOP_K])), routing)
+
 
 def routed_at(
     kernel: RoutedKernel,
@@ -141,13 +150,62 @@ def routed_at(
     of grouping, leases and computing, added to. used [1 + 2 E]: the experts and tokens of this call (routed.py).
     """
     pool, layer = current_pool(), kernel.layer
-    num_pairs = num_tokens * int(kernel.fields[routed.TOP_K])
-    needed = max(layer.scratch_bytes(num_pairs), kernel.router.panel_row_bytes * num_tokens + PANEL_SLACK)
     with pool.lock:
         return bool(
             routed.routed_layer(
                 pool.address, FUNCTIONS, kernel.fields, kernel.router.fields, layer.gate_up.fields, layer.down.fields,
                 layer.gate.fields, *leases, *counts, x, num_tokens, out,
-                SCRATCH.address(needed), times, used,
+                SCRATCH.address(kernel.scratch_bytes(num_tokens)), times, used,
             )
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class LayersKernel:
+    """How the kernels see consecutive layers. Addresses of leases, counts and caches are put into ``rows`` later."""
+
+    rows: Ints  # [L, NUM_WORDS], see layers.py
+    layers: Sequence[tuple[AttentionKernel, Ints, RoutedKernel]]  # attention, norms around it, block
+    shapes: Sequence[AttentionKernel]  # one of each
+    attended_floats: int
+    block_bytes: int  # scratch of the largest
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[AttentionKernel, Ints, RoutedKernel]]) -> LayersKernel:
+        rows = np.zeros((len(parts), layers.NUM_WORDS), dtype=np.int64)
+        shapes: dict[tuple[int, ...], AttentionKernel] = {}
+        for row, (kernel, norms, block) in zip(rows, parts, strict=True):
+            products = (kernel.part.fields, kernel.output.fields)
+            experts = (block.layer.gate_up.fields, block.layer.down.fields, block.layer.gate.fields)
+            row[: layers.WORDS] = np.concatenate(
+                (kernel.fields, *products, norms, block.fields, block.router.fields, *experts)
+            )
+            row[layers.PARTS_AT], row[layers.NUM_PARTS] = kernel.parts.ctypes.data, len(kernel.parts)
+            row[layers.OUTPUT_AT] = kernel.output_at
+            sizes = kernel.fields[[attention.HEADS, attention.KV_HEADS, attention.DIM]]
+            shapes[(*sizes.tolist(), *np.concatenate(products).tolist())] = kernel
+        attended = max(kernel.output.spec.columns for kernel in shapes.values())
+        return cls(rows, parts, list(shapes.values()), attended, max(block.scratch_bytes(1) for _, _, block in parts))
+
+
+def layers_at(
+    kernel: LayersKernel,
+    first: int,
+    rotary: tuple[int, int, int],
+    length: int,
+    work: tuple[Ints, int, int, int],
+    counts: tuple[Ints, Ints, Ints],
+) -> int:
+    """A token through layers ``first``, ...: the first whose block misses an expert, or how many layers there are.
+
+    work: addresses of two states, of the heads' results, z and what a block gives (layers.py); counts: added to, bytes
+    of each owner, ns as in ``routed_at``, and uses of experts [1]. rotary and length: as in ``attention_at``.
+    """
+    pool = current_pool()
+    with pool.lock:
+        needed = max(kernel.block_bytes, *(shape.step_bytes(length) for shape in kernel.shapes))
+        return int(
+            layers.layers_step(
+                pool.address, FUNCTIONS, kernel.rows, first, *rotary, length, *work, SCRATCH.address(needed), *counts
+            )
+        )

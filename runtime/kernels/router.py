@@ -19,7 +19,7 @@ PROBABILITIES, NORMALIZED, OF_BEST = range(3)
 
 
 @intrinsic
-def _pointer(typingctx, address, like):
+def pointer(typingctx, address, like):
     """The address as a pointer to values of the type of ``like``."""
     kind = types.CPointer(like)
 
@@ -73,11 +73,11 @@ def route(pool, functions, kernel, weight, bias, kind, x, num_tokens, shape, log
     """
     num_experts, top_k = shape
     linear(pool, functions, kernel, weight, x, num_tokens, logits, scratch)
-    logits_TE = carray(_pointer(logits, np.float32(0)), (num_tokens, num_experts))
-    ids_TK = carray(_pointer(ids, np.int64(0)), (num_tokens, top_k))
-    weights_TK = carray(_pointer(weights, np.float32(0)), (num_tokens, top_k))
+    logits_TE = carray(pointer(logits, np.float32(0)), (num_tokens, num_experts))
+    ids_TK = carray(pointer(ids, np.int64(0)), (num_tokens, top_k))
+    weights_TK = carray(pointer(weights, np.float32(0)), (num_tokens, top_k))
     if bias:
-        biases = carray(_pointer(bias, np.float32(0)), (num_experts,))
+        biases = carray(pointer(bias, np.float32(0)), (num_experts,))
         for t in range(num_tokens):
             for e in range(num_experts):
                 logits_TE[t, e] += biases[e]

@@ -55,7 +55,7 @@ class FusedAttention:
         self._plain = type(module).forward.__get__(module)
         self.layer, self.rotary = int(module.layer_idx), rotary
         self._columns, self._width = module.q_proj.in_features, module.q_proj.out_features
-        self._kernel = _kernel_of(module, numerics)
+        self.kernel = _kernel_of(module, numerics)
         self._module = module  # its weights' addresses are in the kernel, too
 
     def __call__(
@@ -106,19 +106,19 @@ class FusedAttention:
         rotary = (cosines.data_ptr(), sines.data_ptr(), cosines.shape[-1])
         out = (attended.data_ptr(), y.data_ptr(), z.data_ptr())
         if isinstance(layer, RowsLayer):
-            batch_attention_at(self._kernel, x.data_ptr(), rotary, layer.extend_rows(), out, norms)
+            batch_attention_at(self.kernel, x.data_ptr(), rotary, layer.extend_rows(), out, norms)
             return y, z, attended
         if not layer.is_initialized:
-            kv_heads, dim = (int(self._kernel.fields[field]) for field in (kernels.KV_HEADS, kernels.DIM))
+            kv_heads, dim = (int(self.kernel.fields[field]) for field in (kernels.KV_HEADS, kernels.DIM))
             empty = x.new_empty(1, kv_heads, 0, dim)
             layer.lazy_initialization(empty, empty)
         keys, values = layer.extend(tokens)
         cache = (keys.data_ptr(), values.data_ptr(), 4 * keys.stride(1))
         at = (x.data_ptr(), rotary, cache, keys.shape[-2], out, norms)
         if tokens == 1:
-            attention_at(self._kernel, *at)
+            attention_at(self.kernel, *at)
         else:
-            prompt_attention_at(self._kernel, *at, tokens)
+            prompt_attention_at(self.kernel, *at, tokens)
         return y, z, attended
 
 

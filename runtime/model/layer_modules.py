@@ -40,13 +40,13 @@ class FusedBlock:
 
     def __init__(self, block: Any, kernel: RoutedKernel) -> None:
         self._plain = _class_forward(block)
-        self._binding: ExpertsBinding = block.experts.moray
-        self._kernel = kernel
+        self.binding: ExpertsBinding = block.experts.moray
+        self.kernel = kernel
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
-        if self._binding.compute_routed(self._kernel, x, out):
+        if self.binding.compute_routed(self.kernel, x, out):
             return out
         return self._plain(hidden_states)  # type: ignore[no-any-return]
 
@@ -56,7 +56,7 @@ class FusedLayer:
 
     def __init__(self, layer: Any, attention: FusedAttention, norms: Ints) -> None:
         self._plain = _class_forward(layer)
-        self._attention, self._mlp, self._norms = attention, layer.mlp, norms
+        self.attention, self._mlp, self.norms = attention, layer.mlp, norms
 
     def __call__(
         self,
@@ -66,9 +66,9 @@ class FusedLayer:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        grows = self._attention.growing_layer(hidden_states, position_embeddings, attention_mask, past_key_values)
+        grows = self.attention.growing_layer(hidden_states, position_embeddings, attention_mask, past_key_values)
         if grows is not None and position_embeddings is not None:
-            y, z, _ = self._attention.compute(hidden_states, position_embeddings, grows, self._norms)
+            y, z, _ = self.attention.compute(hidden_states, position_embeddings, grows, self.norms)
             return y.add_(self._mlp(z))
         return self._plain(  # type: ignore[no-any-return]
             hidden_states,

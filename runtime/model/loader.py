@@ -20,7 +20,7 @@ from moray.runtime.layout.packed import Numerics
 from moray.runtime.model.attention_modules import fuse_attention
 from moray.runtime.model.families import build_model, expert_modules, load_config
 from moray.runtime.model.layer_modules import fuse_layers
-from moray.runtime.model.model_modules import fuse_model
+from moray.runtime.model.model_modules import fuse_model, fuse_steps
 from moray.runtime.model.norm_modules import fuse_norms
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 from moray.runtime.model.router_modules import fuse_routers
@@ -92,6 +92,7 @@ def bind_experts(
         module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
     if model.device.type == "cpu":
         fuse_layers(model)
+        fuse_steps(model)
         meter.reset()
     return meter
 

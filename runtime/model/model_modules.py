@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from moray.runtime.model.attention_modules import Rotation, replaced_forward
 from moray.runtime.model.batch_cache import RowsCache
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
+from moray.runtime.model.layer_run import join_layers
 
 _USUAL = frozenset(
     (
@@ -39,6 +40,7 @@ class FusedModel:
         self._plain = type(model).forward.__get__(model)
         self._model, self._output = model, output
         self._rotations = _Rotations(model.rotary_emb)
+        self._parts: list[Any] = list(model.layers)  # what is called in place of them
 
     def __call__(
         self,
@@ -73,9 +75,13 @@ class FusedModel:
         x, position_ids = model.embed_tokens(input_ids), torch.tensor([positions])
         how = {"attention_mask": None, "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
         rotation = self._rotations.at(positions, x)
-        for layer in model.layers:
-            x = layer(x, position_embeddings=rotation, **how)
+        for part in self._parts:
+            x = part(x, position_embeddings=rotation, **how)
         return self._output(last_hidden_state=model.norm(x), past_key_values=cache)
+
+    def join_layers(self) -> None:
+        """To be called when layers were fused: consecutive ones are computed in one launch."""
+        self._parts = join_layers(self._model.layers)
 
 
 class _Rotations:
@@ -112,6 +118,13 @@ def fuse_model(model: Any) -> None:
     fused = _agreeing(base)
     if fused is not None:
         base.forward = fused
+
+
+def fuse_steps(model: Any) -> None:
+    """Join the layers of a model whose layers are fused, if it has the short step."""
+    forward = model.base_model.forward
+    if isinstance(forward, FusedModel):
+        forward.join_layers()
 
 
 def _goes_on(cache: Any) -> bool:

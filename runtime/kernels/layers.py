@@ -1,0 +1,73 @@
+"""One launch for a new token's way through consecutive layers whose attention and MoE block are fused.
+
+Between launches Python runs with cold caches: the weights of a layer are more than they hold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from moray.runtime.kernels import attention, routed
+from moray.runtime.kernels.attention import attention_step
+from moray.runtime.kernels.programs import K_FIELDS, K_ROWS
+from moray.runtime.kernels.routed import routed_layer
+from moray.runtime.kernels.router import pointer
+from moray.runtime.kernels.rows import add_row
+
+# A layer's row, int64: the fields of its parts one after the other, then single words.
+NUM_GATE_FIELDS = 3
+ATTENTION, PART, OUTPUT, NORMS, BLOCK, ROUTER, GATE_UP, DOWN, GATE, WORDS = (
+    int(place)
+    for place in np.cumsum(
+        [
+            *(0, attention.NUM_FIELDS, K_FIELDS, K_FIELDS, attention.NUM_NORMS, routed.NUM_FIELDS),
+            *(K_FIELDS, K_FIELDS, K_FIELDS, NUM_GATE_FIELDS),
+        ]
+    )
+)
+# Addresses of int64 arrays: the attention's parts, the layer's leases, and what counts its use; or of values.
+PARTS_AT, NUM_PARTS, OUTPUT_AT, ADDRESSES, COUNTERS, GENERATIONS, OWNERS, TOKENS, KEYS, VALUES, HEAD_BYTES = range(
+    WORDS, WORDS + 11
+)
+NUM_WORDS = WORDS + 11
+
+
+@njit(nogil=True, cache=True)
+def _array(address, count):
+    return carray(pointer(address, np.int64(0)), (count,))
+
+
+@njit(nogil=True, cache=True)
+def layers_step(
+    pool, functions, rows, first, cosines, sines, rotary, length, states, attended, z, out, scratch, bytes_by_owner,
+    times, uses,
+):  # fmt: skip
+    """Layers ``first``, ... of one token, as ``attention_step`` and ``routed_layer`` compute them one by one.
+
+    Returns the first layer whose block could not be computed because a lease had moved, or how many layers there are.
+    rows: int64 [L, NUM_WORDS]. states: two addresses of float32 [H]; layer l reads its input from states[l % 2] and
+    writes its output to the other: where it stops, the sum that its block is to be added to, whose input is in z.
+    length: of the cache, the token included. out float32 [H], attended and scratch are for its own use. Added to:
+    bytes_by_owner, times (as in routed_layer), and uses [1]: of experts by layers.
+    """
+    used = np.empty(1 + 2 * rows[:, BLOCK + routed.NUM_EXPERTS].max(), np.int64)
+    for index in range(first, rows.shape[0]):
+        row = rows[index]
+        x, y, experts = states[index % 2], states[(index + 1) % 2], row[BLOCK + routed.NUM_EXPERTS]
+        attention_step(
+            pool, functions, row[ATTENTION:PART], row[PART:OUTPUT], _array(row[PARTS_AT], row[NUM_PARTS]),
+            row[OUTPUT:NORMS], row[OUTPUT_AT], row[NORMS:BLOCK], x, cosines, sines, rotary, row[KEYS], row[VALUES],
+            row[HEAD_BYTES], length, attended, y, z, scratch,
+        )  # fmt: skip
+        done = routed_layer(
+            pool, functions, row[BLOCK:ROUTER], row[ROUTER:GATE_UP], row[GATE_UP:DOWN], row[DOWN:GATE],
+            (row[GATE], row[GATE + 1], row[GATE + 2]), _array(row[ADDRESSES], experts),
+            _array(row[COUNTERS], experts), _array(row[GENERATIONS], experts), _array(row[OWNERS], experts),
+            _array(row[TOKENS], experts), bytes_by_owner, z, 1, out, scratch, times, used,
+        )  # fmt: skip
+        if not done:
+            return index
+        uses[0] += used[0]
+        add_row(y, out, row[DOWN + K_ROWS])
+    return rows.shape[0]
