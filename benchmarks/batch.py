@@ -10,9 +10,9 @@ must come t + 1, for every sequence and B.
 *step*: median seconds of one forward pass over a new token of each of B sequences, without sampling. *in turn*: of B
 passes of one token each. *bytes*: what a step reads: the trunk (an embedding's rows are not counted), each expert that
 at least one of the B tokens chose, and the sequences' keys and values. *reading*: bytes / bandwidth, that of the faster
-reader of ``runtime/kernels/readers.py``, measured before every round of all B and in the same run. *of reading*: reading
-/ step; 1 would be reading alone. *multiplying*: what the int8 products of a step take at the rate of products.py, where
-nothing is read. *of bound*: the larger of reading and multiplying, / step.
+reader of ``runtime/kernels/readers.py``, measured before every round of all B and in the same run. *of reading*:
+reading / step; 1 would be reading alone. *multiplying*: what the int8 products of a step take at the rate of
+products.py, where nothing is read. *of bound*: the larger of reading and multiplying, / step.
 """
 
 from __future__ import annotations
