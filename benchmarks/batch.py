@@ -9,9 +9,10 @@ must come t + 1, for every sequence and B.
 
 *step*: median seconds of one forward pass over a new token of each of B sequences, without sampling. *in turn*: of B
 passes of one token each. *bytes*: what a step reads: the trunk (an embedding's rows are not counted), each expert that
-at least one of the B tokens chose, and the sequences' keys and values. *bound*: bytes / bandwidth, that of the faster
-reader of ``runtime/kernels/readers.py``, measured before every round of all B and in the same run. *of bound*: bound /
-step; 1 would be reading alone.
+at least one of the B tokens chose, and the sequences' keys and values. *reading*: bytes / bandwidth, that of the faster
+reader of ``runtime/kernels/readers.py``, measured before every round of all B and in the same run. *of reading*:
+reading / step; 1 would be reading alone. *multiplying*: what the int8 products of a step take at the rate of
+products.py, where nothing is read. *of bound*: the larger of reading and multiplying, / step.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from common import describe_machine, in_process, print_table, working_directory
 from geometry import PRESETS, Geometry
 from make_store import write_store
+from products import product_rate
 from routing import replay_of
+from transformers import DynamicCache
 
 from moray.runtime.convert.recipe import DEFAULT_RECIPE, Recipe
 from moray.runtime.generation.runner import Runner
@@ -50,95 +54,131 @@ _PROMPT = 48  # tokens of the shortest
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What it does at its best, measured just before: bytes and int8 products a second."""
+
+    bandwidth: float
+    products: float
+
+
+@dataclass(frozen=True)
 class Steps:
-    """Of one round: seconds a step, the same in turn, bytes a step, and what reading them takes."""
+    """Of one round: seconds a step, the same in turn, bytes a step, and what reading and multiplying take alone."""
 
     step_s: float
     in_turn_s: float
     num_bytes: float
-    bound_s: float
+    reading_s: float
+    multiplying_s: float
+
+    @property
+    def of_reading(self) -> float:
+        return self.reading_s / self.step_s
+
+    @property
+    def of_bound(self) -> float:
+        return max(self.reading_s, self.multiplying_s) / self.step_s
 
 
-def measure(runner: Runner, batch: BatchForward, size: int, steps: int, trunk_bytes: int, bandwidth: float) -> Steps:
-    """B sequences, ``steps`` tokens each in one pass, then as many in turn."""
-    model = runner.model
-    first = [1000 * (row + 1) for row in range(size)]
-    caches = [new_cache(model.config) for _ in first]
-    tokens = []
-    for row, (start, cache) in enumerate(zip(first, caches, strict=True)):
-        ids = list(range(start, start + _PROMPT + 3 * row))
+def prefill(model: Any, size: int) -> tuple[list[int], list[DynamicCache]]:
+    """The next token of each of B sequences at different places, and their caches."""
+    caches, tokens = [new_cache(model.config) for _ in range(size)], []
+    for row, cache in enumerate(caches):
+        first = 1000 * (row + 1)
+        ids = list(range(first, first + _PROMPT + 3 * row))
         logits = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        tokens.append(int(logits[0, -1].argmax()))
-        assert tokens[-1] == ids[-1] + 1
-    before, together, apart, kv_bytes = runner.stats(), [], [], 0
-    for _ in range(steps):
-        started = perf_counter()
-        logits = batch(tokens, caches)
-        together.append(perf_counter() - started)
-        tokens = _follows(tokens, logits)
-        kv_bytes += sum(layer.keys.nbytes + layer.values.nbytes for cache in caches for layer in cache.layers)
-    after = runner.stats()
-    for _ in range(max(3, steps // 3)):
-        started = perf_counter()
-        rows = [
-            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0]
-            for token, cache in zip(tokens, caches, strict=True)
-        ]
-        apart.append(perf_counter() - started)
-        tokens = _follows(tokens, torch.cat(rows))
-    read = sum(after.bytes_by_source.values()) - sum(before.bytes_by_source.values())
-    num_bytes = trunk_bytes + (read + kv_bytes) / steps
-    return Steps(median(together), median(apart), num_bytes, num_bytes / bandwidth)
+        tokens += follow(ids[-1:], logits[0])
+    return tokens, caches
 
 
-def _follows(tokens: list[int], logits: torch.Tensor) -> list[int]:
+def follow(tokens: list[int], logits: torch.Tensor) -> list[int]:
+    """The greedy tokens after these, which must be the planted ones."""
     chosen: list[int] = logits.argmax(dim=-1).tolist()
     assert chosen == [token + 1 for token in tokens], f"after {tokens} came {chosen}"
     return chosen
 
 
+def products_of_token(geometry: Geometry) -> int:
+    """Weights that one token is multiplied with: attention's, its experts' and the head's. Routers are not int8."""
+    attention = 2 * geometry.hidden * geometry.head_dim * (geometry.heads + geometry.kv_heads)
+    layer = attention + geometry.active * geometry.expert_parameters
+    return geometry.layers * layer + geometry.vocab * geometry.hidden
+
+
+def measure(
+    runner: Runner, batch: BatchForward, size: int, steps: int, trunk_bytes: int, products: int, machine: Machine
+) -> Steps:
+    """B sequences, ``steps`` tokens each in one pass, then as many in turn."""
+    tokens, caches = prefill(runner.model, size)
+    before, together, apart, kv_bytes = runner.stats(), [], [], 0
+    for _ in range(steps):
+        started = perf_counter()
+        logits = batch(tokens, caches)
+        together.append(perf_counter() - started)
+        tokens = follow(tokens, logits)
+        kv_bytes += sum(layer.keys.nbytes + layer.values.nbytes for cache in caches for layer in cache.layers)
+    after = runner.stats()
+    for _ in range(max(3, steps // 3)):
+        started = perf_counter()
+        rows = [
+            runner.model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0]
+            for token, cache in zip(tokens, caches, strict=True)
+        ]
+        apart.append(perf_counter() - started)
+        tokens = follow(tokens, torch.cat(rows))
+    read = sum(after.bytes_by_source.values()) - sum(before.bytes_by_source.values())
+    num_bytes = trunk_bytes + (read + kv_bytes) / steps
+    reading_s, multiplying_s = num_bytes / machine.bandwidth, size * products / machine.products
+    return Steps(median(together), median(apart), num_bytes, reading_s, multiplying_s)
+
+
 def run(name: str, geometry: Geometry, root: Path, routing: str, rounds: int, steps: int) -> None:
     replay = replay_of(routing, geometry)
     path = write_store(root / name, geometry, Recipe.parse(DEFAULT_RECIPE), replay=replay)
-    buffer = np.ones(_READ_BYTES, dtype=np.uint8)
+    buffer, products = np.ones(_READ_BYTES, dtype=np.uint8), products_of_token(geometry)
     results: dict[int, list[Steps]] = {size: [] for size in BATCHES}
-    bandwidths = []
+    machines = []
     with in_process(path) as runner, torch.inference_mode(), Store.open(path) as store:
         trunk_bytes = trunk_bytes_read(build_model(load_config(path), torch.float32, "meta"), store.manifest)
         torch.set_num_threads(1)  # as the step loop does it
         batch = make_batch_forward(runner.model)
         assert batch is not None and batch.kind == "fused"
         for number in range(-1, rounds):
-            bandwidths.append(read_bandwidth(buffer, len(os.sched_getaffinity(0)), passes=3))
+            machines.append(Machine(read_bandwidth(buffer, len(os.sched_getaffinity(0)), passes=3), product_rate()))
             for size in BATCHES:
-                steps_of = measure(runner, batch, size, steps, trunk_bytes, bandwidths[-1])
+                steps_of = measure(runner, batch, size, steps, trunk_bytes, products, machines[-1])
                 if number >= 0:
                     results[size].append(steps_of)
-    report(name, geometry, results, bandwidths)
+    report(name, geometry, results, machines)
 
 
-def report(name: str, geometry: Geometry, results: dict[int, list[Steps]], bandwidths: list[float]) -> None:
+def report(name: str, geometry: Geometry, results: dict[int, list[Steps]], machines: list[Machine]) -> None:
+    bandwidths, rates = [machine.bandwidth for machine in machines], [machine.products for machine in machines]
     print(
         f"\n{name}: {geometry.experts} experts, top-{geometry.active}, {geometry.layers} layers; bandwidth "
-        f"{median(bandwidths) / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f}-{max(bandwidths) / 1e9:.1f})\n"
+        f"{median(bandwidths) / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f}-{max(bandwidths) / 1e9:.1f}), "
+        f"{median(rates) / 1e9:.0f} G products/s ({min(rates) / 1e9:.0f}-{max(rates) / 1e9:.0f})\n"
     )
     rows = []
     for size, found in results.items():
-        ratios = [one.bound_s / one.step_s for one in found]
-        step = median(one.step_s for one in found)
+        of_reading = [steps.of_reading for steps in found]
+        step = median(steps.step_s for steps in found)
         rows.append(
             (
                 str(size),
                 f"{1e3 * step:.1f}",
-                f"{1e3 * median(one.in_turn_s for one in found):.1f}",
-                f"{median(one.num_bytes for one in found) / 1e6:.0f}",
-                f"{1e3 * median(one.bound_s for one in found):.1f}",
-                f"{median(ratios):.2f}",
-                f"{min(ratios):.2f}-{max(ratios):.2f}",
+                f"{1e3 * median(steps.in_turn_s for steps in found):.1f}",
+                f"{median(steps.num_bytes for steps in found) / 1e6:.0f}",
+                f"{1e3 * median(steps.reading_s for steps in found):.1f}",
+                f"{1e3 * median(steps.multiplying_s for steps in found):.1f}",
+                f"{median(of_reading):.2f}",
+                f"{min(of_reading):.2f}-{max(of_reading):.2f}",
+                f"{median(steps.of_bound for steps in found):.2f}",
                 f"{size / step:.1f}",
             )
         )
-    print_table(("B", "step ms", "in turn ms", "MB", "bound ms", "of bound", "lowest-highest", "tokens/s"), rows)
+    times = ("step ms", "in turn ms", "MB", "reading ms", "multiplying ms")
+    print_table(("B", *times, "of reading", "lowest-highest", "of bound", "tokens/s"), rows)
 
 
 def main() -> None:

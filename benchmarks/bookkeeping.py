@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from common import describe_machine, print_table
@@ -47,20 +48,21 @@ _PROMPT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Arena:
+    host: ShardHost
     source: ArenaSource
     server: DataPlaneServer
 
 
 @contextmanager
-def arena_of(store: Store, threads: int) -> Iterator[Arena]:
-    """A host with all experts, in threads of this process: idle ones, once it is attached."""
+def arena_of(store: Store, threads: int, **options: Any) -> Iterator[Arena]:
+    """A host with all experts, in threads of this process: idle ones, once it is attached. ``options``: ShardHost's."""
     address = HostAddress("host", f"ipc://@moray-bookkeeping-{os.getpid()}", secrets.token_hex(8))
-    host = ShardHost(store, list(store.manifest.shards), threads)
+    host = ShardHost(store, list(store.manifest.shards), threads, **options)
     server = DataPlaneServer(address.host_id, host, address.address, address.token)
     source = ArenaSource(store, [address])
     try:
         host.wait_filled()
-        yield Arena(source, server)
+        yield Arena(host, source, server)
     finally:
         source.close()
         server.close()

@@ -1,4 +1,4 @@
-"""One row block of a packed matrix times a tile of tokens, as LLVM's intermediate form.
+"""One or more row blocks of a packed matrix times a tile of tokens, as LLVM's intermediate form.
 
 A *variant* fixes at compile time what the inner loops depend on: encoding, group, how scales and zeros are stored,
 numerics class, instruction set, and the tokens in a tile (width W). Activations come as *panels*: the tile's tokens
@@ -12,8 +12,9 @@ Strict floating point (vectors.py). reference.py states class int8 in NumPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -24,11 +25,14 @@ from moray.runtime.kernels.vectors import F32, I32, I64, VF32, VI32
 from moray.runtime.layout import fp4, second_level
 from moray.runtime.layout.packed import ENCODINGS, METAS, PLANES, SCALE_FACTOR, VECTOR_BYTES, Encoding, Meta
 
-_MAX_UNROLLED = 16  # vectors of codes in a group; larger groups are loops
-_AHEAD = 4096  # bytes from a use to its prefetch: the best, or as good as it, in every shape measured (0 to 36864)
+_MAX_UNROLLED = 32  # quads times tokens in a group; more are loops, which are as fast and quicker to compile
+# Bytes from a use to its prefetch: the best, or as good as it, in every shape measured (0 to 36864). Many tokens take
+# so long that fewer lines would be on their way than memory can deliver.
+_AHEAD, _AHEAD_OF_MANY, _MANY = 4096, 16384, 5
 _BITS = {8: -1, 4: 0x0F0F0F0F, 3: 0x07070707, 2: 0x03030303, 1: 0x01010101}  # masks of one code a byte
 
-QuadBody = Callable[[ir.Value, ir.Value], None]
+Sums = list[list[ir.Value]]  # of each row block and token: where a vector of 16 rows is kept
+QuadBody = Callable[[list[ir.Value], ir.Value], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """Addresses (int64 values) of one row block and of one tile's panels."""
+    """Addresses (int64 values) of the first row block, which the others follow, and of one tile's panels."""
 
     block: ir.Value
     block_bytes: ir.Value
@@ -83,54 +87,84 @@ class Operands:
     xsum: ir.Value
 
 
-def emit_block(builder: ir.IRBuilder, variant: Variant, width: int, operands: Operands) -> list[ir.Value]:
-    """The products of 16 rows with ``width`` tokens: a vector of 16 rows for each."""
-    sums = [cgutils.alloca_once_value(builder, v.const_f32(0.0)) for _ in range(width)]
+def emit_blocks(
+    builder: ir.IRBuilder, variant: Variant, num_blocks: int, width: int, operands: Operands
+) -> list[list[ir.Value]]:
+    """The products of ``num_blocks`` times 16 rows with ``width`` tokens: of each block and token a vector of 16 rows.
+
+    What is loaded of the tokens is used for all blocks.
+    """
+    sums = [[cgutils.alloca_once_value(builder, v.const_f32(0.0)) for _ in range(width)] for _ in range(num_blocks)]
     if variant.encoding in PLANES:
         _emit_quantized(builder, variant, operands, sums)
     else:
         _emit_plain(builder, variant, operands, sums)
-    return [builder.load(total) for total in sums]
+    return [[builder.load(total) for total in of_block] for of_block in sums]
+
+
+def _starts(builder: ir.IRBuilder, ops: Operands, sums: Sums) -> list[ir.Value]:
+    """Where each row block begins."""
+    return [builder.add(ops.block, builder.mul(ops.block_bytes, I64(b))) for b in range(len(sums))]
+
+
+def _emit_prefetch(
+    builder: ir.IRBuilder, ops: Operands, sums: Sums, blocks: list[ir.Value], done: ir.Value, num_bytes: int
+) -> None:
+    """Ask for ``num_bytes`` of each block, a distance after ``done``; past its end, of the one that will follow it."""
+    at = v.offset(builder, done, _AHEAD_OF_MANY // len(blocks) if len(sums[0]) >= _MANY else _AHEAD)
+    if len(blocks) > 1:
+        is_past = builder.icmp_signed(">=", at, ops.block_bytes)
+        others = builder.mul(ops.block_bytes, I64(len(blocks) - 1))
+        at = builder.select(is_past, builder.add(at, others), at)
+    for block in blocks:
+        for line in range(0, num_bytes, VECTOR_BYTES):
+            v.prefetch(builder, v.offset(builder, builder.add(block, at), line))
 
 
 # ------------------------------------------------------------------------------------ quantized
 
 
-def _emit_quantized(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: list[ir.Value]) -> None:
-    num_groups = builder.sdiv(ops.columns, I64(variant.group))
-    meta = builder.add(ops.block, builder.mul(num_groups, I64(variant.group_bytes)))
+def _emit_quantized(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: Sums) -> None:
+    num_groups, width = builder.sdiv(ops.columns, I64(variant.group)), len(sums[0])
+    blocks = _starts(builder, ops, sums)
+    code_bytes = builder.mul(num_groups, I64(variant.group_bytes))
+    metas = [builder.add(block, code_bytes) for block in blocks]
+    next_meta = builder.mul(ops.block_bytes, I64(len(blocks)))
     with cgutils.for_range(builder, num_groups) as loop:
-        codes = builder.add(ops.block, builder.mul(loop.index, I64(variant.group_bytes)))
-        scale, zero = _emit_meta(builder, variant, ops, meta, num_groups, loop.index)
-        for line in range(0, variant.group_bytes, VECTOR_BYTES):
-            v.prefetch(builder, v.offset(builder, codes, _AHEAD + line))
-        panel = builder.mul(loop.index, I64((1 if variant.integer else 4) * variant.group * len(sums)))
+        done = builder.mul(loop.index, I64(variant.group_bytes))
+        codes = [builder.add(block, done) for block in blocks]
+        scales = [_emit_meta(builder, variant, next_meta, meta, num_groups, loop.index) for meta in metas]
+        _emit_prefetch(builder, ops, sums, blocks, done, variant.group_bytes)
+        panel = builder.mul(loop.index, I64((1 if variant.integer else 4) * variant.group * width))
         x = builder.add(ops.x, panel)
         if variant.integer:
-            per_group = builder.mul(loop.index, I64(4 * len(sums)))
-            dots = _emit_dots(builder, variant, codes, x, len(sums))
+            per_group = builder.mul(loop.index, I64(4 * width))
+            dots = _emit_dots(builder, variant, codes, x, width)
             xs, xsum = builder.add(ops.xs, per_group), builder.add(ops.xsum, per_group)
-            _add_group(builder, sums, dots, scale, zero, xs, xsum)
+            _add_group(builder, sums, dots, scales, xs, xsum)
         else:
-            _emit_float_group(builder, variant, codes, x, scale, zero, sums)
+            _emit_float_group(builder, variant, codes, x, scales, sums)
 
 
 def _emit_meta(
-    builder: ir.IRBuilder, variant: Variant, ops: Operands, meta: ir.Value, num_groups: ir.Value, group: ir.Value
+    builder: ir.IRBuilder, variant: Variant, to_next: ir.Value, meta: ir.Value, num_groups: ir.Value, group: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """Scales and zeros of 16 rows, as layout/packed.py, second_level.py and fp4.py define them."""
+    """Scales and zeros of 16 rows, as layout/packed.py, second_level.py and fp4.py define them.
+
+    to_next: bytes to those that will be needed after these.
+    """
     isa = variant.instruction_set
     if variant.meta == "f16":
         at = builder.add(meta, builder.mul(group, I64(VECTOR_BYTES)))
-        v.prefetch(builder, builder.add(at, ops.block_bytes))  # the next block's: the one after is elsewhere
+        v.prefetch(builder, builder.add(at, to_next))  # its own: what follows codes is elsewhere
         scale = builder.fmul(v.load_halves(builder, at, isa), v.const_f32(SCALE_FACTOR))
         return scale, v.load_halves(builder, v.offset(builder, at, 32), isa)
     if variant.meta == "e8m0":
         at = builder.add(meta, builder.mul(group, I64(16)))
-        v.prefetch(builder, builder.add(at, ops.block_bytes))
+        v.prefetch(builder, builder.add(at, to_next))
         return builder.fmul(v.load_powers(builder, at), v.const_f32(0.5)), v.const_f32(fp4.ZERO)
     at = builder.add(meta, builder.mul(group, I64(32)))
-    v.prefetch(builder, builder.add(at, ops.block_bytes))
+    v.prefetch(builder, builder.add(at, to_next))
     supers = builder.add(meta, builder.mul(num_groups, I64(32)))
     super_at = builder.add(supers, builder.mul(builder.lshr(group, I64(4)), I64(32)))
     unit = builder.fmul(v.load_halves(builder, super_at, isa), v.const_f32(second_level.SUPER_FACTOR))
@@ -141,33 +175,39 @@ def _emit_meta(
     return scale, builder.fadd(zero, v.const_f32(second_level.lowest_zero(variant.bits)))
 
 
-def _for_each_quad(builder: ir.IRBuilder, variant: Variant, codes: ir.Value, body: QuadBody) -> None:
-    """Call ``body(codes of one quad, number of the quad in its group)`` for all quads of a group."""
-    planes = PLANES[variant.encoding]
-    width = planes[-1]  # the narrowest plane: one vector of it goes with one or more of the others
-    num_vectors = variant.group * width // 32
+def _for_each_quad(builder: ir.IRBuilder, variant: Variant, codes: list[ir.Value], width: int, body: QuadBody) -> None:
+    """Call ``body(each block's codes of one quad, number of the quad in its group)`` for all quads of a group."""
+    # Of the narrowest plane: one vector of it goes with one or more of the others.
+    width_of_plane = PLANES[variant.encoding][-1]
+    num_vectors = variant.group * width_of_plane // 32
 
     def one(j: ir.Value) -> None:
-        def plane_vector(first: int) -> ir.Value:
-            at = v.offset(builder, builder.add(codes, builder.mul(j, I64(VECTOR_BYTES))), first * VECTOR_BYTES)
-            return v.load(builder, at, VI32)
-
-        for field in range(8 // width):
+        for field in range(8 // width_of_plane):
             quad = v.offset(builder, j, field * num_vectors)
-            if variant.encoding == "q3":
-                body(_three_bits(builder, plane_vector, field, num_vectors), quad)
-            else:
-                quad_codes = _field(builder, plane_vector(0), width * field, width)
-                if variant.encoding == "fp4":
-                    quad_codes = v.fp4_levels(builder, quad_codes, variant.instruction_set)
-                body(quad_codes, quad)
+            body([_quad(builder, variant, at, j, field, num_vectors) for at in codes], quad)
 
-    if num_vectors <= _MAX_UNROLLED:
+    if num_vectors == 1 or variant.group // 4 * width * len(codes) <= _MAX_UNROLLED:
         for j in range(num_vectors):
             one(I64(j))
     else:
         with cgutils.for_range(builder, I64(num_vectors)) as loop:
             one(loop.index)
+
+
+def _quad(
+    builder: ir.IRBuilder, variant: Variant, codes: ir.Value, j: ir.Value, field: int, num_vectors: int
+) -> ir.Value:
+    """A block's codes of one quad: field ``field`` of vector j."""
+    bits = PLANES[variant.encoding][-1]
+
+    def plane_vector(first: int) -> ir.Value:
+        at = v.offset(builder, builder.add(codes, builder.mul(j, I64(VECTOR_BYTES))), first * VECTOR_BYTES)
+        return v.load(builder, at, VI32)
+
+    if variant.encoding == "q3":
+        return _three_bits(builder, plane_vector, field, num_vectors)
+    quad_codes = _field(builder, plane_vector(0), bits * field, bits)
+    return v.fp4_levels(builder, quad_codes, variant.instruction_set) if variant.encoding == "fp4" else quad_codes
 
 
 def _field(builder: ir.IRBuilder, codes: ir.Value, shift: int, bits: int) -> ir.Value:
@@ -194,84 +234,84 @@ def _three_bits(
     return builder.and_(both, v.const_i32(_BITS[3]))
 
 
-def _emit_dots(builder: ir.IRBuilder, variant: Variant, codes: ir.Value, x: ir.Value, width: int) -> list[ir.Value]:
-    """Exact integer products of one group: 16 rows for each token."""
+def _emit_dots(builder: ir.IRBuilder, variant: Variant, codes: list[ir.Value], x: ir.Value, width: int) -> Sums:
+    """Exact integer products of one group: of each block, 16 rows for each token."""
     chains = 2 if width <= 2 else 1  # few tokens: two sums for each, so that one product need not await the last
-    slots = [[cgutils.alloca_once(builder, VI32) for _ in range(chains)] for _ in range(width)]
-    for slot in (slot for token in slots for slot in token):
+    slots = [[[cgutils.alloca_once(builder, VI32) for _ in range(chains)] for _ in range(width)] for _ in codes]
+    for slot in (slot for block in slots for token in block for slot in token):
         builder.store(v.const_i32(0), slot)
     turn = 0
 
-    def add(quad_codes: ir.Value, quad: ir.Value) -> None:
+    def add(quads: list[ir.Value], quad: ir.Value) -> None:
         nonlocal turn
         at = builder.add(x, builder.mul(quad, I64(4 * width)))
-        for t, token in enumerate(slots):
-            slot = token[turn % chains]
+        for t in range(width):
             four = v.load(builder, v.offset(builder, at, 4 * t), I32)
-            builder.store(v.dot4(builder, builder.load(slot), quad_codes, four, variant.instruction_set), slot)
+            for quad_codes, block in zip(quads, slots, strict=True):
+                slot = block[t][turn % chains]
+                builder.store(v.dot4(builder, builder.load(slot), quad_codes, four, variant.instruction_set), slot)
         turn += 1
 
-    _for_each_quad(builder, variant, codes, add)
-    totals = []
-    for token in slots:
-        total = builder.load(token[0])
-        for slot in token[1:]:
-            total = builder.add(total, builder.load(slot))
-        totals.append(total)
-    return totals
+    _for_each_quad(builder, variant, codes, width, add)
+    return [[reduce(builder.add, [builder.load(slot) for slot in token]) for token in block] for block in slots]
 
 
 def _add_group(
     builder: ir.IRBuilder,
-    sums: list[ir.Value],
-    dots: list[ir.Value],
-    scale: ir.Value,
-    zero: ir.Value,
+    sums: Sums,
+    dots: Sums,
+    scales: list[tuple[ir.Value, ir.Value]],
     xs: ir.Value,
     xsum: ir.Value,
 ) -> None:
     """sums[t] += (float(dots[t]) - zero * xsum[t]) * (scale * xs[t]), in this order, unfused."""
-    for t, (total, dot) in enumerate(zip(sums, dots, strict=True)):
+    for t in range(len(sums[0])):
         x_scale = v.broadcast(builder, v.offset(builder, xs, 4 * t), F32)
         x_sum = v.broadcast(builder, v.offset(builder, xsum, 4 * t), F32)
-        centred = builder.fsub(builder.sitofp(dot, VF32), builder.fmul(zero, x_sum))
-        term = builder.fmul(centred, builder.fmul(scale, x_scale))
-        builder.store(builder.fadd(builder.load(total), term), total)
+        for total, dot, (scale, zero) in zip(sums, dots, scales, strict=True):
+            centred = builder.fsub(builder.sitofp(dot[t], VF32), builder.fmul(zero, x_sum))
+            term = builder.fmul(centred, builder.fmul(scale, x_scale))
+            builder.store(builder.fadd(builder.load(total[t]), term), total[t])
 
 
 def _emit_float_group(
     builder: ir.IRBuilder,
     variant: Variant,
-    codes: ir.Value,
+    codes: list[ir.Value],
     x: ir.Value,
-    scale: ir.Value,
-    zero: ir.Value,
-    sums: list[ir.Value],
+    scales: list[tuple[ir.Value, ir.Value]],
+    sums: Sums,
 ) -> None:
     """sums[t] += ((code - zero) * scale) * x[t], column after column."""
+    width = len(sums[0])
 
-    def add(quad_codes: ir.Value, quad: ir.Value) -> None:
-        at = builder.add(x, builder.mul(quad, I64(16 * len(sums))))
+    def add(quads: list[ir.Value], quad: ir.Value) -> None:
+        at = builder.add(x, builder.mul(quad, I64(16 * width)))
         for k in range(4):
-            byte = builder.and_(_shifted(builder, quad_codes, 8 * k), v.const_i32(0xFF))
-            weight = builder.fmul(builder.fsub(builder.sitofp(byte, VF32), zero), scale)
-            _add_column(builder, sums, weight, v.offset(builder, at, 4 * k * len(sums)))
+            weights = []
+            for quad_codes, (scale, zero) in zip(quads, scales, strict=True):
+                byte = builder.and_(_shifted(builder, quad_codes, 8 * k), v.const_i32(0xFF))
+                weights.append(builder.fmul(builder.fsub(builder.sitofp(byte, VF32), zero), scale))
+            _add_column(builder, sums, weights, v.offset(builder, at, 4 * k * width))
 
-    _for_each_quad(builder, variant, codes, add)
+    _for_each_quad(builder, variant, codes, width, add)
 
 
 # ---------------------------------------------------------------------------------------- plain
 
 
-def _emit_plain(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: list[ir.Value]) -> None:
+def _emit_plain(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: Sums) -> None:
     """sums[t] += w[column] * x[column, t], column after column."""
-    per_vector = 1 if variant.encoding == "f32" else 2
+    per_vector, width = 1 if variant.encoding == "f32" else 2, len(sums[0])
+    blocks = _starts(builder, ops, sums)
     with cgutils.for_range(builder, builder.sdiv(ops.columns, I64(per_vector))) as loop:
-        at = builder.add(ops.block, builder.mul(loop.index, I64(VECTOR_BYTES)))
-        v.prefetch(builder, v.offset(builder, at, _AHEAD))
-        x = builder.add(ops.x, builder.mul(loop.index, I64(4 * per_vector * len(sums))))
-        for k, weight in enumerate(_plain_weights(builder, v.load(builder, at, VI32), variant.encoding)):
-            _add_column(builder, sums, weight, v.offset(builder, x, 4 * k * len(sums)))
+        done = builder.mul(loop.index, I64(VECTOR_BYTES))
+        _emit_prefetch(builder, ops, sums, blocks, done, VECTOR_BYTES)
+        x = builder.add(ops.x, builder.mul(loop.index, I64(4 * per_vector * width)))
+        lanes = [v.load(builder, builder.add(block, done), VI32) for block in blocks]
+        weights = [_plain_weights(builder, one, variant.encoding) for one in lanes]
+        for k, of_blocks in enumerate(zip(*weights, strict=True)):
+            _add_column(builder, sums, of_blocks, v.offset(builder, x, 4 * k * width))
 
 
 def _plain_weights(builder: ir.IRBuilder, lanes: ir.Value, encoding: Encoding) -> list[ir.Value]:
@@ -283,7 +323,8 @@ def _plain_weights(builder: ir.IRBuilder, lanes: ir.Value, encoding: Encoding) -
     return [v.half_to_float(builder, builder.lshr(lanes, v.const_i32(16 * k))) for k in range(2)]
 
 
-def _add_column(builder: ir.IRBuilder, sums: list[ir.Value], weight: ir.Value, x: ir.Value) -> None:
-    for t, total in enumerate(sums):
-        product = builder.fmul(weight, v.broadcast(builder, v.offset(builder, x, 4 * t), F32))
-        builder.store(builder.fadd(builder.load(total), product), total)
+def _add_column(builder: ir.IRBuilder, sums: Sums, weights: Sequence[ir.Value], x: ir.Value) -> None:
+    for t in range(len(sums[0])):
+        value = v.broadcast(builder, v.offset(builder, x, 4 * t), F32)
+        for total, weight in zip(sums, weights, strict=True):
+            builder.store(builder.fadd(builder.load(total[t]), builder.fmul(weight, value)), total[t])

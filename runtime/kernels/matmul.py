@@ -4,8 +4,8 @@ Shapes: P (token, expert) pairs sorted by expert; C columns (inputs), R rows (ou
 ``y_PR = x_PC @ W_e^T`` for every expert e over its own range of pairs. An item is one row block of one expert with
 all of the expert's pairs, so each row block is read from memory once, and unpacked once for a tile of up to 8 pairs.
 
-Pairs lie in panels of 8, 4, 2 and 1 (block.py): an expert's pairs are cut into as many tiles of 8 as there are, then
-one of 4, of 2 and of 1 as needed. A tile of pairs p.. starts at p's place, so panels fill [P, C] without gaps.
+Pairs lie in panels (block.py): an expert's pairs are cut into tiles of 8, and one of what is left over. A tile of pairs
+p.. starts at p's place, so panels fill [P, C] without gaps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from moray.runtime.kernels import vectors
 from moray.runtime.kernels.atomics import load_int64
-from moray.runtime.kernels.block import Operands, Variant, emit_block
+from moray.runtime.kernels.block import Operands, Variant, emit_blocks
 from moray.runtime.kernels.vectors import I64
 
 ITEMS = "void(int64, int64, int64)"  # signature of a phase's function
@@ -28,23 +28,39 @@ ITEMS = "void(int64, int64, int64)"  # signature of a phase's function
 ROWS, COLUMNS, GROUP, INTEGER, BLOCK_BYTES, NUM_BLOCKS, WEIGHTS, STARTS, X, XS, XSUM, Y = range(12)
 NUM_PARAMS = 12
 
+MAX_WIDTH = 8  # pairs in a tile
+BLOCKS_AT_ONCE = 2  # for tiles of MAX_WIDTH: loads of the pairs' panels would take longer than all products of one
+
 
 @intrinsic(prefer_literal=True)
 def _tile(
-    typingctx: Any, number: Any, width: Any, block: Any, block_bytes: Any, columns: Any, x: Any, xs: Any, xsum: Any,
-    y: Any, ldy: Any, rows: Any,
+    typingctx: Any, number: Any, num_blocks: Any, width: Any, block: Any, block_bytes: Any, columns: Any, x: Any,
+    xs: Any, xsum: Any, y: Any, ldy: Any, rows: Any,
 ) -> Any:  # fmt: skip
-    """y[t, 0..rows] = the products of one row block with tile token t; ``y`` is an address, ``ldy`` bytes a token."""
-    variant, tokens = Variant.of_number(number.literal_value), width.literal_value
+    """y[t, 0..rows] = the products of row blocks with tile token t; ``y`` is an address, ``ldy`` bytes a token.
+
+    num_blocks, a literal: 1, for tiles of any width, or more, for tiles of MAX_WIDTH.
+    """
+    variant, blocks = Variant.of_number(number.literal_value), num_blocks.literal_value
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _number, _width, block, block_bytes, columns, x, xs, xsum, y, ldy, rows = args
-        sums = emit_block(builder, variant, tokens, Operands(block, block_bytes, columns, x, xs, xsum))
-        for t, total in enumerate(sums):
-            vectors.store_rows(builder, total, builder.add(y, builder.mul(ldy, I64(t))), rows)
+        _number, _blocks, width, block, block_bytes, columns, x, xs, xsum, y, ldy, rows = args
+        operands, done = Operands(block, block_bytes, columns, x, xs, xsum), builder.append_basic_block("done")
+        switch = builder.switch(width, done)
+        for tokens in range(1 if blocks == 1 else MAX_WIDTH, MAX_WIDTH + 1):
+            case = builder.append_basic_block(f"width{tokens}")
+            switch.add_case(I64(tokens), case)
+            builder.position_at_end(case)
+            for b, sums in enumerate(emit_blocks(builder, variant, blocks, tokens, operands)):
+                left = builder.sub(rows, I64(vectors.LANES * b))
+                for t, total in enumerate(sums):
+                    at = vectors.offset(builder, builder.add(y, builder.mul(ldy, I64(t))), 4 * vectors.LANES * b)
+                    vectors.store_rows(builder, total, at, left)
+            builder.branch(done)
+        builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(number, width, *[types.int64] * 9), codegen
+    return types.void(number, num_blocks, *[types.int64] * 10), codegen
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -56,17 +72,8 @@ def word(params, index):
 @njit(nogil=True, cache=True)
 def tile_of(pair, start, end):
     """Of a pair of an expert whose pairs are start..end-1: the first pair of its tile, and the tile's width."""
-    place, count = pair - start, end - start
-    full = count // 8 * 8
-    if place < full:
-        return start + place // 8 * 8, 8
-    first = full
-    for width in (4, 2, 1):
-        if (count - full) & width:
-            if place < first + width:
-                return start + first, width
-            first += width
-    return start + first, 1
+    first = pair - (pair - start) % MAX_WIDTH
+    return first, min(MAX_WIDTH, end - first)
 
 
 def _make_items(number: int) -> Any:
@@ -75,27 +82,28 @@ def _make_items(number: int) -> Any:
         block_bytes, num_blocks = word(params, BLOCK_BYTES), word(params, NUM_BLOCKS)
         x_bytes = columns if word(params, INTEGER) else 4 * columns
         g_bytes = 4 * (columns // group) if group else 0
-        for item in range(first, last):
+        item = first
+        while item < last:
             e = item // num_blocks
             b = item - e * num_blocks
+            count = min(BLOCKS_AT_ONCE, last - item, num_blocks - b)
             block = word(word(params, WEIGHTS), e) + b * block_bytes
             p, end = word(word(params, STARTS), e), word(word(params, STARTS), e + 1)
             while p < end:
                 x, xs = word(params, X) + p * x_bytes, word(params, XS) + p * g_bytes
                 xsum = word(params, XSUM) + p * g_bytes
                 y, left = word(params, Y) + 4 * p * rows + 64 * b, rows - 16 * b
-                if end - p >= 8:
-                    _tile(number, 8, block, block_bytes, columns, x, xs, xsum, y, 4 * rows, left)
-                    p += 8
-                elif end - p >= 4:
-                    _tile(number, 4, block, block_bytes, columns, x, xs, xsum, y, 4 * rows, left)
-                    p += 4
-                elif end - p >= 2:
-                    _tile(number, 2, block, block_bytes, columns, x, xs, xsum, y, 4 * rows, left)
-                    p += 2
+                width = min(MAX_WIDTH, end - p)
+                if width == MAX_WIDTH and count == BLOCKS_AT_ONCE:
+                    _tile(number, BLOCKS_AT_ONCE, width, block, block_bytes, columns, x, xs, xsum, y, 4 * rows, left)
                 else:
-                    _tile(number, 1, block, block_bytes, columns, x, xs, xsum, y, 4 * rows, left)
-                    p += 1
+                    for k in range(count):
+                        _tile(
+                            number, 1, width, block + k * block_bytes, block_bytes, columns, x, xs, xsum, y + 64 * k,
+                            4 * rows, left - 16 * k,
+                        )  # fmt: skip
+                p += width
+            item += count
 
     return cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")(items)
 

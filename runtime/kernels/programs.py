@@ -87,7 +87,8 @@ def set_product(params, kernel, rows_params, weights, starts, num_experts, y):
 
 @njit(nogil=True, cache=True)
 def chunk_of(block_bytes):
-    return max(1, _CHUNK_BYTES // block_bytes)
+    at_once = mm.BLOCKS_AT_ONCE
+    return max(1, _CHUNK_BYTES // (at_once * block_bytes)) * at_once
 
 
 @njit(nogil=True, cache=True)
