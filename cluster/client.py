@@ -24,10 +24,8 @@ _TCP_OPTIONS = (
 _ATTEMPT_S = 1.0  # before a message is taken for lost
 
 
-
-
 def copies(buffers: Sequence[memoryview]) -> bool:
-    """Whether to copy what is sent: for a few activations that costs less than keeping track of who still needs them."""
+    """Whether to copy what is sent: for a token's activations that costs less than to keep track of the memory."""
     return sum(buffer.nbytes for buffer in buffers) < zmq.COPY_THRESHOLD
 
 
