@@ -12,10 +12,7 @@ must be the same. Quotas are given in periods of 5 ms: a stall at the end of a p
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ from common import describe_machine, print_table, working_directory
 from geometry import Geometry
 from make_store import write_store
 from memory_group import memory_group
+from two_machines import Worker
 
 from moray.cluster.keys import CurveKeys
 from moray.cluster.layer_cost import LayerGeometry, geometry_of
@@ -96,30 +94,15 @@ class Machine:
         memory = stack.enter_context(memory_group(name))
         with Store.open(store) as opened:
             memory.limit(slots * opened.manifest.slot_bytes + _PROCESS_BYTES)
-        command = [sys.executable, str(Path(__file__).with_name("placement_worker.py"))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        stack.callback(self._end)
-        (cpu / "cgroup.procs").write_text(str(self._process.pid))
-        memory.add(self._process.pid)
+        self._worker = Worker()
+        stack.callback(self._worker.close)
+        (cpu / "cgroup.procs").write_text(str(self._worker.pid))
+        memory.add(self._worker.pid)
         given = {"threads": ceil(cores), "slots": slots, "keys": [keys.public, keys.secret]}
-        self._ask(store=str(store), admitted=admitted, **given)
+        self._worker(store=str(store), admitted=admitted, **given)
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        return self._ask(do=do, **arguments)
-
-    def _ask(self, **order: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a worker ended with {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        return self._worker(do=do, **arguments)
 
 
 class Pair:

@@ -9,7 +9,8 @@ process is a remote host with all experts; this one has none and asks it for ``-
 - *round trip*: from ``RemoteLanes.begin`` (grouping known, nothing quantized yet) to the outputs in an array;
 - *computing*: what the host says it took, from the request's arrival to its answer;
 - *beyond*: the difference, for each call. The target is a median of 0.3 ms;
-- *ping*: a Ping and its Pong; *Ray call*: of an actor on this machine, with the same bytes there and back.
+- *ping*: a Ping and its Pong; *echo*: an Echo with the same bytes there and back, which is what ZeroMQ, CURVE and the
+  network take of it; *Ray call*: of an actor on this machine, likewise.
 
 Medians and 90th percentiles over ``--calls`` calls after 100 that are not counted. The veth pair is not shaped.
 """
@@ -32,7 +33,7 @@ from make_store import write_store
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.keys import CurveKeys
-from moray.cluster.messages import Ping
+from moray.cluster.messages import Echo, Ping
 from moray.cluster.remote import RemoteLanes
 from moray.runtime.convert.recipe import Recipe
 from moray.runtime.kernels.gates import SWIGLU
@@ -42,6 +43,7 @@ from moray.runtime.store.store import Store
 
 GEOMETRY = Geometry(hidden=4096, intermediate=512, experts=8, layers=1, vocab=1024)
 TARGET_S = 3e-4
+SENT_BYTES = GEOMETRY.hidden + 4 * GEOMETRY.hidden // 64  # of a token: codes and peaks
 TOKEN = "benchmark"
 _WARM_UP = 100
 
@@ -98,7 +100,7 @@ def host_process(store: Path, namespace: str | None, keys: CurveKeys, client: Cu
 
 
 def measure(store: Path, address: HostAddress, client: CurveKeys, num_experts: int, calls: int) -> list[list[float]]:
-    """Seconds of each call: round trip, computing, beyond, ping."""
+    """Seconds of each call: round trip, computing, beyond, ping, echo."""
     x = np.random.default_rng(0).standard_normal((1, GEOMETRY.hidden)).astype(np.float32)
     grouping = group_by_expert(np.arange(num_experts, dtype=np.int64)[None], GEOMETRY.experts)
     nowhere, computed = np.zeros(num_experts, dtype=np.bool_), []
@@ -123,7 +125,8 @@ def measure(store: Path, address: HostAddress, client: CurveKeys, num_experts: i
                 continue
             assert call.is_over and len(arrived[0][1]) == num_experts
             trips.append(took_s)
-        pings = []
+        pings, echoes = [], []
+        data, echo = bytes(SENT_BYTES), Echo(reply_bytes=4 * num_experts * GEOMETRY.hidden)
         pinging = HostClient(address, "pinging", curve=client)
         stack.callback(pinging.close)
         pinging.greet()
@@ -131,8 +134,11 @@ def measure(store: Path, address: HostAddress, client: CurveKeys, num_experts: i
             started = perf_counter()
             pinging.receive(pinging.send(Ping()))
             pings.append(perf_counter() - started)
+            started = perf_counter()
+            pinging.receive(pinging.send(echo, memoryview(data)))
+            echoes.append(perf_counter() - started)
     beyond = [trip - computing for trip, computing in zip(trips, computed[: len(trips)], strict=True)]
-    return [times[_WARM_UP:] for times in (trips, computed, beyond, pings)]
+    return [times[_WARM_UP:] for times in (trips, computed, beyond, pings, echoes)]
 
 
 def ray_calls(num_experts: int, calls: int) -> list[float]:
@@ -141,15 +147,15 @@ def ray_calls(num_experts: int, calls: int) -> list[float]:
 
     from moray.cluster import ray_session
 
-    class Echo:
+    class Actor:
         def compute(self, data: bytes) -> bytes:
             return b"\0" * (4 * num_experts * GEOMETRY.hidden)
 
     session = ray_session.start_local(2)
     times = []
     try:
-        actor = ray.remote(Echo).options(num_cpus=0).remote()
-        data = bytes(GEOMETRY.hidden + 4 * GEOMETRY.hidden // 64)
+        actor = ray.remote(Actor).options(num_cpus=0).remote()
+        data = bytes(SENT_BYTES)
         for _ in range(_WARM_UP + calls):
             started = perf_counter()
             ray.get(actor.compute.remote(data))
@@ -182,7 +188,7 @@ def main() -> None:
         far = None if args.loopback else stack.enter_context(namespace())
         address = stack.enter_context(host_process(store, far, keys, client))
         times = measure(store, address, client, args.experts, args.calls)
-    found = dict(zip(("round trip", "computing", "beyond", "ping"), times, strict=True))
+    found = dict(zip(("round trip", "computing", "beyond", "ping", "echo"), times, strict=True))
     if not args.no_ray:
         found["Ray call"] = ray_calls(args.experts, args.calls)
     report(found, "over loopback" if args.loopback else "over veth")

@@ -24,6 +24,11 @@ _TCP_OPTIONS = (
 _ATTEMPT_S = 1.0  # before a message is taken for lost
 
 
+def copies(buffers: Sequence[memoryview]) -> bool:
+    """Whether to copy what is sent: for a token's activations that costs less than to keep track of the memory."""
+    return sum(buffer.nbytes for buffer in buffers) < zmq.COPY_THRESHOLD
+
+
 @dataclass(frozen=True, slots=True)
 class HostAddress:
     """Where a host listens, and the token its peers must show. Treat as a secret."""
@@ -88,8 +93,7 @@ class HostClient:
     def _send(self, message: Message, buffers: Sequence[memoryview], flags: int) -> int | None:
         self._next_id += 1
         try:
-            # Frames without a copy cost more than copying a header does.
-            self._socket.send_multipart([encode(self._next_id, message), *buffers], flags, copy=not buffers)
+            self._socket.send_multipart([encode(self._next_id, message), *buffers], flags, copy=copies(buffers))
         except zmq.Again:
             return None
         return self._next_id

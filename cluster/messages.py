@@ -195,8 +195,8 @@ MESSAGES: dict[str, type[Message]] = {
 
 
 def encode(request_id: int, message: Message) -> bytes:
-    header = [PROTOCOL_VERSION, request_id, type(message).__name__, message.model_dump()]
-    packed: bytes = msgpack.packb(header)
+    # Fields as they are, with those of messages in them: what ``model_dump`` gives, without its copy.
+    packed: bytes = msgpack.packb([PROTOCOL_VERSION, request_id, type(message).__name__, vars(message)], default=vars)
     return packed
 
 

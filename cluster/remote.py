@@ -20,6 +20,7 @@ from moray.cluster.health import LONGEST_S
 from moray.cluster.keys import CurveKeys
 from moray.cluster.messages import Compute, GateSpec
 from moray.cluster.remote_host import OnChange, RemoteHost, RemoteStats, Request
+from moray.runtime.cpu import usable_cores
 from moray.runtime.kernels.gates import Gate
 from moray.runtime.kernels.ops import Grouping
 from moray.runtime.lanes.lane import Lane, Resource
@@ -35,6 +36,7 @@ Bools = npt.NDArray[np.bool_]
 
 _TEND_S = 0.5  # between looks after hosts that are all up
 _HURRY_S = 0.05  # while one is not
+_LOOK_S = 1e-3  # looking out for a reply that is due, before sleeping
 
 
 class RemoteLanes:
@@ -52,6 +54,7 @@ class RemoteLanes:
         self._layers: dict[int, _Layer] = {}
         self.lock = threading.Lock()
         self.poller = zmq.Poller()
+        self._may_look = usable_cores() > 1
         self._stop = threading.Event()
         for host in hosts:
             self.join(host)
@@ -132,6 +135,21 @@ class RemoteLanes:
         call.send(chosen)
         return call
 
+    def wait(self, due_s: float, most_s: float) -> None:
+        """Until something comes from any host, at most ``most_s``. ``due_s``: until a reply is expected.
+
+        Around then this thread stays awake, if there is another core for those that receive: being woken takes as long
+        as a part of the way itself.
+        """
+        asleep_ms = int(1000 * (min(due_s, most_s) - _LOOK_S / 2))
+        if asleep_ms > 0 and self.poller.poll(asleep_ms):
+            return
+        started = monotonic()
+        while self._may_look and monotonic() - started < min(_LOOK_S, most_s):
+            if self.poller.poll(0):
+                return
+        self.poller.poll(max(0, 1 + int(1000 * (most_s - 1e-3 * max(0, asleep_ms) - (monotonic() - started)))))
+
     def stats(self) -> list[RemoteStats]:
         with self.lock:
             return [host.snapshot() for host in self.hosts]
@@ -176,6 +194,7 @@ class RemoteCall:
     ) -> None:  # fmt: skip
         self._lanes, self._layer, self._grouping, self._x_TH = lanes, layer, grouping, x_TH
         self._hosts, self._offers = {host.number: host for host in hosts}, offers
+        self._is_single = len(x_TH) == 1  # token: each expert has one pair
         self._lost: set[int] = set()
         self._tried: set[tuple[int, int]] = set()  # position, host
         self.here: Ints = np.empty(0, dtype=np.int64)
@@ -199,6 +218,8 @@ class RemoteCall:
         Waits until there is something of either, or everything is over.
         """
         waited = False
+        for host in self._hosts.values():
+            host.learn()  # from the layer before, while this one's replies are due
         while True:
             arrived = self._receive(waited)
             busy = [host for host in self._hosts.values() if host.in_flight]
@@ -207,8 +228,9 @@ class RemoteCall:
                 self.elsewhere[lost] = False
                 self._lost.clear()
                 return arrived, lost
-            left_s = min(host.deadline() for host in busy) - monotonic()
-            self._lanes.poller.poll(max(0, 1 + int(1000 * left_s)))
+            now = monotonic()
+            due, deadline = min(host.due() for host in busy), min(host.deadline() for host in busy)
+            self._lanes.wait(due - now, deadline - now)
             waited = True
 
     def note_computed(self, num_experts: int, num_pairs: int, seconds: float) -> None:
@@ -269,7 +291,10 @@ class RemoteCall:
         for number, part in enumerate(parts):
             experts = np.array([positions[i] for i in part.experts], dtype=np.int64)
             counts = [last - first for first, last in zip(part.first, part.last, strict=True)]
-            pairs = np.concatenate([starts[positions[i]] + np.arange(a, b) for i, a, b in zip(*part, strict=True)])
+            if self._is_single:
+                pairs = starts[experts]
+            else:
+                pairs = np.concatenate([starts[positions[i]] + np.arange(a, b) for i, a, b in zip(*part, strict=True)])
             if not self._send_part(host, experts, counts, pairs):
                 self._retry(sorted({positions[i] for later in parts[number:] for i in later.experts}))
                 return

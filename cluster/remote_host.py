@@ -54,6 +54,7 @@ class Request:
     wire_bytes: int  # there and back
     expected_s: float
     sent_at: float = 0.0
+    was_last: bool = False  # of those under way, when it was answered
 
 
 @dataclass(slots=True)
@@ -113,6 +114,7 @@ class RemoteHost:
         self._joining = _Joining()
         self._num_assigned, self._news_at = 0, now
         self._mean_experts = 1.0  # in a request
+        self._lessons: list[tuple[Request, float, float | None]] = []  # see ``learn``
 
     @property
     def is_up(self) -> bool:
@@ -135,6 +137,11 @@ class RemoteHost:
         self.stats.requests += 1
         self.stats.bytes_sent += len(buffer)
         return True
+
+    def due(self) -> float:
+        """When the oldest request under way is expected to be answered."""
+        oldest = next(iter(self.in_flight.values()))
+        return max(self._last_reply_at, oldest.sent_at) + oldest.expected_s
 
     def deadline(self) -> float:
         """When the oldest request under way is given up."""
@@ -187,7 +194,8 @@ class RemoteHost:
             self.health.answered(now, request.expected_s, min(took_s, request.expected_s) if not waited else took_s)
             self.stats.pairs += len(request.pairs)
             self.stats.bytes_received += expected
-            self._learn(request, message.compute_s, now if waited else None)
+            request.was_last = not self.in_flight
+            self._lessons.append((request, message.compute_s, now if waited else None))
             return np.frombuffer(buffers[0], dtype=np.float32).reshape(-1, width)
         self.stats.refused += 1
         if isinstance(message, Refused) and message.reason != "hello":
@@ -201,10 +209,16 @@ class RemoteHost:
             self._fail(now, f"it answered Compute with {type(message).__name__} and {len(buffers)} buffers")
         return None
 
+    def learn(self) -> None:
+        """From the times of what was answered since: while there is nothing to do but to wait."""
+        for lesson in self._lessons:
+            self._learn(*lesson)
+        self._lessons.clear()
+
     def _learn(self, request: Request, compute_s: float, arrived_at: float | None) -> None:
         num_pairs, now_s = len(request.pairs), 0.0 if arrived_at is None else arrived_at - request.sent_at
         self._rates.observe(remote_cpu(self.number), request.num_bytes, num_pairs, compute_s, concurrent=False)
-        if arrived_at is not None and now_s > compute_s and not self.in_flight:
+        if arrived_at is not None and now_s > compute_s and request.was_last:
             self.link.observe(request.wire_bytes, now_s - compute_s)
             self._mean_experts += _GAIN * (len(request.experts) - self._mean_experts)
             self._publish_link()
@@ -218,6 +232,7 @@ class RemoteHost:
 
     def tend(self, now: float) -> None:
         """Read what came without being waited for, and send what is due. No work may be under way."""
+        self.learn()
         while self.receive(now, waited=False) is not None:
             pass
         while self._trials and self.client.socket.poll(_TRIAL_MS):
@@ -252,6 +267,7 @@ class RemoteHost:
         """What is no reply to work under way."""
         if (late := self._abandoned.pop(request_id, None)) is not None:
             self.stats.stale += 1
+            late.was_last = not self.in_flight
             if isinstance(message, Computed):
                 self._learn(late, message.compute_s, now)
         if isinstance(message, Welcome):

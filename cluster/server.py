@@ -11,6 +11,7 @@ from time import perf_counter
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from moray.cluster.client import copies
 from moray.cluster.keys import CurveServer
 from moray.cluster.messages import (
     MAX_MESSAGE_BYTES,
@@ -172,7 +173,7 @@ class DataPlaneServer:
         if isinstance(answer, Refused):
             self.stats.rejected += 1
         if answer is not None:
-            self._socket.send_multipart([identity, encode(request_id, answer), *buffers], copy=not buffers)
+            self._socket.send_multipart([identity, encode(request_id, answer), *buffers], copy=copies(buffers))
 
     def _forward(self) -> None:
         """Send what the lane of reads has for a client."""

@@ -270,7 +270,7 @@ class ShardHost:
             shards = self.arena.addresses(self._hold(layer, experts))
             return fused.compute_pairs(x_TH, np.asarray(experts, dtype=np.int64), starts, row_of_pair, shards)
         finally:
-            self.drop_client(_SELF)
+            self._let_go()
 
     def copy_resident(self, key: ExpertKey, start: int, view: memoryview) -> bool:
         """Copy a part of a shard out of the arena. False: it is not in memory, or went meanwhile. From any thread."""
@@ -300,6 +300,13 @@ class ShardHost:
     def _hold(self, layer: int, experts: Sequence[int]) -> Ints:
         """Claim experts for this host's own use and wait for them. Returns their slots."""
         indices = self._indices(layer, experts)
+        with self._loader.lock:
+            if all(self._manager.state(index) is State.RESIDENT for index in indices):
+                # The loader's threads are not woken: they would compete with what is to be computed now.
+                self._manager.claim(_SELF, indices)
+                self._manager.used(indices)
+                self._prefetch.used(indices)
+                return self.arena.directory[indices]
         if len(set(indices)) > self.arena.num_slots:
             raise ProtocolError(f"{len(indices)} experts at once, this host has memory for {self.arena.num_slots}")
         self.need(_SELF, layer, experts)
@@ -312,6 +319,13 @@ class ShardHost:
                 if not self._loader.lock.wait(deadline - monotonic()):
                     raise HostLostError(f"experts {list(experts)} of MoE layer {layer} did not come from the disk")
             return self.arena.directory[indices]
+
+    def _let_go(self) -> None:
+        """Give up the claim of ``_hold``. Loads that found every slot claimed are tried again."""
+        with self._loader.lock:
+            self._manager.drop_client(_SELF)
+            if self._manager.is_asked:
+                self._loader.wake()
 
     def _is_filled(self) -> bool:
         return not self._manager.wants_to_fill and self._loader.is_idle

@@ -104,6 +104,11 @@ class ResidencyManager:
         return bool(self._demands) or Urgency.DEMAND in self._urgency.values()
 
     @property
+    def is_asked(self) -> bool:
+        """Whether something waits for its load to begin, perhaps for a slot."""
+        return bool(self._demands or self._hints or self._replicas)
+
+    @property
     def num_resident(self) -> int:
         return sum(state is State.RESIDENT for state in self._state)
 
@@ -140,6 +145,11 @@ class ResidencyManager:
                 self._given_up.add(e)
         waiting = [e for e in self._demands if self._claimed[e] and e not in experts]
         self._demands = waiting + [e for e in experts if self._state[e] in _OUT]
+
+    def claim(self, client: str, experts: Sequence[int]) -> None:
+        """A client uses these, which are RESIDENT, and no longer what it claimed before: ``need`` without a load."""
+        assert all(self._state[e] is State.RESIDENT for e in experts)
+        self._claim(client, set(experts))
 
     def release(self, client: str, experts: Iterable[int]) -> None:
         """A client is done with some of what it needed."""
