@@ -1,8 +1,7 @@
 """Faults of a running engine, and a generation that one of them strikes. What faults.py, soak.py and tests share.
 
 A fault is a ``Fault``: ``strike`` does it, and may return before its effect is over; ``heal`` undoes what does not pass
-by itself and waits until the engine is whole again. Another kind (a link that is down, a slow one) is one more class in
-``FAULTS``.
+by itself and waits until the engine is whole again. ``FAULTS`` are those of one node; two_nodes.py has those of two.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ class Struck:
     text: str
     at_s: float  # from the request to the fault
     stall_s: float  # longest time between two events, from the fault on
-    duration_s: float
+    whole_s: float  # from the fault until the engine was whole again, or the answer at its end
 
 
 def generate_struck(engine: Engine, fault: Fault, random: Random, within_s: float, **options: Any) -> Struck:
@@ -136,11 +135,11 @@ def generate_struck(engine: Engine, fault: Fault, random: Random, within_s: floa
     at_s, struck = random.uniform(0, within_s), threading.Event()
 
     def strike() -> None:
+        struck.set()
         try:
             fault.strike(engine, random)
         except BaseException as error:
             errors.append(error)
-        struck.set()
 
     timer, started = threading.Timer(at_s, strike), perf_counter()
     timer.start()
@@ -152,8 +151,7 @@ def generate_struck(engine: Engine, fault: Fault, random: Random, within_s: floa
         token_ids += event.token_ids
         text, last = text + event.text, now
     timer.join()
-    duration_s = perf_counter() - started
     for error in errors:
         raise error
     fault.heal(engine)
-    return Struck(fault.name, tuple(token_ids), text, at_s, stall_s, duration_s)
+    return Struck(fault.name, tuple(token_ids), text, at_s, stall_s, perf_counter() - started - at_s)

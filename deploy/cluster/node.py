@@ -16,6 +16,7 @@ import psutil
 
 import moray
 from moray.cluster.node_record import NodeRecord, delete_record, read_record, record_path, token_path, write_record
+from moray.deploy.cluster import keeper
 from moray.deploy.cluster.keys import check_secret, tls_settings
 from moray.runtime.errors import ClusterError, ConfigError
 from moray.runtime.layout.packed import LAYOUT_ID
@@ -64,12 +65,12 @@ def stop_node() -> NodeRecord | None:
     record = read_record()
     if record is None:
         return None
-    keeper, *others = (_find(pid, created) for pid, created in record.processes)
-    if keeper is not None:
-        children = keeper.children(recursive=True)
-        keeper.terminate()  # it ends Ray's processes, and Ray's end their workers
-        psutil.wait_procs([keeper], _STOP_S)
-        _kill([keeper, *children])
+    first, *others = (_find(pid, created) for pid, created in record.processes)
+    if first is not None:
+        children = first.children(recursive=True)
+        first.terminate()  # it ends Ray's processes, and Ray's end their workers
+        psutil.wait_procs([first], _STOP_S)
+        _kill([first, *children])
     _kill([process for process in others if process is not None])
     delete_record()
     return record
@@ -106,6 +107,8 @@ def _start(
     log = record_path().with_name("ray-start.log")
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    if "--head" not in options:  # a node whose head is gone comes back with it
+        command = [sys.executable, "-m", keeper.__name__, str(log), gcs_address, *command]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -116,8 +119,8 @@ def _start(
             start_new_session=True,
         )
     _wait_started(process, log)
-    keeper = psutil.Process(process.pid)
-    running = [keeper, *keeper.children(recursive=True)]
+    first = psutil.Process(process.pid)
+    running = [first, *first.children(recursive=True)]
     processes = tuple((p.pid, p.create_time()) for p in running if p.is_running())
     record = NodeRecord(gcs_address, address, name, role, processes, settings, str(log))
     write_record(record)
@@ -128,7 +131,7 @@ def _wait_started(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         text = log.read_text(errors="replace")
-        if "Ray runtime started" in text:
+        if keeper.STARTED in text:
             return
         if process.poll() is not None:
             lines = [line.strip() for line in text.splitlines() if line.strip()]

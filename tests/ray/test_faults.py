@@ -125,7 +125,7 @@ def test_two_minutes_of_faults_leave_nothing_behind(session: object) -> None:
     from soak import soak
 
     with moray.launch(hosts=2, host_memory="6MiB") as engine:
-        found = soak(engine, 120, 10, NUM_TOKENS, Random(3))
+        found = soak(engine, [kind() for kind in FAULTS], 120, 10, NUM_TOKENS, Random(3))
     assert found.num_answers > 0 and found.num_wrong == 0
     for name, readings in found.readings.items():
         settled = readings[2:]
