@@ -129,29 +129,32 @@ class Struck:
     whole_s: float  # from the fault until the engine was whole again, or the answer at its end
 
 
-def generate_struck(engine: Engine, fault: Fault, random: Random, within_s: float, **options: Any) -> Struck:
-    """Stream an answer, struck by the fault at a random time within so many seconds; heal it."""
+def generate_struck(engine: Engine, fault: Fault, random: Random, max_new_tokens: int, **options: Any) -> Struck:
+    """Stream an answer, struck by the fault after a random one of its tokens; heal it."""
     errors: list[BaseException] = []
-    at_s, struck = random.uniform(0, within_s), threading.Event()
 
     def strike() -> None:
-        struck.set()
         try:
             fault.strike(engine, random)
         except BaseException as error:
             errors.append(error)
 
-    timer, started = threading.Timer(at_s, strike), perf_counter()
-    timer.start()
-    token_ids, text, stall_s, last = [], "", 0.0, started
-    for event in engine.stream(PROMPT, **options):
+    after, striking = random.randrange(max_new_tokens), threading.Thread(target=strike)
+    token_ids, text, stall_s, started = [], "", 0.0, perf_counter()
+    stream, last, struck_s = engine.stream(PROMPT, max_new_tokens=max_new_tokens, **options), started, 0.0
+    while True:
+        if not struck_s and len(token_ids) >= after:
+            struck_s = last = perf_counter()
+            striking.start()
+        event = next(stream, None)
+        if event is None:
+            break
         now = perf_counter()
-        if struck.is_set():
-            stall_s = max(stall_s, now - max(last, started + at_s))
+        stall_s = max(stall_s, now - last) if struck_s else 0.0
         token_ids += event.token_ids
         text, last = text + event.text, now
-    timer.join()
+    striking.join()
     for error in errors:
         raise error
     fault.heal(engine)
-    return Struck(fault.name, tuple(token_ids), text, at_s, stall_s, perf_counter() - started - at_s)
+    return Struck(fault.name, tuple(token_ids), text, struck_s - started, stall_s, perf_counter() - struck_s)

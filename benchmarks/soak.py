@@ -70,7 +70,6 @@ def soak(
     """Generate for so long, struck by all faults in turn."""
     options = [{"max_new_tokens": num_tokens} | sampling for sampling in SAMPLINGS]
     expected = [engine.generate(PROMPT, **each) for each in options]
-    alone_s = min(each.timings.prefill_s + each.timings.decode_s for each in expected)
     found = Soaked(0, 0, defaultdict(list), defaultdict(list), 0)
     started, next_fault_s, num_faults = perf_counter(), perf_counter() + every_s, 0
     while perf_counter() - started < duration_s:
@@ -81,7 +80,7 @@ def soak(
             next_fault_s += every_s
             fault = faults[num_faults % len(faults)]
             num_faults += 1
-            answer = generate_struck(engine, fault, random, alone_s, **options[which])
+            answer = generate_struck(engine, fault, random, **options[which])
             found.stalls[fault.name].append(answer.stall_s)
             gc.collect()
             for name, pid in processes(engine).items():

@@ -40,6 +40,8 @@ _HEALTH = {
 def start_head(address: str, port: int, role: str, name: str | None, tls: Path | None) -> NodeRecord:
     """Start a cluster with this machine as its head. Raises ConfigError, ClusterError."""
     _refuse_second()
+    _check_own(address)
+    _check_free(port)
     settings = _settings(tls, address)
     options = [
         "--head",
@@ -54,6 +56,7 @@ def start_worker(gcs_address: str, address: str | None, role: str, name: str | N
     """Join this machine to a cluster. Raises ConfigError, ClusterError: also if the head runs other versions."""
     _refuse_second()
     address = address or route_to(gcs_address)
+    _check_own(address)
     settings = _settings(tls, address)
     os.environ.update(settings)
     _check_versions(gcs_address)
@@ -182,6 +185,29 @@ def _refuse_second() -> None:
             f"this machine is already node {record.name} of the cluster at {record.gcs_address}; "
             "`moray cluster down` ends it"
         )
+
+
+def _check_own(address: str) -> None:
+    """Raises ConfigError: Ray would try for minutes, and name another reason."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        raise ConfigError(
+            f"{address!r} is no IP address of this machine ({error.strerror}); give one that `ip address` shows"
+        ) from error
+
+
+def _check_free(port: int) -> None:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+            probe.bind(("", port))
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} is not free on this machine ({error.strerror}); give another with --port, "
+            "or end what listens there (`ss -ltnp` shows it)"
+        ) from error
 
 
 def _find(pid: int, created: float) -> psutil.Process | None:

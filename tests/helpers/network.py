@@ -84,13 +84,14 @@ class Machine:
 @contextmanager
 def two_machines(folder: Path, rate: str, **environment: str) -> Iterator[tuple[Machine, Machine]]:
     """Two machines and a link of ``rate`` as tc takes it, e.g. 1gbit. Whatever runs there at the end is killed."""
+    # Addresses of their own: Ray looks for a cluster's among all processes of the machine.
     tag, cache = f"m{os.getpid() % 100000}", os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     machines = []
     for side, number in (("a", 1), ("b", 2)):
         home = folder / side
         home.mkdir()
         settings = {"XDG_CACHE_HOME": cache} | environment  # compiled kernels
-        machines.append(Machine(f"{tag}{side}", f"{tag}{side}0", f"10.83.0.{number}", home, settings))
+        machines.append(Machine(f"{tag}{side}", f"{tag}{side}0", f"10.83.{os.getpid() % 250}.{number}", home, settings))
     left, right = machines
     try:
         for machine in machines:
