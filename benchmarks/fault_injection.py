@@ -1,8 +1,7 @@
 """Faults of a running engine, and a generation that one of them strikes. What faults.py, soak.py and tests share.
 
 A fault is a ``Fault``: ``strike`` does it, and may return before its effect is over; ``heal`` undoes what does not pass
-by itself and waits until the engine is whole again. Another kind (a link that is down, a slow one) is one more class in
-``FAULTS``.
+by itself and waits until the engine is whole again. ``FAULTS`` are those of one node; two_nodes.py has those of two.
 """
 
 from __future__ import annotations
@@ -127,33 +126,35 @@ class Struck:
     text: str
     at_s: float  # from the request to the fault
     stall_s: float  # longest time between two events, from the fault on
-    duration_s: float
+    whole_s: float  # from the fault until the engine was whole again, or the answer at its end
 
 
-def generate_struck(engine: Engine, fault: Fault, random: Random, within_s: float, **options: Any) -> Struck:
-    """Stream an answer, struck by the fault at a random time within so many seconds; heal it."""
+def generate_struck(engine: Engine, fault: Fault, random: Random, max_new_tokens: int, **options: Any) -> Struck:
+    """Stream an answer, struck by the fault after a random one of its tokens; heal it."""
     errors: list[BaseException] = []
-    at_s, struck = random.uniform(0, within_s), threading.Event()
 
     def strike() -> None:
         try:
             fault.strike(engine, random)
         except BaseException as error:
             errors.append(error)
-        struck.set()
 
-    timer, started = threading.Timer(at_s, strike), perf_counter()
-    timer.start()
-    token_ids, text, stall_s, last = [], "", 0.0, started
-    for event in engine.stream(PROMPT, **options):
+    after, striking = random.randrange(max_new_tokens), threading.Thread(target=strike)
+    token_ids, text, stall_s, started = [], "", 0.0, perf_counter()
+    stream, last, struck_s = engine.stream(PROMPT, max_new_tokens=max_new_tokens, **options), started, 0.0
+    while True:
+        if not struck_s and len(token_ids) >= after:
+            struck_s = last = perf_counter()
+            striking.start()
+        event = next(stream, None)
+        if event is None:
+            break
         now = perf_counter()
-        if struck.is_set():
-            stall_s = max(stall_s, now - max(last, started + at_s))
+        stall_s = max(stall_s, now - last) if struck_s else 0.0
         token_ids += event.token_ids
         text, last = text + event.text, now
-    timer.join()
-    duration_s = perf_counter() - started
+    striking.join()
     for error in errors:
         raise error
     fault.heal(engine)
-    return Struck(fault.name, tuple(token_ids), text, at_s, stall_s, duration_s)
+    return Struck(fault.name, tuple(token_ids), text, struck_s - started, stall_s, perf_counter() - struck_s)

@@ -1,6 +1,7 @@
 """Continuous generation with a fault every so often: no wrong token, and nothing that grows.
 
     python benchmarks/soak.py --minutes 30 --every 30
+    python benchmarks/soak.py --nodes 2                 # as root: with another node (two_nodes.py)
 
 Answers follow each other without a break, greedy and sampled in turn; every ``--every`` seconds one is struck by the
 next fault. Memory (RSS), descriptors and threads of every actor are read when the engine is whole again, and of each
@@ -14,6 +15,7 @@ import argparse
 import gc
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,9 +23,9 @@ from time import perf_counter
 
 import psutil
 from common import describe_machine, print_table
-from fault_injection import FAULTS, PROMPT, SAMPLINGS, generate_struck, pid_of
+from fault_injection import PROMPT, SAMPLINGS, Fault, generate_struck, pid_of
+from faults import launched
 
-import moray
 from moray.deploy.engine import Engine
 from moray.runtime.memory import format_bytes
 
@@ -58,14 +60,16 @@ def processes(engine: Engine) -> dict[str, int]:
     actors = engine.actors
     named = {"compute": actors.compute, "orchestrator": actors.orchestrator}
     named |= {report.host_id: host for report, host in zip(actors.host_reports, actors.hosts, strict=True)}
+    named |= {f"remote host {number}": host for number, host in enumerate(actors.remote_hosts())}
     return {"driver": psutil.Process().pid} | {name: pid_of(actor) for name, actor in named.items()}
 
 
-def soak(engine: Engine, duration_s: float, every_s: float, num_tokens: int, random: Random) -> Soaked:
+def soak(
+    engine: Engine, faults: Sequence[Fault], duration_s: float, every_s: float, num_tokens: int, random: Random
+) -> Soaked:
     """Generate for so long, struck by all faults in turn."""
     options = [{"max_new_tokens": num_tokens} | sampling for sampling in SAMPLINGS]
     expected = [engine.generate(PROMPT, **each) for each in options]
-    alone_s = min(each.timings.prefill_s + each.timings.decode_s for each in expected)
     found = Soaked(0, 0, defaultdict(list), defaultdict(list), 0)
     started, next_fault_s, num_faults = perf_counter(), perf_counter() + every_s, 0
     while perf_counter() - started < duration_s:
@@ -74,9 +78,9 @@ def soak(engine: Engine, duration_s: float, every_s: float, num_tokens: int, ran
             answer = engine.generate(PROMPT, **options[which])
         else:
             next_fault_s += every_s
-            fault = FAULTS[num_faults % len(FAULTS)]()
+            fault = faults[num_faults % len(faults)]
             num_faults += 1
-            answer = generate_struck(engine, fault, random, alone_s, **options[which])
+            answer = generate_struck(engine, fault, random, **options[which])
             found.stalls[fault.name].append(answer.stall_s)
             gc.collect()
             for name, pid in processes(engine).items():
@@ -107,14 +111,16 @@ def report(found: Soaked) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, help="a converted checkpoint; none: the demonstration model")
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=30, help="seconds between two faults")
     parser.add_argument("--tokens", type=int, default=1500)
     parser.add_argument("--host-memory", default="6MiB", help="of all arenas")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with moray.launch(arguments.store, hosts=2, host_memory=arguments.host_memory) as engine:
-        found = soak(engine, 60 * arguments.minutes, arguments.every, arguments.tokens, Random(arguments.seed))
+    with launched(arguments.nodes, arguments.store, arguments.host_memory) as (engine, faults):
+        times = 60 * arguments.minutes, arguments.every
+        found = soak(engine, faults, *times, arguments.tokens, Random(arguments.seed))
     print(describe_machine())
     report(found)
     sys.exit(1 if found.num_wrong else 0)

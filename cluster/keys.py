@@ -59,7 +59,9 @@ def read_keys(path: Path) -> CurveKeys:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise ConfigError(f"cannot read keys from {path} ({error.strerror}); make them with write_keys") from error
+        raise ConfigError(
+            f"cannot read keys from {path} ({error.strerror}); make them with `moray store keys`, or copy them here"
+        ) from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():

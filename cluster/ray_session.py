@@ -95,8 +95,8 @@ def check_address(address: str) -> None:
         problem = probe(host, int(port), _CONNECT_TIMEOUT_S)
     except OSError as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address} ({error}); start one there with `ray start --head --port={port}`, "
-            "or leave out the address to run on this machine alone"
+            f"no Ray cluster answers at {address} ({error}); is it up there (`moray cluster up`, `ray start --head`), "
+            "and the way not blocked? Without an address moray runs on this machine alone"
         ) from error
     if problem is not None:
         tls = "on" if os.environ.get("RAY_USE_TLS") == "1" else "off"

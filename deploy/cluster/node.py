@@ -16,6 +16,7 @@ import psutil
 
 import moray
 from moray.cluster.node_record import NodeRecord, delete_record, read_record, record_path, token_path, write_record
+from moray.deploy.cluster import keeper
 from moray.deploy.cluster.keys import check_secret, tls_settings
 from moray.runtime.errors import ClusterError, ConfigError
 from moray.runtime.layout.packed import LAYOUT_ID
@@ -39,6 +40,8 @@ _HEALTH = {
 def start_head(address: str, port: int, role: str, name: str | None, tls: Path | None) -> NodeRecord:
     """Start a cluster with this machine as its head. Raises ConfigError, ClusterError."""
     _refuse_second()
+    _check_own(address)
+    _check_free(port)
     settings = _settings(tls, address)
     options = [
         "--head",
@@ -53,6 +56,7 @@ def start_worker(gcs_address: str, address: str | None, role: str, name: str | N
     """Join this machine to a cluster. Raises ConfigError, ClusterError: also if the head runs other versions."""
     _refuse_second()
     address = address or route_to(gcs_address)
+    _check_own(address)
     settings = _settings(tls, address)
     os.environ.update(settings)
     _check_versions(gcs_address)
@@ -64,12 +68,12 @@ def stop_node() -> NodeRecord | None:
     record = read_record()
     if record is None:
         return None
-    keeper, *others = (_find(pid, created) for pid, created in record.processes)
-    if keeper is not None:
-        children = keeper.children(recursive=True)
-        keeper.terminate()  # it ends Ray's processes, and Ray's end their workers
-        psutil.wait_procs([keeper], _STOP_S)
-        _kill([keeper, *children])
+    first, *others = (_find(pid, created) for pid, created in record.processes)
+    if first is not None:
+        children = first.children(recursive=True)
+        first.terminate()  # it ends Ray's processes, and Ray's end their workers
+        psutil.wait_procs([first], _STOP_S)
+        _kill([first, *children])
     _kill([process for process in others if process is not None])
     delete_record()
     return record
@@ -106,6 +110,8 @@ def _start(
     log = record_path().with_name("ray-start.log")
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    if "--head" not in options:  # a node whose head is gone comes back with it
+        command = [sys.executable, "-m", keeper.__name__, str(log), gcs_address, *command]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -116,8 +122,8 @@ def _start(
             start_new_session=True,
         )
     _wait_started(process, log)
-    keeper = psutil.Process(process.pid)
-    running = [keeper, *keeper.children(recursive=True)]
+    first = psutil.Process(process.pid)
+    running = [first, *first.children(recursive=True)]
     processes = tuple((p.pid, p.create_time()) for p in running if p.is_running())
     record = NodeRecord(gcs_address, address, name, role, processes, settings, str(log))
     write_record(record)
@@ -128,7 +134,7 @@ def _wait_started(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         text = log.read_text(errors="replace")
-        if "Ray runtime started" in text:
+        if keeper.STARTED in text:
             return
         if process.poll() is not None:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -179,6 +185,29 @@ def _refuse_second() -> None:
             f"this machine is already node {record.name} of the cluster at {record.gcs_address}; "
             "`moray cluster down` ends it"
         )
+
+
+def _check_own(address: str) -> None:
+    """Raises ConfigError: Ray would try for minutes, and name another reason."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        raise ConfigError(
+            f"{address!r} is no IP address of this machine ({error.strerror}); give one that `ip address` shows"
+        ) from error
+
+
+def _check_free(port: int) -> None:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+            probe.bind(("", port))
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} is not free on this machine ({error.strerror}); give another with --port, "
+            "or end what listens there (`ss -ltnp` shows it)"
+        ) from error
 
 
 def _find(pid: int, created: float) -> psutil.Process | None:

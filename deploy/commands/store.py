@@ -111,6 +111,16 @@ def store_sync(
     sync_stores(source, store, wanted, keys, console, dry_run=dry_run, as_json=as_json)
 
 
+@command(tools, "moray store keys ./moray.keys", "keys")
+def store_keys(file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
+    """Make the key file of `moray store serve` and `moray store sync`; copy it to the other machine."""
+    from moray.cluster.keys import CurveKeys, write_keys
+
+    write_keys(file, CurveKeys.make())
+    console.print(f"made {file}; copy it to every machine that may read a store:", soft_wrap=True)
+    console.print(f"  scp -p {file} MACHINE:{file}", soft_wrap=True)
+
+
 @command(tools, "moray store serve ./mixtral-hqq4 --listen 192.168.1.10:7420 --keys ./moray.keys", "serve")
 def store_serve(
     store: Annotated[Path, typer.Argument(help="A store, whole or a part of one.")],

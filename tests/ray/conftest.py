@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from moray.cluster import ray_session
 
@@ -14,3 +16,15 @@ def session() -> Iterator[ray_session.RaySession]:
     made = ray_session.start_local(2)
     yield made
     ray_session.leave(made)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Two raylets that somebody else started; one is labelled role=compute."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        made.add_node(num_cpus=1, labels={"role": "compute"})
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import ray
 from helpers.reference import greedy, runner
@@ -15,15 +13,6 @@ from moray.deploy.config import demo_store
 pytestmark = pytest.mark.ray
 
 PROMPT = "import os\n"
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1, labels={"role": "compute"})
-    yield made
-    ray.shutdown()
-    made.shutdown()
 
 
 def test_actors_run_on_the_labelled_node_and_the_cluster_lives_on(cluster: Cluster) -> None:

@@ -21,7 +21,7 @@ MORAY = (sys.executable, "-m", "moray.deploy.cli")
 DRIVER = """
 import dataclasses, json, sys
 import moray
-with moray.launch(address=sys.argv[1], lanes="remote") as engine:
+with moray.launch(address=sys.argv[1], lanes="remote", nodes={sys.argv[3]: {"store": sys.argv[4]}}) as engine:
     engine.wait_filled()
     first = engine.generate(sys.argv[2], max_new_tokens=32)
     before = engine.stats().remote[0]
@@ -53,6 +53,7 @@ def test_two_machines_from_keys_to_tokens(tls: bool, tmp_path: Path) -> None:
             expected.append(greedy(made, list(made.encode(prompt)), 32))
     python_path = str(ROOT / "src")
     with two_machines(tmp_path, "1gbit", PYTHONPATH=python_path, HF_HUB_OFFLINE="1") as (left, right):
+        copy = copied_store(left, right)
         options = keys(left, right, tls)
         left.run(*MORAY, "cluster", "up", "--address", left.address, *options(left))
         head = f"{left.address}:6379"
@@ -70,7 +71,7 @@ def test_two_machines_from_keys_to_tokens(tls: bool, tmp_path: Path) -> None:
         ]
 
         sent = left.sent_bytes(), right.sent_bytes()
-        out = left.run(sys.executable, "-c", DRIVER, head, PROMPT).stdout
+        out = left.run(sys.executable, "-c", DRIVER, head, PROMPT, right.address, copy).stdout
         found = json.loads(out.splitlines()[-1])
         crossed = left.sent_bytes() - sent[0], right.sent_bytes() - sent[1]
         print(found, crossed)
@@ -83,6 +84,26 @@ def test_two_machines_from_keys_to_tokens(tls: bool, tmp_path: Path) -> None:
             machine.run(*MORAY, "cluster", "down")
             assert not machine.pids()
         assert "no node" in left.run(*MORAY, "cluster", "down").stdout
+
+
+def copied_store(left: Machine, right: Machine) -> str:
+    """The demonstration model's store, copied by the commands from one machine to the other. Returns where it is."""
+    for machine in (left, right):  # each its own file
+        machine.run(*MORAY, "store", "keys", str(machine.home / "moray.keys"))
+    source, copy = f"{left.address}:7420", str(right.home / "store")
+    serve = (*MORAY, "store", "serve", str(demo_store()), "--listen", source, "--keys", str(left.home / "moray.keys"))
+    sync = (*MORAY, "store", "sync", source, copy, "--keys", str(right.home / "moray.keys"))
+    refused = right.run(*sync, check=False)
+    assert refused.returncode == 2 and "did not answer; is it served there" in refused.stderr.replace("\n", " "), (
+        refused
+    )
+    shutil.copy(left.home / "moray.keys", right.home / "moray.keys")
+    with left.start(*serve) as server:
+        assert server.stdout is not None and "serving 48 of 48 experts" in server.stdout.readline()
+        assert "it is whole now" in right.run(*sync).stdout
+        server.terminate()
+        assert "were read" in server.communicate()[0] and server.returncode == 0
+    return copy
 
 
 def keys(left: Machine, right: Machine, tls: bool) -> Callable[[Machine], list[str]]:

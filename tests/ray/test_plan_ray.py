@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
 
 from moray.deploy.cli import app
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1, labels={"role": "compute"})
-    yield made
-    ray.shutdown()
-    made.shutdown()
 
 
 def test_a_running_cluster_is_measured(cluster: Cluster) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +69,12 @@ def test_two_nodes_give_the_tokens_of_one_and_a_node_that_returns_is_used_again(
         assert local.loader.peer_loads == 0
         assert len({here[0].node_id, there[0].node_id}) == 2 and engine.actors.num_nodes == 2
         assert there[0].address.address.startswith("tcp://") and there[0].address.server_key
-        computed = wait_for(generate, lambda pairs: pairs > 0)
+        computed: int = wait_for(generate, lambda pairs: pairs > 0)
+
+        os.kill(there[0].pid, signal.SIGKILL)  # the process, not the node: Ray restarts it, with another port and key
+        generate()
+        wait_for(lambda: engine.status().remote_hosts[0].address, lambda address: address != there[0].address.address)
+        computed = wait_for(generate, lambda pairs: pairs > computed)
 
         cluster.remove_node(right)
         wait_for(lambda: engine.status().remote_hosts[0].state, lambda state: state == "lost")

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moray.cluster.keys import CurveKeys, write_keys
+from moray.cluster.keys import CurveKeys
 from moray.cluster.peers import RemoteStore
 from moray.cluster.store_server import serving_store, store_address
 from moray.deploy.cli import app
@@ -87,7 +87,8 @@ def moray(*arguments: object, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("keys") / "moray.keys"
-    write_keys(path, CurveKeys.make())
+    assert "copy it to every machine" in moray("keys", path) and path.stat().st_mode & 0o777 == 0o600
+    assert "choose a file that does not exist" in moray("keys", path, code=2)
     return path
 
 
