@@ -2,13 +2,14 @@
 
 All sides ask one engine, in turns, with random prompts of one length that share no prefix:
 
-- *engine*: a streaming call of the compute actor, read in this process, every token at once;
-- *stream*: the same as ``Engine.stream`` asks for it: what comes within 40 ms is joined;
+- *every step*: a streaming call of the compute actor, read in this process, with an event for each step;
+- *engine*: the same as ``Engine.stream`` asks for it: what comes within 40 ms is joined, as a server's is;
 - *api*: the server's application without Serve and HTTP: its ASGI messages, made and read in this process;
 - *server*: an HTTP client of this process that reads the server's events.
 
 First token: from the request to the first event, median. Per token: time between first and last event divided by the
-tokens after the first, median of the requests. What is added is the server's median less the engine's.
+tokens after the first, median of the requests. What is added is the server's median less the engine's; the limits are
+30 ms and 1 ms.
 *CPU* is processor time a token in ms, prompt and threads that wait for work included, of the compute actor, of the
 server's replica and proxy, and of this program; *chunks* are events a request.
 
@@ -54,7 +55,7 @@ from moray.runtime.generation.request import SamplingParams
 
 FIRST_LIMIT_S = 0.030
 TOKEN_LIMIT_S = 0.001
-SIDES = ("engine", "stream", "api", "server")
+SIDES = ("every step", "engine", "api", "server")
 ROLES = {"compute": "ray::ComputeActor", "replica": "ray::ServeReplica", "proxy": "ray::ProxyActor"}
 NEVER_ENDS = ((0, -100.0), (1, -100.0))  # the demonstration model's special tokens
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, help="of the engine; the server and the client need cores, too")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--pace", type=float, default=5.0, help="ms between the empty application's chunks")
@@ -100,8 +101,8 @@ def measure(args: ServeArgs, url: str, options: argparse.Namespace) -> dict[str,
     with httpx2.Client(base_url=url, timeout=None) as http, asyncio.Runner() as loop:
         api = loop.run(connect(args))
         sides: dict[str, Callable[[list[int]], Iterator[None] | list[float]]] = {
-            "engine": lambda prompt: engine_events(compute, prompt, count, 0.0),
-            "stream": lambda prompt: engine_events(compute, prompt, count, EVENT_INTERVAL_S),
+            "every step": lambda prompt: engine_events(compute, prompt, count, 0.0),
+            "engine": lambda prompt: engine_events(compute, prompt, count, EVENT_INTERVAL_S),
             "api": lambda prompt: loop.run(api_arrivals(api, request_of(args.served_name, prompt, count))),
             "server": lambda prompt: server_events(http, request_of(args.served_name, prompt, count)),
         }
