@@ -206,7 +206,7 @@ class ComputeActor:
         timeout_s: float | None = None,
         interval_s: float = EVENT_INTERVAL_S,
     ) -> Iterator[TokenEvent]:
-        """Stream a request's events, those after ``generated``, at least ``interval_s`` apart. Raises RequestError."""
+        """Stream a request's events, those after ``generated``, as ``Runner.stream`` does. Raises RequestError."""
         self.report()
         ids = self._runner.encode(prompt)
         request = GenerationRequest(request_id, ids, max_new_tokens, sampling, stop, generated, timeout_s)

@@ -39,10 +39,10 @@ TYPES = {
 }
 _NAMES = {number: name for name, (number, _, _) in TYPES.items()}
 
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY, _INT32 = 8, 9, 5
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
-Value = str | bool | int | float
+Value = str | bool | int | float | Sequence[str] | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,17 @@ def _string(text: str) -> bytes:
 def _value(value: Value) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, Sequence):
+        return struct.pack("<I", _ARRAY) + _array(value)
     number, form = (7, "?") if isinstance(value, bool) else (4, "I") if isinstance(value, int) else (6, "f")
     return struct.pack(f"<I{form}", number, value)
+
+
+def _array(values: Sequence[str] | Sequence[int]) -> bytes:
+    """Not empty: of strings, or of signed 32-bit numbers."""
+    is_text = isinstance(values[0], str)
+    items = b"".join(_string(str(value)) if is_text else struct.pack("<i", value) for value in values)
+    return struct.pack("<IQ", _STRING if is_text else _INT32, len(values)) + items
 
 
 def _read(file: BinaryIO, form: str) -> tuple[int, ...]:

@@ -15,14 +15,14 @@ speed, past the page cache.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from geometry import Geometry, add_geometry, config_of, geometry_of, std_of, tensors_of
-from gguf_file import TYPES, Buffers, GgufTensor, write_gguf
+from gguf_file import TYPES, Buffers, GgufTensor, Value, write_gguf
 from gguf_model import class_of, group_tensors, metadata_of
 from planted import HEAD_UNIT, UNIT, Levels, Planted, RowsOf, role_of
 from replay import Replay
@@ -144,12 +144,19 @@ def gguf_tensors(geometry: Geometry, types: GgufTypes) -> list[GgufTensor]:
 
 
 def make_gguf(
-    path: Path, geometry: Geometry, types: GgufTypes | None = None, *, seed: int = 0, replay: Replay | None = None
+    path: Path,
+    geometry: Geometry,
+    types: GgufTypes | None = None,
+    *,
+    seed: int = 0,
+    replay: Replay | None = None,
+    vocabulary: Mapping[str, Value] | None = None,
 ) -> Path:
-    """Write a file. Returns it."""
+    """Write a file. ``vocabulary``: its metadata. Returns the file."""
     random = RandomTensors(seed)
     data_of = _planted_data(random, Planted(replay, geometry.hidden)) if replay else random.slices
-    write_gguf(path, metadata_of(config_of(geometry)), gguf_tensors(geometry, types or GgufTypes()), data_of)
+    metadata = metadata_of(config_of(geometry)) | dict(vocabulary or {})
+    write_gguf(path, metadata, gguf_tensors(geometry, types or GgufTypes()), data_of)
     return path
 
 

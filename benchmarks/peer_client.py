@@ -56,6 +56,7 @@ class Peer:
         threads: int,
         context: int = 1024,
         batch: int = 512,
+        sequences: int = 1,
         load_mode: int | None = None,
         repack: bool | None = None,
     ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class Peer:
             threads=threads,
             context=context,
             batch=batch,
+            sequences=sequences,
             load_mode=load_mode,
             repack=repack,
         )

@@ -2,10 +2,13 @@
 
 Runs under an interpreter that has llama-cpp-python and NumPy, and needs nothing of moray. Requests, by "op":
 
-- load: model, threads, context, batch, load_mode and repack (null: llama.cpp's default) -> what llama.cpp said while
-  loading;
+- load: model, threads, context, batch, sequences (at a time), load_mode and repack (null: llama.cpp's default) -> what
+  llama.cpp said while loading;
 - generate: ids, count -> seconds of each forward pass and the greedy tokens: the first pass is the whole prompt's, then
   one for each token. A pass ends when its logits are read and the largest is found. Nothing is reused between requests;
+- wave: prompts, count -> as if all were asked for at once: seconds until each one's first token, until the last of all,
+  and everybody's greedy tokens. Prompts are computed in their order in batches of whole or cut prompts, then one token
+  of each in every batch: llama.cpp's parallel decoding as its own server does it. Needs ``sequences`` of load;
 - logits: ids, file -> float32 [T, V] in a .npy file, of one window on its own;
 - quantize: source, target, ftype -> what the quantizer said.
 """
@@ -48,6 +51,8 @@ class Model:
         settings.n_ctx = request["context"]
         settings.n_batch = settings.n_ubatch = request["batch"]
         settings.n_threads = settings.n_threads_batch = request["threads"]
+        settings.n_seq_max = request["sequences"]
+        self._most = request["batch"]  # tokens in one forward pass
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context: {''.join(_log[-20:])}")
@@ -64,6 +69,37 @@ class Model:
             seconds.append(perf_counter() - started)
             pending = tokens[-1:]
         return {"seconds": seconds, "ids": tokens}
+
+    def wave(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
+        self._forget()
+        started = perf_counter()
+        first_s, tokens = [0.0] * len(prompts), [[0]] * len(prompts)
+        waiting = [
+            (sequence, position, token, position == len(ids) - 1)
+            for sequence, ids in enumerate(prompts)
+            for position, token in enumerate(ids)
+        ]
+        for start in range(0, len(waiting), self._most):
+            for sequence, token in self._decode_rows(waiting[start : start + self._most]):
+                tokens[sequence], first_s[sequence] = [token], perf_counter() - started
+        for step in range(count - 1):
+            rows = [(index, len(ids) + step, tokens[index][-1], True) for index, ids in enumerate(prompts)]
+            for sequence, token in self._decode_rows(rows):
+                tokens[sequence].append(token)
+        return {"first_s": first_s, "whole_s": perf_counter() - started, "ids": tokens}
+
+    def _decode_rows(self, rows: list[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
+        """(sequence, position, token, whether the next is wanted) -> (sequence, next token)."""
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (sequence, position, token, is_wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, is_wanted
+        code = llama_cpp.llama_decode(self._context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}")
+        return [(row[0], int(self._row(i).argmax())) for i, row in enumerate(rows) if row[3]]
 
     def logits(self, ids: list[int], file: str) -> dict[str, Any]:
         self._forget()
@@ -120,6 +156,8 @@ class Worker:
         assert self._model is not None, "no model is loaded"
         if request["op"] == "generate":
             return self._model.generate(request["ids"], request["count"])
+        if request["op"] == "wave":
+            return self._model.wave(request["prompts"], request["count"])
         assert request["op"] == "logits", request["op"]
         return self._model.logits(request["ids"], request["file"])
 

@@ -31,6 +31,7 @@ class Generation:
     max_new_tokens: int
     sampling: SamplingParams
     stop: tuple[str, ...]
+    interval_s: float  # between events, at least, if they come faster
 
 
 class EngineClient:
@@ -60,10 +61,10 @@ class EngineClient:
         return ids
 
     async def stream(self, generation: Generation, timeout_s: float) -> AsyncGenerator[TokenEvent]:
-        """Each token as it comes, also after the compute actor was lost and came back. Leaving it cancels."""
+        """Events as they come, also after the compute actor was lost and came back. Leaving it cancels."""
         of = generation
         replay = Replay(
-            secrets.token_hex(8), of.prompt_ids, of.max_new_tokens, of.sampling, of.stop, timeout_s, interval_s=0.0
+            secrets.token_hex(8), of.prompt_ids, of.max_new_tokens, of.sampling, of.stop, timeout_s, of.interval_s
         )
         is_over = False
         try:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from time import monotonic
 
+from moray.actors.compute import EVENT_INTERVAL_S
 from moray.actors.messages import EngineView
 from moray.deploy.serving.args import ServeArgs
 from moray.deploy.serving.engine_client import EngineClient, Generation
@@ -21,6 +22,7 @@ from moray.runtime.generation.vocabulary import Vocabulary
 
 _FIRST_WAIT_S = 5.0  # told to those who are turned away before any request has ended
 _LONGEST_WAIT_S = 60.0
+_WHOLE_INTERVAL_S = 1.0  # between events of an answer that is sent as a whole
 
 
 class Service:
@@ -66,10 +68,11 @@ class Service:
         prompts = request.prompts
         count = len(prompts) * request.num_choices
         self._take(count)
+        interval_s = EVENT_INTERVAL_S if request.stream else _WHOLE_INTERVAL_S
         try:
             prepared = [await self._prepare(request, prompt) for prompt in prompts]
             generations = [
-                Generation(ids, limit, request.sampling(choice), request.stops)
+                Generation(ids, limit, request.sampling(choice), request.stops, interval_s)
                 for ids, limit in prepared
                 for choice in range(request.num_choices)
             ]

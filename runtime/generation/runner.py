@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,28 +46,36 @@ _CLOSED = "the engine was closed"
 
 
 class _Outbox:
-    """A request's events on their way from the loop's thread to the one that reads them."""
+    """A request's events on their way from the loop's thread to the one that reads them, about ``interval_s`` apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval_s: float) -> None:
         self._queue: SimpleQueue[TokenEvent | BaseException] = SimpleQueue()
         self._has_ended = threading.Event()
+        self._interval_s = interval_s
+        self._put_s, self._gap_s = -math.inf, math.inf  # when the last event came, and how long after the one before
+        self._due_s = -math.inf  # when the next is to be taken, if others come meanwhile
 
     def put(self, event: TokenEvent | BaseException) -> None:
+        now = perf_counter()
+        self._gap_s, self._put_s = now - self._put_s, now
         self._queue.put(event)
         if _is_last(event):
             self._has_ended.set()
 
-    def take(self, due: float) -> TokenEvent | BaseException:
-        """What came until ``due`` (perf_counter), joined: at least one event, which is waited for; or an error.
+    def take(self) -> TokenEvent | BaseException:
+        """What came since the last time, joined; if nothing did, the next event. Or an error.
 
-        Sleeps until then, unless the request ends: to be woken by every token would cost the loop's thread its time.
+        Sleeps until the interval is over, unless the request ends: to be woken by every token would cost the loop's
+        thread its time. Events so far apart that there would be nothing to join are not held back.
         """
+        left_s = self._due_s - perf_counter()
+        if left_s > 0 and 2 * self._gap_s <= self._interval_s:
+            self._has_ended.wait(left_s)
         event = self._queue.get()
-        if not _is_last(event) and (left := due - perf_counter()) > 0:
-            self._has_ended.wait(left)
-            while isinstance(event, TokenEvent) and not self._queue.empty():
-                later = self._queue.get()
-                event = joined(event, later) if isinstance(later, TokenEvent) else later
+        while self._interval_s and isinstance(event, TokenEvent) and not self._queue.empty():
+            later = self._queue.get()
+            event = joined(event, later) if isinstance(later, TokenEvent) else later
+        self._due_s = perf_counter() + self._interval_s
         return event
 
 
@@ -142,11 +151,11 @@ class Runner:
     def stream(self, request: GenerationRequest, interval_s: float = 0.0) -> Iterator[TokenEvent]:
         """Yield the request's events; the last has ``finished``. Closing the iterator cancels the request.
 
-        Events less than ``interval_s`` after the last one yielded are joined to one, the last one excepted.
+        Events that come faster than two in ``interval_s`` are joined, and yielded so far apart; 0: none are.
         Raises RequestError before anything is computed, MorayError after ``close``, or whatever made a step fail.
         """
         self._loop.check(request)
-        outbox, arrived = _Outbox(), perf_counter()
+        outbox, arrived = _Outbox(interval_s), perf_counter()
 
         def start() -> None:
             if request.request_id in self._outboxes:
@@ -161,7 +170,7 @@ class Runner:
 
         if not self._post(start):
             raise MorayError(_CLOSED)
-        return self._events(request.request_id, outbox, interval_s)
+        return self._events(request.request_id, outbox)
 
     def cancel(self, request_id: str) -> None:
         """End a request after the step in flight; its stream ends with reason "cancelled".
@@ -259,12 +268,12 @@ class Runner:
                 self._inbox.put(command)
             return not self._is_closed
 
-    def _events(self, request_id: str, outbox: _Outbox, interval_s: float) -> Iterator[TokenEvent]:
-        finished, due = False, 0.0
+    def _events(self, request_id: str, outbox: _Outbox) -> Iterator[TokenEvent]:
+        finished = False
         try:
             while not finished:
-                event = outbox.take(due)
-                finished, due = _is_last(event), perf_counter() + interval_s
+                event = outbox.take()
+                finished = _is_last(event)
                 if isinstance(event, BaseException):
                     raise event
                 yield event

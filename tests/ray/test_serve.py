@@ -124,7 +124,7 @@ def test_streams_are_the_whole_in_pieces(client: openai.OpenAI, local: Runner) -
         )
     )
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == same.text
-    assert len(chunks) > 30  # token by token
+    assert len(chunks) > 3  # tokens that come within milliseconds share a chunk
     assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [40]
     assert not chunks[-1].choices and chunks[-2].choices[0].finish_reason == "length"
     stopped = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0, stop=["main", "zzz"])
