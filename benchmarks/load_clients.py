@@ -61,12 +61,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Bad:
-    """What is no request, and the status that it deserves."""
+    """What is no request, and the status that it deserves; what takes the engine to find out may be told 429."""
 
     name: str
     status: int
     options: dict[str, Any]
     path: str = "/v1/completions"
+    takes_engine: bool = False
 
 
 @dataclass
@@ -84,9 +85,8 @@ class Found:
         self.outcomes[kind, "right" if is_right else "wrong"] += 1
         self.num_tokens += num_tokens
         if not is_right:
-            self.wrong.append(
-                f"{kind}: {num_tokens} tokens {texts!r}, expected {question.num_tokens} {question.text!r}"
-            )
+            told = f"{num_tokens} tokens {texts!r}, not {question.num_tokens} {question.text!r}"
+            self.wrong.append(f"{kind}: {told}")
 
     def fail(self, kind: str, words: str) -> None:
         self.outcomes[kind, "failed"] += 1
@@ -126,7 +126,7 @@ def bad_requests(model: str, max_body_bytes: int) -> list[Bad]:
         Bad("a list", 400, {"json": [body]}),
         Bad("unknown field", 400, {"json": body | {"min_p": 0.1}}),
         Bad("wrong type", 400, {"json": body | {"max_tokens": "2"}}),
-        Bad("too long a context", 400, {"json": body | {"max_tokens": 10**6}}),
+        Bad("too long a context", 400, {"json": body | {"max_tokens": 10**6}}, takes_engine=True),
         Bad("another model", 404, {"json": body | {"model": "gpt-4"}}),
         Bad("no such path", 404, {"json": body}, "/v1/nothing"),
         Bad("wrong key", 401, {"json": body, "headers": {"Authorization": "Bearer moray-wrong"}}),
@@ -248,7 +248,9 @@ class Load:
         if isinstance(pieces := options.get("content"), tuple):
             options["content"] = _pieces(*pieces)
         answer = await http.post(bad.path, **options)
-        if answer.status_code == bad.status and set(answer.json()["error"]) == {"message", "type", "param", "code"}:
+        if bad.takes_engine and answer.status_code == 429:
+            await self._turned_away(kind, answer, random)
+        elif answer.status_code == bad.status and set(answer.json()["error"]) == {"message", "type", "param", "code"}:
             self.found.outcomes[kind, str(bad.status)] += 1
         else:
             self.found.fail(kind, f"{bad.name}: {answer.status_code} {answer.text[:200]}, expected {bad.status}")

@@ -1,11 +1,11 @@
 """A server under load that is not kind: right answers, clear refusals, nothing left behind, as fast afterwards.
 
-    python benchmarks/serve_load.py        # 200 clients, 5 minutes, an expert host killed twice, the server replaced once
+    python benchmarks/serve_load.py    # 200 clients, 5 minutes, an expert host killed twice, the server replaced once
     python benchmarks/serve_load.py --clients 50 --minutes 1 --kills 0 --replacements 0
 
 An engine of two hosts, half of whose experts fit in memory, behind its server, and clients in this process
-(load_clients.py): whole and streamed requests, slow readers, clients that leave, and what is no request. All is right if
-every answer that was not left is the engine's own (greedy, computed before by the same model alone in this process),
+(load_clients.py): whole and streamed requests, slow readers, clients that leave, and what is no request. All is right
+if every answer that was not left is the engine's own (greedy, computed before by the same model alone in this process),
 every other one is the refusal it deserves, and none is a 5xx.
 
 *first token*, *answer*: medians and 95th percentiles of single requests one after the other, before and after the load;
@@ -174,9 +174,8 @@ def report(loaded: Loaded, seconds: float) -> None:
     before, found, after = loaded.before, loaded.found, loaded.after
     rows = [[kind, how, str(count)] for (kind, how), count in sorted(found.outcomes.items())]
     print_table(["client", "outcome", "times"], rows)
-    print(
-        f"\n{found.num_tokens / seconds:.0f} tokens/s in answers that came whole; {', '.join(loaded.struck) or 'nothing struck'}\n"
-    )
+    print(f"\n{found.num_tokens / seconds:.0f} tokens/s in answers that came whole")
+    print(f"{'; '.join(loaded.struck) or 'nothing struck'}\n")
     rows = [["before", *_spread(before.first_s), *_spread(before.answer_s)]]
     rows += [["under load", *_spread(found.first_s), "", ""]]
     rows += [["after", *_spread(after.first_s), *_spread(after.answer_s)]]

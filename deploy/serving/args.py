@@ -65,7 +65,7 @@ class ServeArgs(EngineConfig):
 
     @property
     def engine(self) -> EngineConfig:
-        """The engine's part, without the address that ``nodes`` go with. Two servers with equal ones share an engine."""
+        """The engine's part, without the address that ``nodes`` need. Two servers with equal ones share an engine."""
         return EngineConfig.model_construct(**{name: getattr(self, name) for name in EngineConfig.model_fields})
 
 
