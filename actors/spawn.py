@@ -46,13 +46,13 @@ def start_host(engine: str, node: NodeInfo, config: HostConfig) -> Any:
 
 
 def keep(kind: type, name: str, *args: object) -> Any:
-    """The one actor of this name, started if there is none. It outlives this process, and ends with the cluster."""
+    """The one actor of this name, started on this node if there is none. It outlives this process, not the cluster."""
     options: dict[str, Any] = {
         "name": name,
         "namespace": ray_session.NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
-    }
+    } | on_node(ray_session.this_node())
     return make_remote(kind, max_concurrency=_KEEPER_CALLS, **options).remote(*args)
 
 

@@ -245,7 +245,7 @@ class Engine:
                 settings |= {"host_memory": particular.host_memory} if particular.host_memory else {}
             config = config.model_copy(update=settings)
             prepared = prepare(config) if node.node_id == here else run_on(node, prepare, config)
-        self._policy = prepared.policy
+        self._policy, self.fingerprint = prepared.policy, prepared.manifest.fingerprint
         return start_actors(
             str(config.store_path.absolute()),
             prepared.manifest,

@@ -37,8 +37,13 @@ _HEALTH = {
 }
 
 
-def start_head(address: str, port: int, role: str, name: str | None, tls: Path | None) -> NodeRecord:
-    """Start a cluster with this machine as its head. Raises ConfigError, ClusterError."""
+def start_head(
+    address: str, port: int, role: str, name: str | None, tls: Path | None, *, has_dashboard: bool = False
+) -> NodeRecord:
+    """Start a cluster with this machine as its head. Raises ConfigError, ClusterError.
+
+    ``has_dashboard``: Ray's, at 127.0.0.1:8265. `serve deploy` talks to it.
+    """
     _refuse_second()
     _check_own(address)
     _check_free(port)
@@ -46,7 +51,7 @@ def start_head(address: str, port: int, role: str, name: str | None, tls: Path |
     options = [
         "--head",
         f"--port={port}",
-        "--include-dashboard=false",
+        f"--include-dashboard={str(has_dashboard).lower()}",
         f"--system-config={json.dumps(_HEALTH)}",
     ]
     return _start(options, f"{address}:{port}", address, role, name or address, settings)

@@ -61,11 +61,14 @@ def up(
     role: Annotated[str, typer.Option(help="compute: attention and the KV cache are here.")] = "compute",
     name: NameOption = None,
     tls: TlsOption = None,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Start Ray's dashboard at 127.0.0.1:8265, for `serve deploy`.")
+    ] = False,
 ) -> None:
     """Start a cluster with this machine as its head."""
     from moray.deploy.cluster.node import route_to, start_head
 
-    record = start_head(address or route_to("192.0.2.1:9"), port, _role(role), name, tls)
+    record = start_head(address or route_to("192.0.2.1:9"), port, _role(role), name, tls, has_dashboard=dashboard)
     console.print(f"node {record.name} is up. On the other machines:")
     console.print(f"  moray cluster join {record.gcs_address}{' --tls FOLDER' if tls else ''}", soft_wrap=True)
     console.print("then, here:")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from moray.actors.wiring import MAX_STREAMS
 from moray.deploy.config import EngineConfig, load_config
@@ -18,7 +18,8 @@ class ServeArgs(EngineConfig):
     """An engine's configuration, and what the server in front of it allows.
 
     Where it listens is Ray Serve's: ``http_options`` in a deployment's YAML, ``--host`` and ``--port`` of ``moray
-    serve``. ``address`` stays None: the engine runs in the cluster that the application is deployed to.
+    serve``. ``address`` stays None: the engine runs in the cluster that the application is deployed to, whose nodes
+    ``nodes`` may name. Relative paths count from where the arguments are read.
     """
 
     address: None = None
@@ -39,6 +40,15 @@ class ServeArgs(EngineConfig):
     #: Seconds that the engine outlives its last server: a new version of the server finds it as it was.
     linger_s: float = Field(60.0, ge=1, le=86400, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _has_cluster(self) -> ServeArgs:  # in place of an engine's own check: it has the cluster that it is deployed to
+        return self
+
+    @field_validator("store", "api_keys", "request_log", "trace")
+    @classmethod
+    def _is_absolute(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.absolute()
+
     @field_validator("max_body")
     @classmethod
     def _is_body_size(cls, text: str) -> str:
@@ -55,8 +65,8 @@ class ServeArgs(EngineConfig):
 
     @property
     def engine(self) -> EngineConfig:
-        """The engine's part. Two servers with equal ones share an engine."""
-        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+        """The engine's part, without the address that ``nodes`` need. Two servers with equal ones share an engine."""
+        return EngineConfig.model_construct(**{name: getattr(self, name) for name in EngineConfig.model_fields})
 
 
 def make_args(values: dict[str, Any], file: Path | None = None) -> ServeArgs:

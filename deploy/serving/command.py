@@ -29,7 +29,7 @@ _APPLICATION = "moray"
 
 def run_server(args: ServeArgs, host: str, port: int, console: Console) -> None:
     """Serve until SIGINT or SIGTERM; a second one does not wait for requests that run. Raises MorayError."""
-    _check_address(args, host, port)
+    _check_arguments(args, host, port)
     open_log(args.request_log)
     if args.device != "cuda":
         compile_for(args.engine.store_path, "float" if args.numerics == "float" else "int8", console)
@@ -94,8 +94,10 @@ def _metrics_url() -> str:
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
-def _check_address(args: ServeArgs, host: str, port: int) -> None:
+def _check_arguments(args: ServeArgs, host: str, port: int) -> None:
     """What would be found out only after the engine has started. Raises ConfigError."""
+    if args.nodes:
+        raise ConfigError("nodes are of a cluster, and `moray serve` has none; use `serve run` there (README, Serving)")
     if args.api_keys is not None:
         KeyFile(args.api_keys)
     try:

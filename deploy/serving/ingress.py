@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 
+from moray.cluster.nodes import ROLE_LABEL
 from moray.deploy.serving.api import make_api
 from moray.deploy.serving.args import ServeArgs
 from moray.deploy.serving.engine_client import EngineClient
@@ -17,6 +18,8 @@ from moray.deploy.serving.service import Service
 
 # Serve would let requests wait or answer them 503 by itself; the server says 429 and when to come back.
 _MAX_ONGOING = 4096
+# Where the engine will be if a node is labelled for it; else the engine comes to where the server is.
+_ANYWHERE = [{"label_selector": {}}]
 
 
 @serve.ingress()
@@ -48,7 +51,7 @@ def make_application(args: ServeArgs) -> serve.Application:
         name="openai",
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "label_selector": {ROLE_LABEL: "compute"}, "fallback_strategy": _ANYWHERE},
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
     )

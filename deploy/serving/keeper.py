@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+import ray
+
 from moray.actors.guard import Owner, exit_with
 from moray.actors.ledger import LedgerClient
 from moray.actors.messages import EngineStats
@@ -15,7 +17,6 @@ from moray.actors.streams import await_compute
 from moray.deploy.config import EngineConfig
 from moray.deploy.engine import Engine
 from moray.runtime.errors import MorayError
-from moray.runtime.store.store import Store
 
 KEEPER = "moray-engine-keeper"
 
@@ -33,12 +34,14 @@ class EngineAccess:
 class EngineKeeper:
     """Owns one engine, which ends with this process.
 
-    Servers say that they live; some time after the last one has fallen silent the engine is ended.
+    Servers say that they live; some time after the last one has fallen silent the engine is ended. Without an owner,
+    the cluster is somebody else's, and the engine joins it: nodes may come and go.
     """
 
     def __init__(self, linger_s: float, owner: Owner | None) -> None:
         exit_with(owner, end_ray=True)
         self._linger_s = linger_s
+        self._address = None if owner is not None else ray.get_runtime_context().gcs_address
         self._changing = threading.RLock()
         self._engine: Engine | None = None
         self._heard_s = monotonic()
@@ -46,6 +49,7 @@ class EngineKeeper:
 
     def ensure(self, config: EngineConfig, linger_s: float) -> EngineAccess:
         """An engine of this configuration: the one that runs, or a new one in its place. Raises MorayError."""
+        config = config.model_copy(update={"address": self._address})
         with self._changing:
             self._linger_s = linger_s
             if self._engine is not None and not (self._engine.config == config and _is_alive(self._engine)):
@@ -82,8 +86,7 @@ class EngineKeeper:
 
 def _access(engine: Engine) -> EngineAccess:
     report = engine.actors.compute_report
-    with Store.open(engine.config.store_path) as store:
-        fingerprint = f"{store.fingerprint[:12]}-{report.numerics}"
+    fingerprint = f"{engine.fingerprint[:12]}-{report.numerics}"
     return EngineAccess(engine.actors.compute, engine.actors.ledger, report.context_length, fingerprint)
 
 
