@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -51,6 +52,8 @@ class ComputeActor:
     def __init__(self, config: ComputeConfig, home: Home) -> None:
         started = perf_counter()
         exit_with(config.owner)
+        # It takes longer than anything else here: it begins before the orchestrator is there to be asked.
+        threading.Thread(target=_import_libraries, name="moray-imports", daemon=True).start()
         self._config, self._home = config, home
         self._keys = CurveKeys.make()
         self._report: ComputeReport | None = None
@@ -167,18 +170,17 @@ class ComputeActor:
         return tier
 
     def _load(self) -> None:
-        # Read when transformers is imported: a store is local, no hub is ever asked.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        started = perf_counter()
+        reuse_freed_memory()
+        self._store = Store.open(self._config.store_path)
+        self._store.verify_trunk()  # while libraries are imported; it stays in the page cache
+        _import_libraries()
         import torch
 
         from moray.runtime.kernels.pool import set_num_threads
         from moray.runtime.model.loader import load_model
 
-        started = perf_counter()
-        reuse_freed_memory()
         set_num_threads(self._config.num_threads)
-        self._store = Store.open(self._config.store_path)
         self._model = load_model(self._store, self._config.numerics, torch.device(_resolve(self._config.device)))
         self._load_s = perf_counter() - started
 
@@ -273,6 +275,22 @@ class ComputeActor:
     def remote_stats(self) -> tuple[RemoteStats, ...]:
         """Of every remote host."""
         return tuple(self._source.remote_stats())
+
+
+_importing = threading.Lock()
+
+
+def _import_libraries() -> None:
+    """Import what takes seconds. A second call waits for the first."""
+    with _importing:
+        # Read when transformers is imported: a store is local, no hub is ever asked.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from moray.runtime.model.lean_imports import import_lean
+
+        import_lean()
+        import moray.cluster.cluster_source
+        import moray.runtime.generation.runner  # noqa: F401
 
 
 def _bytes_by_lane(experts: ExpertsStats, fetches: SourceStats, device: DeviceStats | None) -> dict[str, int]:
