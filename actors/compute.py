@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING
 
 from moray.actors.guard import exit_with
 from moray.actors.home import Home
 from moray.actors.ledger import COMPUTE
-from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats, EngineView
+from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats, EngineView, StartTimes
 from moray.cluster.client import HostAddress
 from moray.cluster.health import HostState
 from moray.cluster.keys import CurveKeys
@@ -51,7 +52,10 @@ class ComputeActor:
     def __init__(self, config: ComputeConfig, home: Home) -> None:
         started = perf_counter()
         exit_with(config.owner)
+        # It takes longer than anything else here: it begins before the orchestrator is there to be asked.
+        threading.Thread(target=_import_libraries, name="moray-imports", daemon=True).start()
         self._config, self._home = config, home
+        self._times = [time()]
         self._keys = CurveKeys.make()
         self._report: ComputeReport | None = None
         self._failure: MorayError | None = None
@@ -129,7 +133,7 @@ class ComputeActor:
             context_length=self._runner.context_length,
             has_tokenizer=self._runner.tokenizer is not None,
             arenas=self._source.arena_refs(),
-            load_s=self._load_s,
+            times=StartTimes(*self._times, time()),
             num_restarts=self._num_restarts,
             cause=self._cause,
         )
@@ -167,20 +171,19 @@ class ComputeActor:
         return tier
 
     def _load(self) -> None:
-        # Read when transformers is imported: a store is local, no hub is ever asked.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        reuse_freed_memory()
+        self._store = Store.open(self._config.store_path)
+        self._store.verify_trunk()  # while libraries are imported; it stays in the page cache
+        _import_libraries()
+        self._times.append(time())
         import torch
 
         from moray.runtime.kernels.pool import set_num_threads
         from moray.runtime.model.loader import load_model
 
-        started = perf_counter()
-        reuse_freed_memory()
         set_num_threads(self._config.num_threads)
-        self._store = Store.open(self._config.store_path)
         self._model = load_model(self._store, self._config.numerics, torch.device(_resolve(self._config.device)))
-        self._load_s = perf_counter() - started
+        self._times.append(time())
 
     def _numerics_class(self) -> str:
         if self._model.device.type == "cpu":
@@ -273,6 +276,22 @@ class ComputeActor:
     def remote_stats(self) -> tuple[RemoteStats, ...]:
         """Of every remote host."""
         return tuple(self._source.remote_stats())
+
+
+_importing = threading.Lock()
+
+
+def _import_libraries() -> None:
+    """Import what takes seconds. A second call waits for the first."""
+    with _importing:
+        # Read when transformers is imported: a store is local, no hub is ever asked.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from moray.runtime.model.lean_imports import import_lean
+
+        import_lean()
+        import moray.cluster.cluster_source
+        import moray.runtime.generation.runner  # noqa: F401
 
 
 def _bytes_by_lane(experts: ExpertsStats, fetches: SourceStats, device: DeviceStats | None) -> dict[str, int]:

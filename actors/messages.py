@@ -144,6 +144,16 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StartTimes:
+    """When a compute actor had got how far, in seconds since the epoch."""
+
+    began: float  # its process took the actor
+    imported: float
+    loaded: float  # the trunk
+    ready: float
+
+
+@dataclass(frozen=True, slots=True)
 class ComputeReport:
     """A compute actor that is ready."""
 
@@ -154,7 +164,7 @@ class ComputeReport:
     context_length: int
     has_tokenizer: bool
     arenas: dict[str, ArenaRef]  # host id -> this process's descriptor of its arena
-    load_s: float
+    times: StartTimes
     num_restarts: int
     cause: str  # of the last restart
 

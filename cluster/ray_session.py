@@ -1,7 +1,7 @@
 """Starting Ray, or joining it. The only file of cluster/ that knows Ray.
 
-A local session is light (docs/architecture.md): no dashboard, a small object store, no workers started ahead.
-It has a fresh token of its own, so nothing else on the machine can talk to it.
+A local session is light (docs/architecture.md): no dashboard, a small object store, as many workers started ahead as
+there will be actors. It has a fresh token of its own, so nothing else on the machine can talk to it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,28 @@ import json
 import logging
 import os
 import secrets
-from contextlib import suppress
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]  # no stubs
+from ray._private import services
+from ray._private.node import Node
+from ray._raylet import (  # type: ignore[attr-defined]  # no stubs
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
+    AuthenticationTokenLoader,
+    Config,
+    GcsClient,
+    persist_port,
+)
 from ray.exceptions import AuthenticationError, RpcError
 
 from moray.cluster.grpc_probe import probe
@@ -30,6 +45,14 @@ _CONNECT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 20.0
 _ALIVE = 0  # GcsNodeInfo.state
+_RAYLET = "raylet"  # a type of Ray's processes
+_AT_ONCE = 4  # workers that a raylet starts side by side
+_PORTS_OF_AGENTS = {  # -1: serves nothing; runtime environments must have some port
+    METRICS_AGENT_PORT_NAME: -1,
+    METRICS_EXPORT_PORT_NAME: -1,
+    DASHBOARD_AGENT_LISTEN_PORT_NAME: -1,
+    RUNTIME_ENV_AGENT_PORT_NAME: 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +63,12 @@ class RaySession:
     processes: tuple[tuple[int, float], ...] = ()  # what was started: pid and time of creation
 
 
-def start_local(num_cpus: int) -> RaySession:
-    """Start Ray on this machine for this process alone. Raises ClusterError."""
+def start_local(num_cpus: int, num_actors: int = 0, *, with_agents: bool = False) -> RaySession:
+    """Start Ray on this machine for this process alone. Raises ClusterError.
+
+    ``num_actors``: workers that are started at once, for actors to come. ``with_agents``: metrics are exported, and
+    there may be runtime environments; without, that is a second or two of the start and 130 MB.
+    """
     if ray.is_initialized():
         return RaySession(False)
     mode = os.environ.get("RAY_AUTH_MODE", "token")
@@ -59,31 +86,75 @@ def start_local(num_cpus: int) -> RaySession:
     Config.initialize("")  # Ray read these when it was imported; this is how its own code makes it read them again
     before = _children()
     try:
-        ray.init(
-            address="local",  # never join what RAY_ADDRESS or another user's session offers
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace=NAMESPACE,
-            _system_config={"prestart_worker_first_driver": False},
-        )
+        with _light_node(num_actors, with_agents):
+            ray.init(
+                address="local",  # never join what RAY_ADDRESS or another user's session offers
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace=NAMESPACE,
+                _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": num_actors > 0},
+            )
     except Exception as error:
         raise ClusterError(f"Ray did not start on this machine ({error}); run `moray doctor`") from error
-    _end_unused()
     _keep_off_the_terminal()
     return RaySession(True, tuple(_children() - before))
 
 
-def _end_unused() -> None:
-    """End those of Ray's processes that an engine has no use for: each is 60 MB or more, and wakes all the time.
+@contextmanager
+def _light_node(num_actors: int, with_agents: bool) -> Iterator[None]:
+    """While Ray starts: without those of its processes that an engine has no use for, for which it has no options.
 
-    They follow logs to drivers, scale clusters and serve the dashboard, all of which this session does without.
+    Each is 60 MB or more, takes a second of a core to start, which ``ray.init`` waits for, and wakes all the time.
+    They follow logs to drivers, scale clusters and serve the dashboard; without agents: export metrics, and make
+    runtime environments.
     """
-    node: Any = ray._private.worker._global_node
-    for end in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):
-        end(check_alive=False)
+    start_process = services.start_ray_process
+
+    class LightNode(Node):  # type: ignore[misc]  # Ray is not typed
+        def __init__(self, ray_params: Any, *args: Any, **kwargs: Any) -> None:
+            ray_params.update_if_absent(setup_worker_path=_script("ray_worker.py"))
+            super().__init__(ray_params, *args, **kwargs)
+
+        def start_monitor(self) -> None: ...
+
+        def start_log_monitor(self) -> None: ...
+
+        def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+            self._webui_url = ""
+
+        def start_raylet(self, *args: Any, **kwargs: Any) -> None:
+            for name, port in {} if with_agents else _PORTS_OF_AGENTS.items():
+                persist_port(self.get_session_dir_path(), self.node_id, name, port)
+            super().start_raylet(*args, **kwargs)
+
+    def start(command: list[str], process_type: str, *args: Any, **kwargs: Any) -> Any:
+        if process_type == _RAYLET:
+            command = _raylet_command(command, num_actors, with_agents)
+        return start_process(command, process_type, *args, **kwargs)
+
+    module: Any = ray._private.node
+    module.Node, services.start_ray_process = LightNode, start
+    try:
+        yield
+    finally:
+        module.Node, services.start_ray_process = Node, start_process
+
+
+def _raylet_command(command: Sequence[str], num_actors: int, with_agents: bool) -> list[str]:
+    """Ray's command of a raylet, for a light session."""
+    replaced = {"--num_prestart_python_workers": str(num_actors), "--maximum_startup_concurrency": str(_AT_ONCE)}
+    if not with_agents:
+        idle = subprocess.list2cmdline([sys.executable, "-I", "-S", _script("ray_idle.py")])
+        replaced |= {"--dashboard_agent_command": idle, "--runtime_env_agent_command": idle}
+    split = [word.partition("=") for word in command]
+    return [f"{name}={replaced.get(name, value)}" if equals else name for name, equals, value in split]
+
+
+def _script(name: str) -> str:
+    return str(Path(__file__).with_name(name))
 
 
 def check_address(address: str) -> None:

@@ -15,8 +15,6 @@ from time import monotonic
 import numpy as np
 import numpy.typing as npt
 
-from moray.cluster.activations import WireFormat
-from moray.cluster.arena_source import check_welcome
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.health import CAP_S, HostHealth, HostState, LinkRate, Probe
 from moray.cluster.keys import CurveKeys
@@ -295,6 +293,9 @@ class RemoteHost:
         self._next_trial(now)
 
     def _welcome(self, welcome: Welcome, now: float) -> None:
+        # Imported here and below: who only reads a host's statistics does not load Numba.
+        from moray.cluster.arena_source import check_welcome
+
         try:
             check_welcome(welcome, self._store)
         except ClusterError as error:
@@ -306,6 +307,8 @@ class RemoteHost:
 
     def _next_trial(self, now: float) -> None:
         """Measure how fast it computes, with an expert that it has in memory; then it is ready."""
+        from moray.cluster.activations import WireFormat
+
         layer = max(range(len(self.resident)), key=lambda i: self.resident[i].sum())
         gate_up = self._store.manifest.layers[layer].layout.get("gate_up_proj")
         if not self._joining.trials_left or gate_up is None or gate_up.spec is None or not self.resident[layer].any():

@@ -265,4 +265,4 @@ class Engine:
 
 
 def _start_local(config: EngineConfig) -> RaySession:
-    return ray_session.start_local(config.num_threads)
+    return ray_session.start_local(config.num_threads, num_actors=2 + config.num_hosts)

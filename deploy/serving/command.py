@@ -45,7 +45,7 @@ def run_server(args: ServeArgs, host: str, port: int, console: Console) -> None:
 def serving(args: ServeArgs, host: str, port: int, console: Console) -> Iterator[None]:
     """A server that answers, on a Ray of its own if this process has none; nothing of it is left afterwards."""
     with console.status("Starting Ray, the engine and the server..."):
-        session = ray_session.start_local(args.engine.num_threads)
+        session = ray_session.start_local(args.engine.num_threads, with_agents=True)
     try:
         with console.status("Starting the engine and the server..."):
             owner = Owner(os.getpid(), session.processes) if session.started_here else None
