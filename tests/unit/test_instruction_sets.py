@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from helpers.kernels import SPECS, name_of, normal
 from helpers.matrices import assert_same_bits, random_matrix
 
@@ -31,11 +31,11 @@ def supports(instruction_set: str) -> bool:
     return instruction_set == "portable" or bool(features.get(needed[instruction_set]))
 
 
-#: Encodings that a set of instructions reads in ways of its own; the others are put together from the same parts.
-OF_EVERY_SET = ("q8", "q4-u8", "q3", "bf16")
+#: Every kind of code and both kinds of scales; the others are the same codes with the other scales.
+OF_EVERY_SET = ("q8", "q4-u8", "q3", "q2", "fp4", "bf16", "f16")
 
 
-def every_set() -> Iterator[ParameterSet]:
+def every_set() -> Iterator[Any]:
     """Every encoding with every set that this CPU has. Compiling takes a second each: some only in the long suite."""
     for name in filter(supports, INSTRUCTION_SETS):
         for spec in (spec for spec in SPECS if spec.encoding != "f32"):
