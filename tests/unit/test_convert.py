@@ -108,15 +108,15 @@ def test_presets_end_to_end(
     encodings: str,
     block_bytes: list[int],
     error_of_experts: float,
-    checkpoint: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    manifest = convert(checkpoint("mixtral"), tmp_path / "store", recipe)
+    checkpoint = tiny_checkpoint("mixtral", tmp_path / "checkpoint", num_hidden_layers=1)
+    manifest = convert(checkpoint, tmp_path / "store", recipe)
     specs = [tensor.spec for tensor in manifest.layers[0].layout.tensors]
     assert [spec.block_bytes for spec in specs if spec] == block_bytes
     packed = {path: (spec.encoding, spec.group, spec.meta) for path, spec in manifest.packed_trunk.items()}
     assert {how for path, how in packed.items() if "self_attn" in path} == {("q4", 64, "u8")}
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     state = state_of_store(Store.open(tmp_path / "store"), model)
     for name, value in model.state_dict().items():
         error = (state[name].float() - value).norm() / value.norm()
@@ -337,7 +337,7 @@ def run_conversion(path: Path, target: Path, num_workers: int) -> subprocess.Com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_killed_conversion_continues(
     checkpoint: Callable[[str], Path], store: Callable[..., Path], tmp_path: Path, num_workers: int
 ) -> None:

@@ -25,7 +25,7 @@ NUM_TOKENS = 150
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("num_slots", [12, 24])
+@pytest.mark.parametrize("num_slots", [12, pytest.param(24, marks=pytest.mark.long)])
 def test_simulated_and_measured_hit_rates_agree(demo: Store, tmp_path: Path, policy: str, num_slots: int) -> None:
     file = tmp_path / "run.trace"
     with cluster_of(demo, 1, num_slots=num_slots, policy=policy, prefetch="off") as hosts:

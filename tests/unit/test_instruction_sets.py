@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -29,11 +31,20 @@ def supports(instruction_set: str) -> bool:
     return instruction_set == "portable" or bool(features.get(needed[instruction_set]))
 
 
-EVERY_SET = [spec for spec in SPECS if spec.encoding != "f32"]
+#: Every kind of code and both kinds of scales; the others are the same codes with the other scales.
+OF_EVERY_SET = ("q8", "q4-u8", "q3", "q2", "fp4", "bf16", "f16")
 
 
-@pytest.mark.parametrize("name", [name for name in INSTRUCTION_SETS if supports(name)])
-@pytest.mark.parametrize("spec", EVERY_SET, ids=name_of)
+def every_set() -> Iterator[Any]:
+    """Every encoding with every set that this CPU has. Compiling takes a second each: some only in the long suite."""
+    for name in filter(supports, INSTRUCTION_SETS):
+        for spec in (spec for spec in SPECS if spec.encoding != "f32"):
+            is_quick = name in ("portable", INSTRUCTION_SET) or name_of(spec) in OF_EVERY_SET
+            marks = () if is_quick else (pytest.mark.long,)
+            yield pytest.param(spec, name, id=f"{name_of(spec)}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("spec", "name"), every_set())
 def test_every_instruction_set_equals_the_reference(spec: PackedSpec, name: str) -> None:
     variant = Variant(spec.encoding, spec.group, spec.meta, spec.is_quantized, name)
     kernel = MatrixKernel.with_items(spec, variant.integer, ops.compile_items(variant).address)
