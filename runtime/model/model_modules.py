@@ -184,8 +184,11 @@ def fused_step(model: Any) -> FusedStep | None:
     if not isinstance(base, FusedModel) or not isinstance(head, PackedLinear) or not names <= _USUAL_HEAD:
         return None
     x = torch.randn(1, 1, head.in_features, generator=torch.Generator().manual_seed(0))
-    with replaced_forward(model.base_model, lambda **_: base.wrap(x)):
-        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
+    try:
+        with replaced_forward(model.base_model, lambda **_: base.wrap(x)):
+            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
+    except Exception:  # it needs more of its base than the last hidden state
+        return None
     return FusedStep(model, base) if torch.equal(logits, head(x)) else None
 
 
