@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from moray.runtime.generation.kv import AS_PROMPT, AS_STEP, KVCache
 from moray.runtime.model.attention_modules import is_all_fused
 from moray.runtime.model.batch import BatchForward
+from moray.runtime.model.model_modules import fused_step
 
 _SMALL_ATTENTION = 128 << 10  # pairs of a token and a key, of one head
 
@@ -21,6 +22,7 @@ class Forward:
         self._model, self._batch = model, batch
         self._num_threads = torch.get_num_threads()
         self._is_all_fused = is_all_fused(model)
+        self._step = fused_step(model)
 
     @property
     def is_exact(self) -> bool:
@@ -38,11 +40,13 @@ class Forward:
 
     def chunk(self, kv: KVCache, tokens: list[int]) -> torch.Tensor:
         """Logits [V] of the last of these tokens of one sequence. A single one is computed as a step."""
-        ids = torch.tensor([tokens], device=self._model.device)
         self._give_torch_threads(len(tokens) * (len(kv.ids) + len(tokens)))
-        output = self._model(input_ids=ids, past_key_values=kv.cache, use_cache=True, logits_to_keep=1)
+        logits = self._step(tokens[0], kv.cache) if self._step is not None and len(tokens) == 1 else None
+        if logits is None:
+            ids = torch.tensor([tokens], device=self._model.device)
+            output = self._model(input_ids=ids, past_key_values=kv.cache, use_cache=True, logits_to_keep=1)
+            logits = output.logits[0, -1]
         kv.note(tokens, AS_PROMPT if len(tokens) > 1 else AS_STEP)
-        logits: torch.Tensor = output.logits[0, -1]
         return logits
 
     def rows(self, runs: Sequence[tuple[KVCache, list[int]]]) -> list[torch.Tensor]:

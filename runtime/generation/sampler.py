@@ -44,7 +44,7 @@ class Sampler:
         if self._params.shifts_logits:
             logits = self._shifted(ids, logits)
         if self._greedy:
-            return int(logits.argmax())
+            return int(logits.numpy().argmax())  # torch's takes a tenth of a millisecond for 150,000
         logits = logits - logits.max()  # the same probabilities, and no overflow at a temperature near 0
         scores = self._processors(torch.LongTensor([ids]), logits[None])
         while self._to_skip:  # a draw takes as much of the random state whatever the probabilities

@@ -17,6 +17,7 @@ from moray.runtime.model.attention_modules import Rotation, replaced_forward
 from moray.runtime.model.batch_cache import RowsCache
 from moray.runtime.model.kv_layer import GrowingLayer, new_cache
 from moray.runtime.model.layer_run import join_layers
+from moray.runtime.model.packed_modules import PackedLinear
 
 _USUAL = frozenset(
     (
@@ -24,6 +25,14 @@ _USUAL = frozenset(
         *("create_sliding_window_causal_mask", "device", "dict", "embed_tokens", "enumerate", "get_seq_length"),
         *("isinstance", "layer_types", "layers", "norm", "num_hidden_layers", "rotary_emb", "set", "shape"),
         *("sliding_window", "torch", "unsqueeze"),
+    )
+)
+_USUAL_HEAD = frozenset(
+    (
+        *("MoeCausalLMOutputWithPast", "attentions", "aux_loss", "config", "device", "hidden_states", "int"),
+        *("isinstance", "last_hidden_state", "lm_head", "load_balancing_loss_func", "loss_function", "model"),
+        *("num_experts", "num_experts_per_tok", "output_router_logits", "past_key_values", "router_aux_loss_coef"),
+        *("router_logits", "slice", "slice_logits_to_keep", "to", "vocab_size"),
     )
 )
 _BLOCK = 256  # positions whose rotations are made at once
@@ -53,12 +62,12 @@ class FusedModel:
         **kwargs: Any,
     ) -> Any:
         if isinstance(past_key_values, RowsCache) and input_ids is not None:
-            return self._step(input_ids, past_key_values, past_key_values.positions)
+            return self.wrap(self._compute(input_ids, past_key_values, past_key_values.positions), past_key_values)
         is_usual = (
             attention_mask is None and position_ids is None and inputs_embeds is None and not any(kwargs.values())
         )
         if is_usual and input_ids is not None and input_ids.shape == (1, 1) and _goes_on(past_key_values):
-            return self._step(input_ids, past_key_values, [past_key_values.layers[0].get_seq_length()])
+            return self.wrap(self.step(input_ids, past_key_values), past_key_values)
         return self._plain(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -69,7 +78,15 @@ class FusedModel:
             **kwargs,
         )
 
-    def _step(self, input_ids: torch.Tensor, cache: Any, positions: list[int]) -> ModelOutput:
+    def wrap(self, x: torch.Tensor, cache: Any = None) -> ModelOutput:
+        """What a model returns: the last hidden state, and the cache."""
+        return self._output(last_hidden_state=x, past_key_values=cache)
+
+    def step(self, input_ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        """The last hidden state [1, 1, H] of one token, [1, 1], after others in a cache that ``goes_on``."""
+        return self._compute(input_ids, cache, [cache.layers[0].get_seq_length()])
+
+    def _compute(self, input_ids: torch.Tensor, cache: Any, positions: list[int]) -> torch.Tensor:
         """``input_ids`` [1, B]: a new token of each of B sequences, at ``positions``."""
         model = self._model
         x, position_ids = model.embed_tokens(input_ids), torch.tensor([positions])
@@ -77,11 +94,28 @@ class FusedModel:
         rotation = self._rotations.at(positions, x)
         for part in self._parts:
             x = part(x, position_embeddings=rotation, **how)
-        return self._output(last_hidden_state=model.norm(x), past_key_values=cache)
+        last: torch.Tensor = model.norm(x)
+        return last
 
     def join_layers(self) -> None:
         """To be called when layers were fused: consecutive ones are computed in one launch."""
         self._parts = join_layers(self._model.layers)
+
+
+class FusedStep:
+    """Logits of one new token, from the short step and the head, without what transformers puts around them."""
+
+    def __init__(self, model: Any, base: FusedModel) -> None:
+        self._model, self._base, self._head = model, base, model.get_output_embeddings()
+        self._hooks = [h for m in (model, model.base_model) for h in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def __call__(self, token: int, cache: Any) -> torch.Tensor | None:
+        """float32 [V] of a token that is appended to ``cache``; None if the model itself must be asked."""
+        is_own = "forward" not in vars(self._model) and vars(self._model.base_model).get("forward") is self._base
+        if not is_own or any(self._hooks) or not _goes_on(cache):
+            return None
+        logits: torch.Tensor = self._head(self._base.step(torch.tensor([[token]]), cache))[0, 0]
+        return logits
 
 
 class _Rotations:
@@ -140,6 +174,22 @@ def _looks_usual(base: Any) -> bool:
         return False  # its frequencies change with the length
     names = inspect.unwrap(type(base).forward).__code__.co_names
     return set(names) <= _USUAL and len(base.layers) == base.config.num_hidden_layers
+
+
+@torch.inference_mode()
+def fused_step(model: Any) -> FusedStep | None:
+    """The step of a causal language model whose base has the short one, if it is that and the head, nothing else."""
+    base, head = getattr(model.base_model, "forward", None), model.get_output_embeddings()
+    names = set(inspect.unwrap(type(model).forward).__code__.co_names)
+    if not isinstance(base, FusedModel) or not isinstance(head, PackedLinear) or not names <= _USUAL_HEAD:
+        return None
+    x = torch.randn(1, 1, head.in_features, generator=torch.Generator().manual_seed(0))
+    try:
+        with replaced_forward(model.base_model, lambda **_: base.wrap(x)):
+            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
+    except Exception:  # it needs more of its base than the last hidden state
+        return None
+    return FusedStep(model, base) if torch.equal(logits, head(x)) else None
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from torch import nn
 
 from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.experts.source import InProcessSource
+from moray.runtime.experts.watch import LayerCall
 from moray.runtime.generation.runner import Runner
 from moray.runtime.generation.text import load_tokenizer
 from moray.runtime.model import families
@@ -113,15 +114,18 @@ def test_tokens_are_the_same_while_it_predicts(demo_runner: Runner, monkeypatch:
     prompt = list(demo_runner.encode("def main("))
     alone = greedy(demo_runner, prompt, 12)
     predictor, seen = Predictor(demo_runner.model, depth=2), []
-    compute = ExpertsBinding.compute_routed
 
-    def compute_routed(self: ExpertsBinding, kernel: Any, x: torch.Tensor, out: torch.Tensor) -> bool:
-        seen.append((x.shape, [p.layer for p in predictor.predict(self.layer, x)]))
-        return compute(self, kernel, x, out)
+    class Watch:
+        def before(self, layer: int, x: torch.Tensor) -> None:
+            seen.append((x.shape, [p.layer for p in predictor.predict(layer, x)]))
 
-    monkeypatch.setattr(ExpertsBinding, "compute_routed", compute_routed)
+        def after(self, call: LayerCall) -> None:
+            pass
+
+    for _, module in expert_modules(demo_runner.model):
+        monkeypatch.setattr(module.moray, "watch", Watch())
     assert greedy(demo_runner, prompt, 12) == alone
-    assert seen[-6:] == [((1, 1, 256), targets) for targets in ([1, 2], [2, 3], [3, 4], [4, 5], [5], [])]
+    assert seen[-6:] == [((1, 256), targets) for targets in ([1, 2], [2, 3], [3, 4], [4, 5], [5], [])]
 
 
 # ------------------------------------------------------------------------------- what is refused

@@ -1,0 +1,153 @@
+"""A new token's way through several layers in one launch: the bits, the counts and the exceptions of its layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.reference import runner
+
+from moray.runtime.experts.source import LeaseTable
+from moray.runtime.generation.runner import Runner
+from moray.runtime.model.kv_layer import new_cache
+from moray.runtime.model.layer_run import LayerRun
+from moray.runtime.model.model_modules import fused_step
+
+PROMPT = torch.arange(3, 24)[None]
+
+
+@pytest.fixture(params=[("mixtral", "none", "float"), ("qwen3_moe", "hqq4:32", "int8")], ids=lambda p: p[0])
+def made(request: pytest.FixtureRequest, store: Callable[..., Path]) -> Iterator[Runner]:
+    family, recipe, numerics = request.param
+    with runner(store(family, recipe), numerics) as found, torch.inference_mode():
+        yield found
+
+
+def prefilled(made: Runner) -> Any:
+    cache = new_cache(made.model.config)
+    made.model(input_ids=PROMPT, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def run_of(made: Runner) -> LayerRun:
+    (run,) = made.model.base_model.forward._parts
+    assert isinstance(run, LayerRun)
+    return run
+
+
+def logits_of(made: Runner, cache: Any, token: int) -> torch.Tensor:
+    logits: torch.Tensor = made.model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+    return logits
+
+
+def by_layers(made: Runner, cache: Any, token: int) -> torch.Tensor:
+    """The same, each layer by itself."""
+    forward = made.model.base_model.forward
+    joined, forward._parts = forward._parts, list(made.model.base_model.layers)
+    try:
+        return logits_of(made, cache, token)
+    finally:
+        forward._parts = joined
+
+
+def counts(made: Runner) -> tuple[Any, ...]:
+    stats = made.stats()
+    return np.array(stats.tokens_per_expert), stats.uses, stats.layer_calls, stats.bytes_by_source["memory"]
+
+
+def test_layers_in_one_launch_have_the_bits_and_the_counts_of_single_ones(made: Runner) -> None:
+    mine = prefilled(made)
+    its, calls = copy.deepcopy(mine), []
+    run = run_of(made)
+    compute, run._compute = run._compute, lambda *given: (calls.append(1), compute(*given))[1]  # type: ignore[method-assign, func-returns-value]
+    for token in range(5, 9):
+        before = counts(made)
+        one = by_layers(made, its, token)
+        middle = counts(made)
+        assert torch.equal(logits_of(made, mine, token), one) and len(calls) == token - 4
+        after = counts(made)
+        for a, b, c in zip(before, middle, after, strict=True):
+            assert np.array_equal(b - a, c - b)
+        assert made.stats().compute_s > 0
+    for a, b in zip(mine.layers, its.layers, strict=True):
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_a_layer_that_misses_an_expert_is_completed_by_itself(made: Runner, place: int) -> None:
+    mine = prefilled(made)
+    its, binding = copy.deepcopy(mine), run_of(made)._bindings[place]
+    expected, before = by_layers(made, its, 7), made.stats()
+    source, asked = binding.source, []
+    table, fetch = source.table, source.fetch
+
+    def moved(layer: int) -> LeaseTable | None:
+        found = table(layer)
+        if found is None or layer != binding.layer:
+            return found
+        return LeaseTable(found.addresses, found.counters, found.generations + 2)
+
+    source.table = moved  # type: ignore[method-assign]
+    source.fetch = lambda layer, experts: (asked.append(layer), fetch(layer, experts))[1]  # type: ignore[method-assign, func-returns-value]
+    assert torch.equal(logits_of(made, mine, 7), expected)
+    assert asked == [binding.layer]
+    assert made.stats().layer_calls - before.layer_calls == len(made.model.base_model.layers)
+    assert made.stats().uses > before.uses
+
+
+def test_a_hooked_or_replaced_layer_is_called(made: Runner) -> None:
+    mine = prefilled(made)
+    layer, seen = made.model.base_model.layers[1], []
+    hook = layer.register_forward_hook(lambda *_: seen.append("hook"))
+    expected = logits_of(made, copy.deepcopy(mine), 7)
+    hook.remove()
+    fused = layer.forward
+    layer.forward = lambda *given, **named: (seen.append("forward"), fused(*given, **named))[1]
+    assert torch.equal(logits_of(made, mine, 7), expected)
+    layer.forward = fused
+    assert seen == ["hook", "forward"]
+
+
+def test_a_watched_layer_is_told_of(made: Runner) -> None:
+    calls: list[Any] = []
+
+    class Watch:
+        def before(self, layer: int, x: torch.Tensor) -> None:
+            calls.append(layer)
+
+        def after(self, call: Any) -> None:
+            calls.append(call.experts)
+
+    mine = prefilled(made)
+    expected, bindings = by_layers(made, copy.deepcopy(mine), 7), run_of(made)._bindings
+    for binding in bindings:
+        binding.watch = Watch()  # type: ignore[assignment]
+    assert torch.equal(logits_of(made, mine, 7), expected)
+    assert calls[::2] == [binding.layer for binding in bindings] and all(calls[1::2])
+
+
+# ----------------------------------------------------------------------------------------- steps
+
+
+def test_a_step_has_the_models_logits(made: Runner) -> None:
+    step, mine = fused_step(made.model), prefilled(made)
+    assert step is not None
+    assert step(5, new_cache(made.model.config)) is None  # nothing before it
+    its = copy.deepcopy(mine)
+    for token in (5, 6):
+        got = step(token, mine)
+        assert got is not None and torch.equal(got, logits_of(made, its, token))
+    assert mine.get_seq_length() == its.get_seq_length() == PROMPT.shape[1] + 2
+    hook = made.model.register_forward_pre_hook(lambda *_: None)
+    assert step(7, mine) is None
+    hook.remove()
+
+
+def test_a_model_that_scales_its_logits_is_asked_itself(store: Callable[..., Path]) -> None:
+    with runner(store("granitemoe", "none"), "float") as made:
+        assert fused_step(made.model) is None
