@@ -26,8 +26,8 @@ from moray.runtime.layout import fp4, second_level
 from moray.runtime.layout.packed import ENCODINGS, METAS, PLANES, SCALE_FACTOR, VECTOR_BYTES, Encoding, Meta
 
 _MAX_UNROLLED = 32  # quads times tokens in a group; more are loops, which are as fast and quicker to compile
-# Bytes from a use to its prefetch: the best, or as good as it, in every shape measured (0 to 36864). Many tokens take
-# so long that fewer lines would be on their way than memory can deliver.
+# Bytes from a use to its prefetch, for few tokens and for so many that products take about as long as memory: the best,
+# or as good as it, in every shape measured (0 to 36864).
 _AHEAD, _AHEAD_OF_MANY, _MANY = 4096, 16384, 5
 _BITS = {8: -1, 4: 0x0F0F0F0F, 3: 0x07070707, 2: 0x03030303, 1: 0x01010101}  # masks of one code a byte
 
@@ -102,16 +102,16 @@ def emit_blocks(
     return [[builder.load(total) for total in of_block] for of_block in sums]
 
 
-def _starts(builder: ir.IRBuilder, ops: Operands, sums: Sums) -> list[ir.Value]:
+def _starts(builder: ir.IRBuilder, ops: Operands, num_blocks: int) -> list[ir.Value]:
     """Where each row block begins."""
-    return [builder.add(ops.block, builder.mul(ops.block_bytes, I64(b))) for b in range(len(sums))]
+    return [builder.add(ops.block, builder.mul(ops.block_bytes, I64(b))) for b in range(num_blocks)]
 
 
 def _emit_prefetch(
-    builder: ir.IRBuilder, ops: Operands, sums: Sums, blocks: list[ir.Value], done: ir.Value, num_bytes: int
+    builder: ir.IRBuilder, ops: Operands, width: int, blocks: list[ir.Value], done: ir.Value, num_bytes: int
 ) -> None:
     """Ask for ``num_bytes`` of each block, a distance after ``done``; past its end, of the one that will follow it."""
-    at = v.offset(builder, done, _AHEAD_OF_MANY // len(blocks) if len(sums[0]) >= _MANY else _AHEAD)
+    at = v.offset(builder, done, _AHEAD_OF_MANY if width >= _MANY else _AHEAD)
     if len(blocks) > 1:
         is_past = builder.icmp_signed(">=", at, ops.block_bytes)
         others = builder.mul(ops.block_bytes, I64(len(blocks) - 1))
@@ -126,7 +126,7 @@ def _emit_prefetch(
 
 def _emit_quantized(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: Sums) -> None:
     num_groups, width = builder.sdiv(ops.columns, I64(variant.group)), len(sums[0])
-    blocks = _starts(builder, ops, sums)
+    blocks = _starts(builder, ops, len(sums))
     code_bytes = builder.mul(num_groups, I64(variant.group_bytes))
     metas = [builder.add(block, code_bytes) for block in blocks]
     next_meta = builder.mul(ops.block_bytes, I64(len(blocks)))
@@ -134,7 +134,7 @@ def _emit_quantized(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums
         done = builder.mul(loop.index, I64(variant.group_bytes))
         codes = [builder.add(block, done) for block in blocks]
         scales = [_emit_meta(builder, variant, next_meta, meta, num_groups, loop.index) for meta in metas]
-        _emit_prefetch(builder, ops, sums, blocks, done, variant.group_bytes)
+        _emit_prefetch(builder, ops, width, blocks, done, variant.group_bytes)
         panel = builder.mul(loop.index, I64((1 if variant.integer else 4) * variant.group * width))
         x = builder.add(ops.x, panel)
         if variant.integer:
@@ -303,10 +303,10 @@ def _emit_float_group(
 def _emit_plain(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: Sums) -> None:
     """sums[t] += w[column] * x[column, t], column after column."""
     per_vector, width = 1 if variant.encoding == "f32" else 2, len(sums[0])
-    blocks = _starts(builder, ops, sums)
+    blocks = _starts(builder, ops, len(sums))
     with cgutils.for_range(builder, builder.sdiv(ops.columns, I64(per_vector))) as loop:
         done = builder.mul(loop.index, I64(VECTOR_BYTES))
-        _emit_prefetch(builder, ops, sums, blocks, done, VECTOR_BYTES)
+        _emit_prefetch(builder, ops, width, blocks, done, VECTOR_BYTES)
         x = builder.add(ops.x, builder.mul(loop.index, I64(4 * per_vector * width)))
         lanes = [v.load(builder, builder.add(block, done), VI32) for block in blocks]
         weights = [_plain_weights(builder, one, variant.encoding) for one in lanes]

@@ -29,7 +29,7 @@ ROWS, COLUMNS, GROUP, INTEGER, BLOCK_BYTES, NUM_BLOCKS, WEIGHTS, STARTS, X, XS, 
 NUM_PARAMS = 12
 
 MAX_WIDTH = 8  # pairs in a tile
-BLOCKS_AT_ONCE = 2  # for tiles of MAX_WIDTH: loads of the pairs' panels would take longer than all products of one
+BLOCKS_AT_ONCE = 2  # for tiles of MAX_WIDTH, in 32 registers: loads of the panels would take longer than one's products
 
 
 @intrinsic(prefer_literal=True)
@@ -77,6 +77,8 @@ def tile_of(pair, start, end):
 
 
 def _make_items(number: int) -> Any:
+    at_once = BLOCKS_AT_ONCE if Variant.of_number(number).instruction_set in ("avx512vnni", "avx512") else 1
+
     def items(params, first, last):
         rows, columns, group = word(params, ROWS), word(params, COLUMNS), word(params, GROUP)
         block_bytes, num_blocks = word(params, BLOCK_BYTES), word(params, NUM_BLOCKS)
@@ -86,7 +88,7 @@ def _make_items(number: int) -> Any:
         while item < last:
             e = item // num_blocks
             b = item - e * num_blocks
-            count = min(BLOCKS_AT_ONCE, last - item, num_blocks - b)
+            count = min(at_once, last - item, num_blocks - b)
             block = word(word(params, WEIGHTS), e) + b * block_bytes
             p, end = word(word(params, STARTS), e), word(word(params, STARTS), e + 1)
             while p < end:

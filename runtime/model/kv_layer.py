@@ -63,7 +63,7 @@ class GrowingLayer(DynamicLayer):
                 assert length <= self.capacity, f"{length} tokens in a cache of {self.capacity}"
                 room = min(room, self.capacity)
             self._keys, self._values = (_grown(old, before, room) for old in (self._keys, self._values))
-        self.keys, self.values = self._keys[..., :length, :], self._values[..., :length, :]
+        self.keys, self.values = self._keys.narrow(-2, 0, length), self._values.narrow(-2, 0, length)
         return self.keys, self.values
 
 
