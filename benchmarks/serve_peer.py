@@ -272,6 +272,10 @@ def measure(models: Models, options: argparse.Namespace) -> dict[tuple[str, int]
                         wave = side.wave(texts.make(clients), options.output_tokens)
                         if number:
                             found[name, clients].waves.append(wave)
+                    rate = wave.num_tokens / wave.whole_s
+                    print(
+                        f"round {turn + 1}, {name}, {clients} clients: {rate:.1f} tokens/s", file=sys.stderr, flush=True
+                    )
     if len(set(answers.values())) != 1:
         raise SystemExit(f"the sides' answers differ: {answers}")
     return found
