@@ -10,7 +10,7 @@ generate the same text, which is checked. Both have the same vocabulary (vocabul
 
 Sides, one at a time, each with ``--threads`` threads (all cores):
 - *moray*: ``moray serve STORE --device cpu``;
-- *llama_cpp.server*: llama-cpp-python's server with its defaults. It answers one request after the other;
+- *llama_cpp.server*: llama-cpp-python's server, told to end what it began. It answers one request after the other;
 - *llama.cpp, batched*: llama.cpp's parallel decoding through its C functions (peer_worker.py), all clients' tokens in
   one batch: no HTTP, no text, no sampling but the largest logit. The bound of a server of llama.cpp's own.
 
@@ -212,6 +212,7 @@ def opened(name: str, models: Models, options: argparse.Namespace) -> Iterator[S
     elif name == "llama_cpp.server":
         command = [options.peer_python, "-m", "llama_cpp.server", "--model", models.gguf, "--n_ctx", _context(options)]
         command += ["--n_threads", options.threads, "--n_threads_batch", options.threads]
+        command += ["--interrupt_requests", "False"]  # else a new request ends the answer to the one before
         with running(command, "--port") as url:
             yield Server(url, str(models.gguf))
     else:
@@ -271,6 +272,10 @@ def measure(models: Models, options: argparse.Namespace) -> dict[tuple[str, int]
                         wave = side.wave(texts.make(clients), options.output_tokens)
                         if number:
                             found[name, clients].waves.append(wave)
+                    rate = wave.num_tokens / wave.whole_s
+                    print(
+                        f"round {turn + 1}, {name}, {clients} clients: {rate:.1f} tokens/s", file=sys.stderr, flush=True
+                    )
     if len(set(answers.values())) != 1:
         raise SystemExit(f"the sides' answers differ: {answers}")
     return found
