@@ -171,14 +171,17 @@ def start_actors(
     try:
         memory, home = KeyValueMemory(name), RayHome(name)
         supervised: dict[str, Any] = {"max_restarts": _FOR_EVER} | _on(node)
-        orchestrator_options: dict[str, Any] = {
-            "name": _orchestrator(name),
-            "max_concurrency": _ORCHESTRATOR_CALLS,
-            "max_task_retries": _FOR_EVER,
-        } | supervised
+        orchestrator_options: dict[str, Any] = (
+            {
+                "max_concurrency": _ORCHESTRATOR_CALLS,
+                "max_task_retries": _FOR_EVER,
+            }
+            | supervised
+            | _named(_orchestrator(name))
+        )
         orchestrator = _remote(Orchestrator, **orchestrator_options).remote(orders, RayHands(name), memory)
         started.append(orchestrator)
-        options = supervised | {"name": _compute(name), "max_concurrency": MAX_STREAMS, "num_gpus": num_gpus}
+        options = supervised | _named(_compute(name)) | {"max_concurrency": MAX_STREAMS, "num_gpus": num_gpus}
         compute = _remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, home)
         started.append(compute)
         placement = call(orchestrator.open)
@@ -217,19 +220,17 @@ def start_actors(
 def keep(kind: type, name: str, *args: object) -> Any:
     """The one actor of this name, started on this node if there is none. It outlives this process, not the cluster."""
     options: dict[str, Any] = {
-        "name": name,
-        "namespace": ray_session.NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
         "label_selector": {_NODE_LABEL: ray_session.this_node()},
-    }
+    } | _named(name)
     return _remote(kind, max_concurrency=_KEEPER_CALLS, **options).remote(*args)
 
 
 def find_kept(name: str) -> Any | None:
     """The actor that ``keep`` started under this name, if it lives."""
     try:
-        return ray.get_actor(name, namespace=ray_session.NAMESPACE)
+        return _find(name)
     except ValueError:
         return None
 
@@ -261,7 +262,7 @@ def engine_statuses() -> dict[str, EngineStatus]:
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == ray_session.NAMESPACE and actor["name"].endswith(ending):
             with suppress(GetTimeoutError, RayError, ValueError):  # it ends meanwhile
-                orchestrator: Any = ray.get_actor(actor["name"], ray_session.NAMESPACE)
+                orchestrator = _find(actor["name"])
                 name = actor["name"].removesuffix(ending)
                 found[name] = ray.get(orchestrator.status.remote(), timeout=_REMOTE_STATS_S)
     return found
@@ -294,7 +295,7 @@ class RayHands:
 
     def find_host(self, node: NodeInfo, host_id: str) -> Any:
         if (node.node_id, host_id) not in self._found:
-            self._found[node.node_id, host_id] = ray.get_actor(_host(self._engine, node, host_id))
+            self._found[node.node_id, host_id] = _find(_host(self._engine, node, host_id))
         return self._found[node.node_id, host_id]
 
     def report(self, host: Any) -> HostReport:
@@ -333,7 +334,7 @@ class RayHands:
         return found
 
     def _control(self, method: str, *args: object) -> Any:
-        compute: Any = ray.get_actor(_compute(self._engine))
+        compute = _find(_compute(self._engine))
         return getattr(compute, method).options(concurrency_group=CONTROL).remote(*args)
 
 
@@ -369,7 +370,7 @@ class RayHome:
         return part
 
     def _actor(self) -> Any:
-        return ray.get_actor(_orchestrator(self.engine))
+        return _find(_orchestrator(self.engine))
 
 
 def call(method: Any, *args: object, timeout_s: float | None = None) -> Any:
@@ -408,6 +409,16 @@ def _remote(kind: type, groups: dict[str, int] | None = None, **options: Any) ->
     return made.options(num_cpus=0, **options)
 
 
+def _named(name: str) -> dict[str, Any]:
+    """In a namespace of our own, whatever that of the program is that starts the engine: Serve has another."""
+    return {"name": name, "namespace": ray_session.NAMESPACE}
+
+
+def _find(name: str) -> Any:
+    """Raises ValueError if there is no such actor."""
+    return ray.get_actor(name, ray_session.NAMESPACE)
+
+
 def _orchestrator(engine: str) -> str:
     return f"{engine}-orchestrator"
 
@@ -422,7 +433,7 @@ def _on(node: NodeInfo) -> dict[str, Any]:
 
 def _start_host(engine: str, node: NodeInfo, config: HostConfig) -> Any:
     name = _host(engine, node, config.address.host_id)
-    options: dict[str, Any] = {"name": name, "max_restarts": _FOR_EVER, "max_concurrency": _HOST_CALLS}
+    options = _named(name) | {"max_restarts": _FOR_EVER, "max_concurrency": _HOST_CALLS}
     return _remote(ExpertHost, {PART: 1}, **options, **_on(node)).remote(config, RayHome(engine))
 
 
