@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from moray.actors.calls import CONTROL, PART, fetch
 from moray.actors.messages import HostConfig, HostReport, NodeOrders, NodeSurvey
-from moray.actors.ray_home import compute_name, host_name
+from moray.actors.ray_home import compute_name, find, host_name
 from moray.actors.spawn import run_on, run_on_all, start_host
 from moray.actors.survey import survey
 from moray.cluster import ray_session
@@ -47,7 +47,7 @@ class RayHands:
 
     def find_host(self, node: NodeInfo, host_id: str) -> Any:
         if (node.node_id, host_id) not in self._found:
-            self._found[node.node_id, host_id] = ray.get_actor(host_name(self._engine, node, host_id))
+            self._found[node.node_id, host_id] = find(host_name(self._engine, node, host_id))
         return self._found[node.node_id, host_id]
 
     def report(self, host: Any) -> HostReport:
@@ -86,5 +86,5 @@ class RayHands:
         return found
 
     def _control(self, method: str, *args: object) -> Any:
-        compute: Any = ray.get_actor(compute_name(self._engine))
+        compute: Any = find(compute_name(self._engine))
         return getattr(compute, method).options(concurrency_group=CONTROL).remote(*args)

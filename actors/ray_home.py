@@ -12,12 +12,23 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from moray.actors.calls import call, fetch
 from moray.actors.ledger import COMPUTE, StartOrders
 from moray.actors.messages import HostPart
+from moray.cluster import ray_session
 from moray.cluster.client import HostAddress
 from moray.cluster.nodes import NodeInfo
 from moray.runtime.arena import ArenaRef
 from moray.runtime.events import Event
 
 _KV_NAMESPACE = b"moray"
+
+
+def named(name: str) -> dict[str, Any]:
+    """The options of an actor's name: in moray's namespace, whatever that of the program that starts it (Serve's)."""
+    return {"name": name, "namespace": ray_session.NAMESPACE}
+
+
+def find(name: str) -> Any:
+    """The actor of this name. Raises ValueError if there is none."""
+    return ray.get_actor(name, namespace=ray_session.NAMESPACE)
 
 
 def orchestrator_name(engine: str) -> str:
@@ -81,4 +92,4 @@ class RayHome:
         return part
 
     def _actor(self) -> Any:
-        return ray.get_actor(orchestrator_name(self.engine))
+        return find(orchestrator_name(self.engine))

@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from moray.actors.calls import PART, fetch, first_line
 from moray.actors.host import ExpertHost
 from moray.actors.messages import HostConfig
-from moray.actors.ray_home import RayHome, host_name
+from moray.actors.ray_home import RayHome, find, host_name, named
 from moray.cluster import ray_session
 from moray.cluster.nodes import NodeInfo
 from moray.runtime.errors import ClusterError
@@ -40,26 +40,21 @@ def on_node(node_id: str) -> dict[str, Any]:
 
 def start_host(engine: str, node: NodeInfo, config: HostConfig) -> Any:
     """An expert host on a node; returns its handle at once."""
-    name = host_name(engine, node, config.address.host_id)
-    options: dict[str, Any] = {"name": name, "max_restarts": FOR_EVER, "max_concurrency": _HOST_CALLS}
+    options = named(host_name(engine, node, config.address.host_id))
+    options |= {"max_restarts": FOR_EVER, "max_concurrency": _HOST_CALLS}
     return make_remote(ExpertHost, {PART: 1}, **options, **on_node(node.node_id)).remote(config, RayHome(engine))
 
 
 def keep(kind: type, name: str, *args: object) -> Any:
     """The one actor of this name, started on this node if there is none. It outlives this process, not the cluster."""
-    options: dict[str, Any] = {
-        "name": name,
-        "namespace": ray_session.NAMESPACE,
-        "lifetime": "detached",
-        "get_if_exists": True,
-    } | on_node(ray_session.this_node())
+    options = named(name) | on_node(ray_session.this_node()) | {"lifetime": "detached", "get_if_exists": True}
     return make_remote(kind, max_concurrency=_KEEPER_CALLS, **options).remote(*args)
 
 
 def find_kept(name: str) -> Any | None:
     """The actor that ``keep`` started under this name, if it lives."""
     try:
-        return ray.get_actor(name, namespace=ray_session.NAMESPACE)
+        return find(name)
     except ValueError:
         return None
 

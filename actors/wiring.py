@@ -33,7 +33,7 @@ from moray.actors.messages import (
 )
 from moray.actors.orchestrator import Orchestrator
 from moray.actors.ray_hands import RayHands
-from moray.actors.ray_home import KeyValueMemory, RayHome, compute_name, orchestrator_name
+from moray.actors.ray_home import KeyValueMemory, RayHome, compute_name, find, named, orchestrator_name
 from moray.actors.spawn import FOR_EVER, kill_all, make_remote, on_node, start_host
 from moray.cluster import ray_session
 from moray.cluster.client import HostAddress
@@ -131,14 +131,11 @@ def start_actors(
     try:
         memory, home = KeyValueMemory(name), RayHome(name)
         supervised: dict[str, Any] = {"max_restarts": FOR_EVER} | on_node(node.node_id)
-        orchestrator_options: dict[str, Any] = {
-            "name": orchestrator_name(name),
-            "max_concurrency": _ORCHESTRATOR_CALLS,
-            "max_task_retries": FOR_EVER,
-        } | supervised
-        orchestrator = make_remote(Orchestrator, **orchestrator_options).remote(orders, RayHands(name), memory)
+        options = supervised | named(orchestrator_name(name))
+        options |= {"max_concurrency": _ORCHESTRATOR_CALLS, "max_task_retries": FOR_EVER}
+        orchestrator = make_remote(Orchestrator, **options).remote(orders, RayHands(name), memory)
         started.append(orchestrator)
-        options = supervised | {"name": compute_name(name), "max_concurrency": MAX_STREAMS, "num_gpus": num_gpus}
+        options = supervised | named(compute_name(name)) | {"max_concurrency": MAX_STREAMS, "num_gpus": num_gpus}
         compute = make_remote(ComputeActor, {CONTROL: 2}, **options).remote(compute_config, home)
         started.append(compute)
         placement = call(orchestrator.open)
@@ -201,7 +198,7 @@ def engine_statuses() -> dict[str, EngineStatus]:
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == ray_session.NAMESPACE and actor["name"].endswith(ending):
             with suppress(GetTimeoutError, RayError, ValueError):  # it ends meanwhile
-                orchestrator: Any = ray.get_actor(actor["name"], ray_session.NAMESPACE)
+                orchestrator = find(actor["name"])
                 name = actor["name"].removesuffix(ending)
                 found[name] = ray.get(orchestrator.status.remote(), timeout=_REMOTE_STATS_S)
     return found

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.network import Machine, two_machines
 from helpers.reference import greedy, runner
 
 from moray.deploy.config import demo_store
+from moray.runtime.generation.request import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "import os\n"
@@ -35,6 +37,26 @@ with moray.launch(address=sys.argv[1], lanes="remote", nodes={sys.argv[3]: {"sto
         "round_trip_us": after.round_trip_us,
         "nodes": engine.actors.num_nodes,
     }))
+"""
+CALLER = """
+import sys, time
+import httpx2
+name, prompt, expected = sys.argv[1:]
+with httpx2.Client(base_url="http://127.0.0.1:8000", timeout=None) as http:
+    while True:
+        try:
+            if http.get("/health").status_code == 200:
+                break
+        except httpx2.ConnectError:
+            pass
+        time.sleep(0.2)
+    state = {"bytes_by_lane": {"remote-compute": 0}}
+    while not state["bytes_by_lane"]["remote-compute"]:
+        body = {"model": name, "prompt": prompt, "max_tokens": 32, "temperature": 0}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.json()["choices"][0]["text"] == expected, answer.text
+        state = http.get("/state").json()
+    print(http.get("/state").text)
 """
 
 pytestmark = [
@@ -104,6 +126,36 @@ def copied_store(left: Machine, right: Machine) -> str:
         server.terminate()
         assert "were read" in server.communicate()[0] and server.returncode == 0
     return copy
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["token", "tls"])
+def test_a_server_over_two_machines(tls: bool, tmp_path: Path) -> None:
+    """`serve deploy configs/serve/two-machines.yaml` with other addresses and paths, asked over HTTP."""
+    with runner(demo_store(), "int8") as made:
+        ids = made.encode(PROMPT)
+        text = "".join(event.text for event in made.stream(GenerationRequest("alone", ids, 32)))
+    document = yaml.safe_load((ROOT / "configs" / "serve" / "two-machines.yaml").read_text())
+    (application,) = document["applications"]
+    copy = shutil.copytree(demo_store(), tmp_path / "copy")
+    environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "token"}
+    with two_machines(tmp_path, "1gbit", **environment) as (left, right):
+        options = keys(left, right, tls)
+        left.run(*MORAY, "cluster", "up", "--address", left.address, "--dashboard", *options(left))
+        right.run(*MORAY, "cluster", "join", f"{left.address}:6379", *options(right))
+        (there,) = application["args"]["nodes"].values()
+        nodes = {right.address: there | {"store": str(copy)}}
+        application["args"] |= {"store": str(demo_store()), "nodes": nodes, "lanes": "remote"}
+        file = tmp_path / "two-machines.yaml"
+        file.write_text(yaml.safe_dump(document))
+        left.run(str(Path(sys.executable).with_name("serve")), "deploy", str(file))
+        name = application["args"]["model_name"]
+        found = json.loads(left.run(sys.executable, "-c", CALLER, name, PROMPT, text).stdout)
+        assert {place["tier"] for place in found["places"]} >= {"arena", "remote"}
+        (engine,) = json.loads(left.run(*MORAY, "cluster", "status", "--json").stdout)["engines"].values()
+        assert [host["node"] for host in engine["remote_hosts"]] == [right.address]
+        for machine in (right, left):
+            machine.run(*MORAY, "cluster", "down")
+            assert not machine.pids()
 
 
 def keys(left: Machine, right: Machine, tls: bool) -> Callable[[Machine], list[str]]:

@@ -5,30 +5,39 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from random import Random
 from time import sleep
 
 import httpx2
 import openai
 import pytest
 import ray
+import yaml
 from helpers.reference import runner
+from ray._common.utils import import_attr
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
 
 from moray.actors.calls import call
 from moray.actors.spawn import find_kept
 from moray.deploy.app import build
 from moray.deploy.config import demo_store
-from moray.deploy.serving.args import make_args
+from moray.deploy.serving.args import ServeArgs, make_args
 from moray.deploy.serving.command import serving
 from moray.deploy.serving.keeper import KEEPER
 from moray.deploy.serving.keys import add_key, remove_key
 from moray.runtime.generation.request import GenerationRequest, Message, SamplingParams, TokenEvent
 from moray.runtime.generation.runner import Runner
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from load_clients import Load, bad_requests, make_questions
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]
 
@@ -37,6 +46,7 @@ PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n"
 CHAT = [{"role": "system", "content": "import os"}, {"role": "user", "content": "def main(argv=None):"}]
 JSON = {"Content-Type": "application/json"}
 MOST = 12
+SERVE_CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -304,6 +314,16 @@ def _wait_until_idle(server: Server) -> None:
     raise AssertionError("the engine goes on though nobody listens")
 
 
+def test_unkind_clients_get_what_they_deserve(server: Server, local: Runner) -> None:
+    """Twenty for some seconds: all answers are the engine's own, all refusals the right ones, and all places free."""
+    load = Load(server.url, server.key, make_questions(local, MODEL, 8, Random(1)), bad_requests(MODEL, 100_000), 1, 20)
+    found = asyncio.run(load.run(3))
+    assert found.wrong == []
+    assert {how for _, how in found.outcomes} >= {"right", "left", "429", "400"}
+    _wait_until_idle(server)
+    assert server.complete(max_tokens=1, n=MOST).status_code == 200
+
+
 @pytest.mark.long
 def test_the_document_is_true(server: Server) -> None:
     """Nothing that schemathesis makes of our OpenAPI document is answered with a 5xx or against the document."""
@@ -364,6 +384,16 @@ def test_a_new_version_of_the_server_drops_nothing(server: Server, local: Runner
     assert late.status_code == 503 and late.json()["error"]["code"] == "deadline"
     lines = server.complete(max_tokens=1900, stream=True).text.strip().splitlines()
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "deadline"
+
+
+@pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda file: file.stem)
+def test_deployments_are_built_as_serve_builds_them(file: Path) -> None:
+    for application in ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications:
+        made = call_user_app_builder_with_args_if_necessary(import_attr(application.import_path), application.args)
+        (args,) = made._bound_deployment.init_args
+        assert args == ServeArgs.model_validate(application.args)
+        assert made._bound_deployment.ray_actor_options["label_selector"] == {"role": "compute"}
+        assert args.engine.nodes.keys() == application.args.get("nodes", {}).keys()
 
 
 def _engine(server: Server) -> object:

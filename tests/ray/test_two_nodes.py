@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import ray
 from helpers.partial import damage, partial_copy
 from helpers.reference import greedy, runner
+from ray import serve
 from ray.cluster_utils import Cluster
 
 import moray
+from moray.actors.calls import call
+from moray.actors.spawn import find_kept
+from moray.deploy.app import build
 from moray.deploy.config import demo_store
+from moray.deploy.serving.args import ServeArgs
+from moray.deploy.serving.keeper import KEEPER
 from moray.runtime.errors import ClusterError, StoreError
+from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
 
@@ -85,6 +94,38 @@ def test_two_nodes_give_the_tokens_of_one_and_a_node_that_returns_is_used_again(
         wait_for(generate, lambda pairs: pairs > before)
         [host] = engine.status().remote_hosts
         assert (host.node, host.num_experts) == ("right", 48)
+
+
+@pytest.mark.long
+def test_a_deployment_over_two_nodes_is_on_the_compute_node_and_uses_both(cluster: Cluster) -> None:
+    """The server comes where ``role`` is compute, whoever deploys it; a node that returns is used again."""
+    with runner(demo_store(), "int8") as made:
+        ids = made.encode(PROMPT)
+        text = "".join(event.text for event in made.stream(GenerationRequest("alone", ids, 32)))
+    right = cluster.add_node(**RIGHT)
+    ray.init(cluster.address, namespace="moray")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    args = ServeArgs.model_validate({"lanes": "remote", "nodes": {"right": {"store": str(demo_store())}}})
+    serve.run(build(args), name="moray")
+    nodes = {actor["ActorClassName"]: actor["Address"]["NodeID"] for actor in ray._private.state.actors().values()}
+    assert {nodes["EngineKeeper"], nodes["ServeReplica:moray:openai"]} == {cluster.head_node.node_id}
+    body = {"model": "moray-demo", "prompt": PROMPT, "max_tokens": 32, "temperature": 0}
+
+    def ask() -> int:
+        """Checks the answer; returns how many pairs the other node has computed so far."""
+        answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=None)
+        assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == text
+        return sum(host.pairs for host in call(find_kept(KEEPER).stats).remote)
+
+    wait_for(ask, lambda pairs: pairs > 0)
+    cluster.remove_node(right)
+    ask()
+    cluster.add_node(**RIGHT)
+    before = ask()
+    wait_for(ask, lambda pairs: pairs > before)
 
 
 def wait_for(look: Callable[[], Any], is_good: Callable[[Any], bool]) -> Any:
