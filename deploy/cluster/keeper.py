@@ -64,6 +64,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
     sys.exit(0)
 
 
-if __name__ == "__main__":
+def main(log: str, gcs_address: str, *command: str) -> None:
     signal.signal(signal.SIGTERM, _stop)
-    sys.exit(keep(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(keep(Path(log), gcs_address, command))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
