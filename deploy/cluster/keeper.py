@@ -42,11 +42,12 @@ def keep(log: Path, gcs_address: str, command: Sequence[str]) -> int:
         if not has_started:
             return status
         time.sleep(_AGAIN_S)
-        while not _answers(gcs_address):
+        while not answers(gcs_address):
             time.sleep(_LOOK_S)
 
 
-def _answers(gcs_address: str) -> bool:
+def answers(gcs_address: str) -> bool:
+    """Whether anybody listens at HOST:PORT."""
     host, _, port = gcs_address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), _LOOK_S):
