@@ -60,6 +60,7 @@ class TwoNodes:
 @contextmanager
 def two_nodes() -> Iterator[TwoNodes]:
     """Make them, and put this process on the left one. Whatever runs there at the end is killed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     source = str(Path(moray.__file__).parents[1])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moray-two-nodes-")))

@@ -167,7 +167,7 @@ def check_address(address: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address} ({error}); is it up there (`moray cluster up`, `ray start --head`), "
-            "and the way not blocked? Without an address moray runs on this machine alone"
+            "and the way not blocked?"
         ) from error
     if problem is not None:
         tls = "on" if os.environ.get("RAY_USE_TLS") == "1" else "off"

@@ -42,11 +42,12 @@ def keep(log: Path, gcs_address: str, command: Sequence[str]) -> int:
         if not has_started:
             return status
         time.sleep(_AGAIN_S)
-        while not _answers(gcs_address):
+        while not answers(gcs_address):
             time.sleep(_LOOK_S)
 
 
-def _answers(gcs_address: str) -> bool:
+def answers(gcs_address: str) -> bool:
+    """Whether anybody listens at HOST:PORT."""
     host, _, port = gcs_address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), _LOOK_S):
@@ -64,6 +65,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
     sys.exit(0)
 
 
-if __name__ == "__main__":
+def main(log: str, gcs_address: str, *command: str) -> None:
     signal.signal(signal.SIGTERM, _stop)
-    sys.exit(keep(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(keep(Path(log), gcs_address, command))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

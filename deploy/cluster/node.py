@@ -26,7 +26,7 @@ from moray.runtime.store.manifest import NUMERICS_ID
 VERSION_LABEL, LAYOUT_LABEL, NUMERICS_LABEL = "moray-version", "moray-layout", "moray-numerics"
 _OBJECT_STORE_BYTES = 128 << 20  # experts live in arenas
 _START_S = 120.0
-_STOP_S = 40.0  # Ray drains for up to 30 s
+_STOP_S, _STOP_ALONE_S = 40.0, 3.0  # Ray drains for up to 30 s, also when the head is gone
 # A node that is gone is noticed within some seconds, so that it can be used again soon; Ray's defaults take a minute.
 # Requests have deadlines of their own, which are shorter.
 _HEALTH = {
@@ -77,7 +77,7 @@ def stop_node() -> NodeRecord | None:
     if first is not None:
         children = first.children(recursive=True)
         first.terminate()  # it ends Ray's processes, and Ray's end their workers
-        psutil.wait_procs([first], _STOP_S)
+        psutil.wait_procs([first], _STOP_S if keeper.answers(record.gcs_address) else _STOP_ALONE_S)
         _kill([first, *children])
     _kill([process for process in others if process is not None])
     delete_record()
