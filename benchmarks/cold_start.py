@@ -25,7 +25,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
-from time import perf_counter, time
+from time import time
 from typing import Any
 
 from common import describe_machine
@@ -94,14 +94,13 @@ def _name(process: Any) -> str:
     return scripts[0] if scripts else str(process.name())
 
 
-def _run(code: list[str], **variables: str) -> tuple[float, str]:
-    began = perf_counter()
-    child = subprocess.run(
-        [sys.executable, *code], capture_output=True, text=True, env=os.environ | variables, check=False
-    )
+def _run(code: list[str], **variables: str) -> str:
+    environment = os.environ | variables
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
+    child = subprocess.run([sys.executable, *code], capture_output=True, text=True, env=environment, check=False)
     if child.returncode:
         raise SystemExit(f"a turn failed:\n{child.stderr[-2000:]}")
-    return perf_counter() - began, child.stdout
+    return child.stdout.splitlines()[-1]
 
 
 def main() -> None:
@@ -124,9 +123,9 @@ def main() -> None:
     turns, floors = [], {name: [] for name in _FLOORS}
     for _ in range(arguments.turns):
         drop_cached([path for path in store.iterdir() if path.is_file()])
-        turns.append(json.loads(_run(command, COLD_START_AT=repr(time()))[1].splitlines()[-1]))
+        turns.append(json.loads(_run(command, COLD_START_AT=repr(time()))))
         for name, code in _FLOORS.items():
-            floors[name].append(_run(["-c", f"import time; t = time.time(); {code}; print(time.time() - t)"])[1])
+            floors[name].append(_run(["-c", f"import time; t = time.time(); {code}; print(time.time() - t)"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(turns, indent=1))
     print(f"{describe_machine()}\n")
@@ -143,7 +142,8 @@ def _print(turns: list[dict[str, Any]], floors: dict[str, list[str]], bandwidth:
     first = [turn["marks"]["first token"] for turn in turns]
     target = _ALLOWED * turn["bytes"] / bandwidth + _EXTRA_S
     print(f"\nfirst token {median(first):.2f} s ({min(first):.2f}-{max(first):.2f}, {len(first)} turns)")
-    print(f"target {target:.2f} s: {_ALLOWED} x {turn['bytes'] / 1e6:.0f} MB / {bandwidth / 1e9:.2f} GB/s + {_EXTRA_S:g} s")
+    needed = f"{turn['bytes'] / 1e6:.0f} MB / {bandwidth / 1e9:.2f} GB/s"
+    print(f"target {target:.2f} s: {_ALLOWED} x {needed} + {_EXTRA_S:g} s")
     print(f"first token / target: {median(first) / target:.2f}")
     for name, seconds in floors.items():
         print(f"floor, {name}: {median(map(float, seconds)):.2f} s")
