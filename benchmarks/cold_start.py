@@ -28,9 +28,6 @@ from statistics import median
 from time import time
 from typing import Any
 
-from common import describe_machine
-from disk import drop_cached, store_bandwidth
-
 _ALLOWED, _EXTRA_S = 1.2, 5.0
 _FLOORS = {
     "import torch, transformers": "import torch, transformers.modeling_utils",
@@ -71,10 +68,10 @@ def _engine_turn(store: Path | None, prompt_tokens: int, threads: int | None) ->
         events = engine.stream(prompt, max_new_tokens=1)
         next(event for event in events if event.token_ids)
         marks["first token"] = time() - started
-        processes = []
+        processes, created = [], psutil.Process().create_time()
         for process in psutil.Process().children(recursive=True):
             used = process.cpu_times()
-            processes.append((process.create_time() - started, _name(process), used.user + used.system))
+            processes.append((process.create_time() - created, _name(process), used.user + used.system))
         times = engine.actors.compute_report.times
         for name in ("began", "imported", "loaded", "ready"):
             marks[name] = getattr(times, name) - started
@@ -115,6 +112,9 @@ def main() -> None:
     if arguments.engine:
         print(json.dumps(_engine_turn(arguments.store, arguments.prompt_tokens, arguments.threads)))
         return
+    from common import describe_machine  # not in the measured processes: it imports torch
+    from disk import drop_cached, store_bandwidth
+
     from moray.deploy.config import demo_store
 
     store = arguments.store or demo_store()
