@@ -241,11 +241,16 @@ def _family(session: RaySession) -> list[psutil.Process]:
 
 
 def _children() -> set[tuple[int, float]]:
-    """Ray's processes below this one. Not all children: a program may have others, which are not ours to end."""
+    """Ray's processes below this one, without workers, which end with their raylet.
+
+    Not all children: a program may have others, which are not ours to end.
+    """
     found = set()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if any(f"{os.sep}ray{os.sep}" in word or word.startswith("ray::") for word in child.cmdline()):
+            words = child.cmdline()
+            is_ray = any(f"{os.sep}ray{os.sep}" in word or word.startswith("ray::") for word in words)
+            if is_ray and not any(word == "ray::IDLE" or word.endswith("default_worker.py") for word in words):
                 found.add((child.pid, child.create_time()))
     return found
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,15 +23,15 @@ from rich.table import Table
 from moray.deploy.config import demo_store, make_config
 from moray.deploy.hub_commands import is_hub_id
 from moray.deploy.memory_plan import plan_engine, plan_rows
-from moray.runtime.convert.converter import convert
-from moray.runtime.convert.needs import Needs
-from moray.runtime.convert.recipe import Recipe
 from moray.runtime.errors import ConfigError, MorayError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.memory import format_bytes
 from moray.runtime.planning.profiles import profile_of
 from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
+
+if TYPE_CHECKING:
+    from moray.runtime.convert.needs import Needs
 
 
 class _Bar:
@@ -62,6 +62,10 @@ def convert_store(
     stream: bool = False,
 ) -> None:
     """Convert a local checkpoint or, if there is none of this name, a hub's model."""
+    # Imported here: `moray info` does without torch.
+    from moray.runtime.convert.converter import convert
+    from moray.runtime.convert.recipe import Recipe
+
     on_hub = is_hub_id(str(checkpoint))
     if not on_hub and (stream or revision is not None):
         option = "--stream" if stream else "--revision"

@@ -60,6 +60,9 @@ def info(
 @command(top, "moray families --json")
 def families(as_json: JsonOption = False) -> None:
     """List the model families that can be converted and run, found in the installed transformers."""
+    from moray.runtime.model.lean_imports import import_lean
+
+    import_lean()
     from moray.deploy.families import show_families
 
     show_families(as_json=as_json, console=console)
