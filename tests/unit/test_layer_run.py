@@ -78,7 +78,7 @@ def test_layers_in_one_launch_have_the_bits_and_the_counts_of_single_ones(made: 
         assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
 
 
-@pytest.mark.parametrize("place", [0, 2, 3])
+@pytest.mark.parametrize("place", [0, 1, -1])
 def test_a_layer_that_misses_an_expert_is_completed_by_itself(made: Runner, place: int) -> None:
     mine = prefilled(made)
     its, binding = copy.deepcopy(mine), run_of(made)._bindings[place]
