@@ -15,6 +15,7 @@ from moray.cluster.client import HostAddress
 from moray.cluster.health import HostState
 from moray.cluster.keys import CurveKeys
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.replicas import ExpertUse
 from moray.cluster.residency import Place
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.events import ComputeFailed, ComputeRestarted, RemoteHostChanged
@@ -269,6 +270,14 @@ class ComputeActor:
             lanes=tuple(_bytes_by_lane(experts, fetches, self._runner.device_stats()).items()),
             generation=self._runner.generation_stats(),
         )
+
+    def expert_use(self) -> ExpertUse:
+        """How often experts were used, and where they are in memory. Raises ClusterError before ``attach``."""
+        import numpy as np
+
+        self.report()
+        uses = tuple(np.array(counts, dtype=np.int64) for counts in self._runner.stats().tokens_per_expert)
+        return ExpertUse(uses, *self._source.held())
 
     def remote_stats(self) -> tuple[RemoteStats, ...]:
         """Of every remote host."""

@@ -45,6 +45,7 @@ from moray.cluster.client import HostAddress
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.placement import place_evenly
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.replicas import ExpertUse
 from moray.cluster.topology import NodeReport, Topology, measure_node
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import ActorLostError, ClusterError, MorayError
@@ -330,6 +331,16 @@ class RayHands:
         except (GetTimeoutError, RayError, ValueError):  # it starts, or has ended
             return ()
         return found
+
+    def expert_use(self) -> ExpertUse | None:
+        try:
+            found: ExpertUse = ray.get(self._control("expert_use"), timeout=_REMOTE_STATS_S)
+        except (GetTimeoutError, RayError, ValueError, ClusterError):  # it starts, or has ended
+            return None
+        return found
+
+    def replicate(self, host: Any, keys: Sequence[ExpertKey]) -> None:
+        host.replicate.options(concurrency_group=PART).remote(tuple(keys))
 
     def _control(self, method: str, *args: object) -> Any:
         compute: Any = ray.get_actor(_compute(self._engine))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ sys.stdin.read()
 @contextmanager
 def namespace() -> Iterator[str]:
     """A network namespace at 10.213.0.2, joined to this process's by a veth pair; its name."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else who is told to end leaves it behind
     name = f"moray-{os.getpid()}"
     try:
         _ip("netns", "add", name)
