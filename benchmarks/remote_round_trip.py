@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from common import describe_machine, print_table, working_directory
@@ -34,7 +35,7 @@ from make_store import write_store
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.keys import CurveKeys
-from moray.cluster.messages import Echo, Ping
+from moray.cluster.messages import Computed, Echo, Ping
 from moray.cluster.remote import RemoteLanes
 from moray.runtime.convert.recipe import Recipe
 from moray.runtime.kernels.gates import SWIGLU
@@ -112,8 +113,14 @@ def measure(store: Path, address: HostAddress, client: CurveKeys, num_experts: i
         if lanes.wait_joined(120):
             raise SystemExit(f"the host at {address.address} is not ready")
         host = lanes.hosts[0]
-        learn = host._learn
-        host._learn = lambda request, compute_s, at: (computed.append(compute_s), learn(request, compute_s, at))[1]
+        accept = host._accept
+
+        def note(request: Any, message: Any, *rest: Any) -> Any:
+            if isinstance(message, Computed):
+                computed.append(message.compute_s)
+            return accept(request, message, *rest)
+
+        host._accept = note
         trips: list[float] = []
         while len(trips) < _WARM_UP + calls:
             started = perf_counter()
