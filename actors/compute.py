@@ -287,7 +287,7 @@ class ComputeActor:
 def _bytes_by_lane(experts: ExpertsStats, fetches: SourceStats, device: DeviceStats | None) -> dict[str, int]:
     """Names are those of runtime/lanes/lane.py."""
     if device is not None:
-        return {lane: count for lane, count in device.bytes_by_lane.items() if lane != "remote-fetch"}
+        return device.bytes_by_lane
     remote = experts.bytes_by_source.get("remote", 0)
     here = sum(experts.bytes_by_source.values()) - remote
     return {"host-cpu": here - fetches.missed_bytes, "disk-load": fetches.missed_bytes, "remote-compute": remote}
