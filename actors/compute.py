@@ -16,6 +16,7 @@ from moray.cluster.client import HostAddress
 from moray.cluster.health import HostState
 from moray.cluster.keys import CurveKeys
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.replicas import ExpertUse
 from moray.cluster.residency import Place
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.events import ComputeFailed, ComputeRestarted, RemoteHostChanged
@@ -273,6 +274,14 @@ class ComputeActor:
             generation=self._runner.generation_stats(),
         )
 
+    def expert_use(self) -> ExpertUse:
+        """How often experts were used, and where they are in memory. Raises ClusterError before ``attach``."""
+        import numpy as np
+
+        self.report()
+        uses = tuple(np.array(counts, dtype=np.int64) for counts in self._runner.stats().tokens_per_expert)
+        return ExpertUse(uses, *self._source.held())
+
     def remote_stats(self) -> tuple[RemoteStats, ...]:
         """Of every remote host."""
         return tuple(self._source.remote_stats())
@@ -297,7 +306,7 @@ def _import_libraries() -> None:
 def _bytes_by_lane(experts: ExpertsStats, fetches: SourceStats, device: DeviceStats | None) -> dict[str, int]:
     """Names are those of runtime/lanes/lane.py."""
     if device is not None:
-        return {lane: count for lane, count in device.bytes_by_lane.items() if lane != "remote-fetch"}
+        return device.bytes_by_lane
     remote = experts.bytes_by_source.get("remote", 0)
     here = sum(experts.bytes_by_source.values()) - remote
     return {"host-cpu": here - fetches.missed_bytes, "disk-load": fetches.missed_bytes, "remote-compute": remote}

@@ -20,6 +20,7 @@ from moray.runtime.errors import HostLostError, MorayError
 from moray.runtime.events import HostRestarted
 from moray.runtime.experts.shard_host import HostStats, ShardHost
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.prefetch.replication import ReplicationBudget
 from moray.runtime.store.store import Store
 from moray.runtime.topology import cores_of_host, on_cores, read_cores
 
@@ -63,6 +64,10 @@ class ExpertHost:
         """Keep these in memory from now on, as far as it reaches."""
         self._host.assign(keys)
 
+    def replicate(self, keys: Sequence[ExpertKey]) -> None:
+        """Copy these here in the background, the hottest first, in place of what is used less."""
+        self._host.replicate(keys)
+
     def stats(self) -> HostStats:
         return replace(self._host.stats(), host_id=self._host_id)
 
@@ -82,6 +87,8 @@ class ExpertHost:
         self._peers = Peers(store.manifest, [], keys) if keys else None
         arena = None if is_remote else _take_back(orders.survivor)
         options: dict[str, Any] = {"policy": caching.policy, "prefetch": caching.prefetch}
+        if caching.replication:
+            options["replication"] = ReplicationBudget(caching.replication)
         self._host = ShardHost(
             store,
             config.keys,

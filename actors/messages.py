@@ -22,6 +22,7 @@ from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.planning.profile import GenerationLimits
 from moray.runtime.prefetch.host import PrefetchMode
+from moray.runtime.prefetch.replication import DEFAULT_SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Caching:
     prefetch: PrefetchMode
     whole_layers: bool  # load whole layers only, to compare with
     trace: str | None  # file of the compute actor's node to record layer calls into
+    replication: float = DEFAULT_SHARE  # of a bandwidth, for copying hot experts of other nodes; 0: none are copied
 
 
 @dataclass(frozen=True, slots=True)

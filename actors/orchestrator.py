@@ -25,6 +25,7 @@ from moray.actors.messages import (
     OrchestratorReport,
     RemoteHostStatus,
 )
+from moray.actors.replication import ReplicationHands, replicate
 from moray.cluster.client import HostAddress
 from moray.cluster.identity import check_identity, identity_of
 from moray.cluster.live_placement import LivePlacement
@@ -43,7 +44,7 @@ _POLL_S = 1.0  # between two looks at Ray's nodes
 _log = logging.getLogger("moray.orchestrator")
 
 
-class Hands(Protocol):
+class Hands(ReplicationHands, Protocol):
     """What the orchestrator has done for it, through Ray. All raise MorayError, ClusterError after a deadline."""
 
     def living_nodes(self) -> list[NodeInfo]: ...
@@ -56,9 +57,6 @@ class Hands(Protocol):
 
     def start_host(self, node: NodeInfo, config: HostConfig) -> Any:
         """Returns a handle at once."""
-
-    def find_host(self, node: NodeInfo, host_id: str) -> Any:
-        """The handle of a host that somebody else started."""
 
     def report(self, host: Any) -> HostReport:
         """Waits until the host serves."""
@@ -138,9 +136,15 @@ class Orchestrator:
         return addresses
 
     def watch(self) -> None:
-        """From now on, use nodes that join or come back, and give up the hosts of nodes that have gone."""
+        """From now on, use nodes that join or come back, and give up the hosts of nodes that have gone.
+
+        What is used much on them is copied to the hosts of the compute node.
+        """
         self._ledger.watch()
         threading.Thread(target=self._watch, name="moray-nodes", daemon=True).start()
+        if self._orders.caching.replication:
+            arguments = (self._hands, self._orders.compute_node, self._placement.owned, self._orders.local_slots)
+            threading.Thread(target=replicate, args=arguments, name="moray-replication", daemon=True).start()
 
     def _go_on(self) -> None:
         """After a restart: remote hosts ended with the process before, and their nodes are as good as new ones."""

@@ -18,6 +18,7 @@ from moray.cluster import ray_session
 from moray.cluster.client import HostAddress
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.replicas import ExpertUse
 from moray.cluster.topology import NodeReport, measure_node
 from moray.runtime.errors import ClusterError
 from moray.runtime.layout.shard import ExpertKey
@@ -84,6 +85,16 @@ class RayHands:
         except (GetTimeoutError, RayError, ValueError):  # it starts, or has ended
             return ()
         return found
+
+    def expert_use(self) -> ExpertUse | None:
+        try:
+            found: ExpertUse = ray.get(self._control("expert_use"), timeout=_TELL_S)
+        except (GetTimeoutError, RayError, ValueError, ClusterError):  # it starts, or has ended
+            return None
+        return found
+
+    def replicate(self, host: Any, keys: Sequence[ExpertKey]) -> None:
+        host.replicate.options(concurrency_group=PART).remote(tuple(keys))
 
     def _control(self, method: str, *args: object) -> Any:
         compute: Any = find(compute_name(self._engine))

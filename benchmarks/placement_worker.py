@@ -76,7 +76,7 @@ class Machine:
                     times.append(perf_counter())
                     ids += event.token_ids
                 rates.append((len(times) - 1) / (times[-1] - times[0]))
-            remote, experts = source.remote_stats()[0], runner.stats()
+            remote, experts, misses = source.remote_stats()[0], runner.stats(), source.stats().misses
         finally:
             runner.close()
             source.close()
@@ -85,7 +85,7 @@ class Machine:
             "group": experts.group_s / calls, "wait": experts.lease_s / calls, "compute": experts.compute_s / calls,
             "round trip": 1e-6 * remote.round_trip_us,
         }  # fmt: skip
-        return {"rates": rates[1:], "ids": ids, "times": times}
+        return {"rates": rates[1:], "ids": ids, "times": times, "misses": misses / calls}
 
     def _other(self, address: str, server_key: str) -> HostAddress:
         return HostAddress("other", address, TOKEN, "other", server_key)

@@ -56,6 +56,7 @@ class Found:
     prediction: Prediction
     rates: list[float]
     times: dict[str, float]  # s of a layer call
+    misses: float  # experts read from disk, a layer call
 
     @property
     def error(self) -> float:
@@ -92,7 +93,7 @@ def measure(store: Path, gbit: float, tokens: int, runs: int) -> Found:
         trunk = Trunk(len(layers), profile.bytes_per_token, profile.sequence.kv_bytes(_PROMPT + tokens // 2, 512))
         prediction = predict(layers, trunk, hosts, placement, reports[0]["disk_bytes_per_s"])
         run = here(do="run", **at, tokens=tokens, runs=runs)
-        return Found(speeds, link, prediction, run["rates"], run["times"])
+        return Found(speeds, link, prediction, run["rates"], run["times"], run["misses"])
 
 
 def main() -> None:
@@ -126,7 +127,8 @@ def report(name: str, found: Found) -> tuple[str, ...]:
     print(
         f"{name}: computing {speeds} GB/s, link {1e3 * found.link.latency_s:.2f} ms, "
         f"{found.link.bytes_per_s / 1e6:.0f} MB/s; ms of a layer's experts: "
-        + ", ".join(f"{part} {1e3 * seconds:.2f}" for part, seconds in found.times.items()),
+        + ", ".join(f"{part} {1e3 * seconds:.2f}" for part, seconds in found.times.items())
+        + f"; read from disk {found.misses:.3f} experts a layer",
         flush=True,
     )
     prediction = found.prediction

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from common import describe_machine, print_table, working_directory
@@ -33,7 +35,7 @@ from make_store import write_store
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.keys import CurveKeys
-from moray.cluster.messages import Echo, Ping
+from moray.cluster.messages import Computed, Echo, Ping
 from moray.cluster.remote import RemoteLanes
 from moray.runtime.convert.recipe import Recipe
 from moray.runtime.kernels.gates import SWIGLU
@@ -67,6 +69,7 @@ sys.stdin.read()
 @contextmanager
 def namespace() -> Iterator[str]:
     """A network namespace at 10.213.0.2, joined to this process's by a veth pair; its name."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else who is told to end leaves it behind
     name = f"moray-{os.getpid()}"
     try:
         _ip("netns", "add", name)
@@ -110,8 +113,14 @@ def measure(store: Path, address: HostAddress, client: CurveKeys, num_experts: i
         if lanes.wait_joined(120):
             raise SystemExit(f"the host at {address.address} is not ready")
         host = lanes.hosts[0]
-        learn = host._learn
-        host._learn = lambda request, compute_s, at: (computed.append(compute_s), learn(request, compute_s, at))[1]
+        accept = host._accept
+
+        def note(request: Any, message: Any, *rest: Any) -> Any:
+            if isinstance(message, Computed):
+                computed.append(message.compute_s)
+            return accept(request, message, *rest)
+
+        host._accept = note
         trips: list[float] = []
         while len(trips) < _WARM_UP + calls:
             started = perf_counter()

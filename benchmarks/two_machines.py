@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ def namespaces(gbit: float | None = None) -> Iterator[tuple[tuple[str, str], tup
 
     ``gbit``: Gbit/s of either direction; None: not shaped.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else who is told to end leaves them behind
     tag = f"mb{os.getpid() % 100000}"
     sides = [(f"{tag}{side}", f"10.213.0.{number}") for side, number in (("a", 1), ("b", 2))]
     try:

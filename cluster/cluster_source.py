@@ -31,6 +31,7 @@ from moray.runtime.store.store import Store
 
 FORCED: dict[str, Lane | None] = {"auto": None, "local": Lane.HOST_CPU, "remote": Lane.REMOTE_COMPUTE}
 _JOIN_S = 30.0
+Bools = npt.NDArray[np.bool_]
 _log = logging.getLogger(__name__)
 
 
@@ -124,6 +125,13 @@ class ClusterSource:
                 held[(held == 0) & host.resident[layer]] = number
             layers.append(held)
         return Residency(tuple(places), tuple(layers))
+
+    def held(self) -> tuple[tuple[Bools, ...], tuple[Bools, ...]]:
+        """Of each layer bool [E]: what is in memory here, and what on a live host of another node. From any thread."""
+        layers = range(self._num_layers)
+        here = tuple(self._arenas.held_by(layer) >= 0 for layer in layers)
+        held = [self._remote.offers(layer) for layer in layers]
+        return here, tuple(np.zeros_like(a) if b is None else b for a, b in zip(here, held, strict=True))
 
     # ------------------------------------------------------------------------------ this node
 

@@ -6,7 +6,7 @@ difference which of them has an expert; the rule decides which experts that node
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from moray.cluster.layer_cost import LayerGeometry, geometry_of
@@ -44,6 +44,11 @@ class LivePlacement:
         """These are the remote hosts now: place again, moving as little as possible. Raises as ``place`` does."""
         layers, heat = self._read_facts()
         self._placement = replace(self._placement, layers, self._hosts(here, remote), heat, self._not_here)
+
+    @property
+    def owned(self) -> Mapping[str, Collection[ExpertKey]]:
+        """Of each host of the compute node, the experts that it may hold."""
+        return self._owned
 
     def assigned(self, host_id: str) -> tuple[ExpertKey, ...]:
         """What a host keeps in memory: in layer order, replicas last."""

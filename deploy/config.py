@@ -12,6 +12,7 @@ from moray.runtime.cpu import usable_cores
 from moray.runtime.errors import ConfigError
 from moray.runtime.planning.profile import MAX_RUNNING
 from moray.runtime.planning.sizes import parse_bytes
+from moray.runtime.prefetch.replication import DEFAULT_SHARE
 from moray.runtime.topology import numa_nodes, read_cores
 
 
@@ -66,6 +67,8 @@ class EngineConfig(BaseModel):
     #: copied there if need be; host-cpu: on the CPU, in place. Of several nodes, local: on this one; remote:
     #: on another that has the expert in memory, if there is one.
     lanes: Literal["auto", "device-copy", "host-cpu", "local", "remote"] = "auto"
+    #: Of the disk's or the link's bandwidth, the share for copying hot experts of other nodes here; 0: never.
+    replication: float = Field(DEFAULT_SHARE, ge=0, le=1)
     #: Most sequences that run at once, memory permitting; others wait in their order.
     max_running: int = Field(MAX_RUNNING, ge=1, le=1024)
     #: Compute tokens ahead that followed the same ones before; the output does not change. auto: where it is measured

@@ -65,6 +65,7 @@ def launch(
     policy: Literal["auto", "lfu", "layer-lru", "lru", "whole-layers"] = "auto",
     prefetch: Literal["auto", "on", "off"] = "auto",
     lanes: Literal["auto", "device-copy", "host-cpu", "local", "remote"] = "auto",
+    replication: float | None = None,
     trace: str | Path | None = None,
     threads: int | None = None,
     host_memory: str | None = None,
@@ -84,7 +85,7 @@ def launch(
     cluster = {"address": address, "nodes": nodes}
     memory = {"host_memory": host_memory, "device_memory": device_memory, "context": context}
     batching = {"max_running": max_running, "speculation": speculation}
-    caching = {"policy": policy, "prefetch": prefetch, "lanes": lanes, "trace": trace}
+    caching = {"policy": policy, "prefetch": prefetch, "lanes": lanes, "trace": trace, "replication": replication}
     return Engine(make_config(values | cluster | memory | batching | caching | {"threads": threads}))
 
 

@@ -44,6 +44,10 @@ _OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="Where experts are computed: device-copy, host-cpu; local, remote (nodes); auto: by rates."),
     ],
+    "replication": Annotated[
+        float | None,
+        typer.Option(help="Share of bandwidth for copying hot experts of other nodes here; none: 0.25; 0: never."),
+    ],
     "max_running": Annotated[int | None, typer.Option(help="Most sequences that run at once; none: 32.")],
     "speculation": Annotated[
         str | None,

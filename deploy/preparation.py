@@ -44,4 +44,4 @@ def _choose_caching(store: Store, config: EngineConfig, plan: MemoryPlan) -> tup
         num_experts = [layer.num_experts for layer in store.manifest.layers]
         policy, reason = choose_policy(store.fingerprint, num_experts, plan.num_slots)
     prefetch = "off" if whole_layers else config.prefetch
-    return Caching(policy, prefetch, whole_layers, trace), f"{policy}: {reason}"
+    return Caching(policy, prefetch, whole_layers, trace, config.replication), f"{policy}: {reason}"

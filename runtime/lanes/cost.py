@@ -177,13 +177,12 @@ _STAGES: dict[Lane, tuple[int, int]] = {  # feeder, worker
     Lane.HOST_CPU: (_NONE, int(Resource.CPU)),
     Lane.DISK_LOAD: (int(Resource.DISK), int(Resource.CPU)),
 }
-_KEEPING = (Lane.DEVICE_COPY, Lane.DISK_LOAD, Lane.REMOTE_FETCH)
+_KEEPING = (Lane.DEVICE_COPY, Lane.DISK_LOAD)
 
 
 def _remote_price(lane: Lane, remote: int, tokens: int, num_bytes: int, rates: Rates, table: list[Rate]) -> Choice:
-    sent = num_bytes if lane is Lane.REMOTE_FETCH else 2 * tokens * rates.token_bytes
-    worker = int(Resource.CPU) if lane is Lane.REMOTE_FETCH else remote_cpu(remote)
-    feed_s = table[network(remote)].seconds(sent, 0)
+    worker = remote_cpu(remote)
+    feed_s = table[network(remote)].seconds(2 * tokens * rates.token_bytes, 0)
     return Choice(network(remote), feed_s, worker, table[worker].seconds(num_bytes, tokens), lane, remote)
 
 

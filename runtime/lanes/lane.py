@@ -8,14 +8,18 @@ from moray.runtime.errors import ConfigError
 
 
 class Lane(IntEnum):
-    """A way to get one expert's output. REMOTE_FETCH is priced like the others; no source offers it yet."""
+    """A way to get one expert's output.
+
+    There is none that fetches the shard from another host while the layer waits: activations are less. A shard is as
+    much as those of 257 tokens of one expert of Qwen3-30B-A3B (hqq4:64), and of 4,800 of Mixtral; a prompt's chunk of
+    512 gives an expert 32 and 128. What is used again and again is copied in the background (prefetch/replication.py).
+    """
 
     DEVICE_HIT = 0  # the shard is on the device: compute there
     DEVICE_COPY = 1  # copy the shard from the arena to the device, compute there, keep it
     HOST_CPU = 2  # compute in place, in the arena
     DISK_LOAD = 3  # read the shard into the arena, then compute in place
     REMOTE_COMPUTE = 4  # send the activations to a host that has the shard
-    REMOTE_FETCH = 5  # fetch the shard into the arena, then compute in place
 
 
 class Resource(IntEnum):

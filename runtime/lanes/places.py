@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moray.runtime.lanes.cost import Work, choose
-from moray.runtime.lanes.lane import Lane
+from moray.runtime.lanes.lane import Lane, Resource, network, remote_cpu
 from moray.runtime.lanes.rates import Rates
 
 HERE = -1  # in place, or from this machine's disk
@@ -32,9 +32,23 @@ def choose_places(
     for i, (count, here, remotes) in enumerate(zip(tokens, is_here, offers, strict=True)):
         lanes: tuple[Lane, ...] = (Lane.HOST_CPU if here else Lane.DISK_LOAD,)
         if remotes:
-            lanes = (Lane.REMOTE_COMPUTE,) if forced is Lane.REMOTE_COMPUTE else (*lanes, Lane.REMOTE_COMPUTE)
+            is_remote = forced is Lane.REMOTE_COMPUTE or not (here or _load_pays(count, num_bytes, remotes, rates))
+            lanes = (Lane.REMOTE_COMPUTE,) if is_remote else (*lanes, Lane.REMOTE_COMPUTE)
         work.append(Work(i, count, num_bytes, lanes, 0.0, remotes))
     return list(choose(work, rates).remotes)
+
+
+def _load_pays(tokens: int, num_bytes: int, remotes: tuple[int, ...], rates: Rates) -> bool:
+    """Whether to load an expert that others have in memory. Where memory is full it takes the place of one that must
+    be loaded again when it is used: so it counts twice.
+    """
+    load_s = 2 * rates.alone[Resource.DISK].seconds(num_bytes, 0)
+    sent = 2 * tokens * rates.token_bytes
+    ask_s = (
+        rates.alone[network(remote)].seconds(sent, 0) + rates.alone[remote_cpu(remote)].seconds(num_bytes, tokens)
+        for remote in remotes
+    )
+    return load_s < min(ask_s)
 
 
 class Part(NamedTuple):

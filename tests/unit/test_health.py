@@ -14,9 +14,9 @@ from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.health import CAP_S, FLOOR_S, HostHealth, HostState, LinkRate, Probe
 from moray.cluster.keys import CurveKeys, CurveServer, read_keys, write_keys
 from moray.runtime.errors import ConfigError
-from moray.runtime.lanes.lane import Lane
+from moray.runtime.lanes.lane import Lane, Resource, remote_cpu
 from moray.runtime.lanes.places import HERE, choose_places, split_work
-from moray.runtime.lanes.rates import Rates
+from moray.runtime.lanes.rates import Rate, Rates
 
 HEAD = "moray data plane keys\n"
 
@@ -128,6 +128,11 @@ def test_what_the_disk_would_take_longer_for_is_computed_elsewhere() -> None:
     rates.add_remote()
     places = choose_places([1, 1, 1, 1], [True, True, False, False], [(), (), (0,), (0,)], 25 << 20, rates)
     assert places == [HERE, HERE, 0, 0]
+    # What the disk takes of memory must be read again: a host that is a little slower than the disk still computes.
+    rates.seed(Resource.DISK, disk := Rate(0.0, 1 / 2e9, 0.0), disk)
+    for host, place in ((Rate(0.0, 1 / 1.2e9, 0.0), 0), (Rate(0.0, 1 / 0.8e9, 0.0), HERE)):
+        rates.seed(remote_cpu(0), host, host)
+        assert choose_places([1], [False], [(0,)], 25 << 20, rates) == [place]
 
 
 @given(

@@ -17,8 +17,8 @@ from moray.runtime.lanes.rates import Rate, Rates
 
 MB = 1_000_000
 HIT, COPY, CPU, DISK = Lane.DEVICE_HIT, Lane.DEVICE_COPY, Lane.HOST_CPU, Lane.DISK_LOAD
-COMPUTE, FETCH = Lane.REMOTE_COMPUTE, Lane.REMOTE_FETCH
-KEEPING = (COPY, DISK, FETCH)
+COMPUTE = Lane.REMOTE_COMPUTE
+KEEPING = (COPY, DISK)
 
 
 def rates_of(
@@ -53,7 +53,6 @@ def stages(lane: Lane, remote: int) -> tuple[int | None, int]:
         CPU: (None, Resource.CPU),
         DISK: (Resource.DISK, Resource.CPU),
         COMPUTE: (network(remote), remote_cpu(remote)),
-        FETCH: (network(remote), Resource.CPU),
     }[lane]
 
 
@@ -120,7 +119,7 @@ def found(work: list[Work], rates: Rates) -> float:
 # ------------------------------------------------------------------------------------- the choice
 
 LANES = st.sampled_from([(HIT, CPU), (COPY, CPU), (COPY, CPU), (HIT,), (CPU,), (DISK,), (COPY,)])
-REMOTE_LANES = st.sampled_from([(COPY, CPU), (DISK, COMPUTE, FETCH), (DISK, COMPUTE), (COMPUTE, FETCH), (DISK, FETCH)])
+REMOTE_LANES = st.sampled_from([(COPY, CPU), (DISK, COMPUTE), (CPU, COMPUTE), (COMPUTE,)])
 GB_S = st.floats(1.0, 100.0)
 
 
@@ -232,12 +231,8 @@ def test_without_a_copy_the_most_used_miss_warms_the_cache() -> None:
     assert copied.lanes[0] is COPY and copied.warm == -1
 
 
-def test_over_a_slow_network_activations_move_and_not_weights() -> None:
+def test_equal_hosts_share_the_work() -> None:
     rates = rates_of()
-    decode = choose([Work(0, 1, 99 * MB, (COMPUTE, FETCH), remotes=(0,))], rates)
-    assert decode.lanes == (COMPUTE,)
-    prefill = choose([Work(0, 60_000, 99 * MB, (COMPUTE, FETCH), remotes=(0,))], rates)
-    assert prefill.lanes == (FETCH,)
     two = choose([Work(i, 1, 99 * MB, (COMPUTE,), remotes=(0, 1)) for i in range(4)], rates)
     assert sorted(two.remotes) == [0, 0, 1, 1]
 
