@@ -154,7 +154,7 @@ class Engine:
         timeout_s: float | None = None,
         interval_s: float = EVENT_INTERVAL_S,
     ) -> Iterator[TokenEvent]:
-        """Yield tokens and text as they come, at least ``interval_s`` apart; the last event has ``finished``.
+        """Yield tokens and text as they come, at least ``interval_s`` apart if fast; the last event has ``finished``.
 
         Leaving the iterator cancels.
 
