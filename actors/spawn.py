@@ -71,7 +71,7 @@ def run_on_all(calls: Sequence[tuple[NodeInfo, tuple[object, ...]]], function: C
     task = remote(function)
     options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0}
     started = [(node, task.options(**options, **on_node(node.node_id)).remote(*args)) for node, args in calls]
-    results = []
+    results: list[Any] = []
     for node, reference in started:
         try:
             results.append(fetch(partial(ray.get, reference, timeout=_TASK_S)))

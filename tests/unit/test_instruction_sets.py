@@ -44,7 +44,7 @@ def every_set() -> Iterator[Any]:
             yield pytest.param(spec, name, id=f"{name_of(spec)}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("spec", "name"), every_set())
+@pytest.mark.parametrize(("spec", "name"), list(every_set()))
 def test_every_instruction_set_equals_the_reference(spec: PackedSpec, name: str) -> None:
     variant = Variant(spec.encoding, spec.group, spec.meta, spec.is_quantized, name)
     kernel = MatrixKernel.with_items(spec, variant.integer, ops.compile_items(variant).address)
