@@ -21,6 +21,7 @@ from moray.runtime.layout.packed import Numerics
 from moray.runtime.store.manifest import Manifest
 
 _NO_DISK = Rate(0.0, 1e-12, 0.0)
+_REQUEST_S = 2e-4  # of a layer's request, beyond an Echo of its bytes and the kernels (benchmarks/remote_round_trip.py)
 Floats = npt.NDArray[np.float64]
 
 
@@ -68,7 +69,7 @@ def make_rates(
     for index, worker in enumerate(workers[1:]):
         assert worker.link is not None
         link = worker.link.rate
-        first_row = link._replace(fixed_s=link.seconds(layer.sent_bytes, 0))
+        first_row = link._replace(fixed_s=link.seconds(layer.sent_bytes, 0) + _REQUEST_S)
         seeds |= {network(index): first_row, remote_cpu(index): worker.speed.rate(layer.shard_bytes)}
     for resource, rate in seeds.items():
         rates.seed(resource, rate, rate)

@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moray.actors import orchestrator as module
+from moray.actors import replication
 from moray.actors.messages import Caching, EngineOrders, HostConfig, HostPart, HostReport, NodeOrders, NodeSurvey
 from moray.actors.orchestrator import Orchestrator
 from moray.cluster.client import HostAddress
 from moray.cluster.identity import identity_of
 from moray.cluster.nodes import NodeInfo
 from moray.cluster.remote_host import RemoteStats
+from moray.cluster.replicas import ExpertUse
 from moray.cluster.topology import ComputeSpeed, NodeReport
 from moray.runtime.arena import ArenaRef
 from moray.runtime.errors import StoreError
@@ -51,7 +54,8 @@ class Hosts:
         self.engine: Orchestrator
         self.parts: dict[str, tuple[ExpertKey, ...]] = {}
         self.peers: dict[str, set[str]] = {}
-        self.num_measured = 0
+        self.copied: dict[str, tuple[ExpertKey, ...]] = {}
+        self.num_measured, self.num_looks = 0, 0
         self.changed = threading.Condition()
 
     def living_nodes(self) -> list[NodeInfo]:
@@ -105,6 +109,21 @@ class Hosts:
     def links(self) -> Sequence[RemoteStats]:
         return []
 
+    def expert_use(self) -> ExpertUse:
+        """Those on other nodes are used ever more."""
+        self.num_looks += 1
+        layers = [layer.num_experts for layer in self.store.manifest.layers]
+        here = [np.zeros(count, dtype=np.bool_) for count in layers]
+        for key in (key for host_id in LOCAL for key in self.parts[host_id]):
+            here[key.layer][key.expert] = True
+        uses = tuple(np.where(each, 0, 100 * self.num_looks) for each in here)
+        return ExpertUse(uses, tuple(here), tuple(~each for each in here))
+
+    def replicate(self, host: HostAddress, keys: Sequence[ExpertKey]) -> None:
+        with self.changed:
+            self.copied[host.host_id] = tuple(keys)
+            self.changed.notify_all()
+
     def wait_for(self, is_so: Callable[[], bool]) -> None:
         """The end of pytest's patience is the limit."""
         with self.changed:
@@ -133,6 +152,7 @@ def test_hosts_are_told_their_part_and_of_each_other_as_nodes_come_and_go(
 ) -> None:
     """16 slots a node and 48 experts: three nodes hold all, two 32."""
     monkeypatch.setattr(module, "_POLL_S", 0.01)
+    monkeypatch.setattr(replication, "_INTERVAL_S", 0.01)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     orders = EngineOrders(
         str(demo.path), HERE, LOCAL, {}, "token", Caching("lru", "auto", whole_layers=False, trace=None), None
@@ -148,6 +168,8 @@ def test_hosts_are_told_their_part_and_of_each_other_as_nodes_come_and_go(
     hands.nodes = [HERE, node("a")]
     hands.wait_for(lambda: hands.is_settled({*LOCAL, "host-a"}, 32))
     assert {host_id: hands.parts[host_id] for host_id in LOCAL} == alone  # what is in memory stays there
+    hands.wait_for(lambda: set(hands.copied) == {*LOCAL})
+    assert not {*hands.copied["host-0"]} & {*alone["host-0"]} and len(hands.copied["host-0"]) == 16
     first = dict(hands.parts)
     hands.nodes = [HERE, node("a"), node("b")]
     hands.wait_for(lambda: hands.is_settled({*LOCAL, "host-a", "host-b"}, 48))

@@ -136,7 +136,8 @@ def test_one_layer_is_placed_nearly_as_well_as_can_be(
 def test_hot_experts_are_balanced(seed: int, skew: float) -> None:
     """Two equal machines with room to choose: as even as the hottest experts allow."""
     heat = np.random.default_rng(seed).pareto(skew, FINE.num_experts) + 0.01
-    hosts = [HostSpec("a", 100, FAST), HostSpec("b", 100, FAST, LinkReport(1e-5, 1e10))]
+    slow = ComputeSpeed(3e9, 30e9)  # what a request costs by itself is little beside the kernels
+    hosts = [HostSpec("a", 100, slow), HostSpec("b", 100, slow, LinkReport(1e-5, 1e10))]
     made = place([FINE], hosts, [heat])
     loads = [sum(heat[k.expert] for k, host in made.primary.items() if host == spec.host_id) for spec in hosts]
     assert abs(loads[0] - loads[1]) <= heat.max() + 0.1 * heat.sum()  # a link costs, so less is remote
