@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from moray.actors.compute import ComputeActor
@@ -393,7 +393,7 @@ def our_errors() -> Iterator[None]:
         if isinstance(error.cause, MorayError):
             raise error.cause from None
         raise
-    except RayActorError as error:
+    except (RayActorError, ActorUnschedulableError) as error:  # the second: its node is gone
         raise ActorLostError(
             f"an actor of the engine is gone ({_first_line(error)}); start the engine again"
         ) from error
