@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
 from moray.runtime.errors import ActorLostError, MorayError
 
@@ -39,7 +39,7 @@ def our_errors() -> Iterator[None]:
         if isinstance(error.cause, MorayError):
             raise error.cause from None
         raise
-    except RayActorError as error:
+    except (RayActorError, ActorUnschedulableError) as error:  # the second: its node is gone
         raise ActorLostError(f"an actor of the engine is gone ({first_line(error)}); start the engine again") from error
 
 
