@@ -8,9 +8,11 @@ process holds ``--share`` of all experts in its arena, policy layer-lru (each la
 prefetch, and loads the others from the disk when a layer needs them. B sequences decode as in batch.py.
 
 *union*: different experts that the B tokens of a step choose, the mean over steps and layers, from the recorded
-choices. *used*: their bytes, of all layers, a token (divided by B). *implied*: used * (1 - share): what is in memory
-says nothing about choices that are uniform, so each wanted expert is there with probability ``share``. *loaded*: what
-the host read from the disk, a token. Both also relative to B = 1.
+choices. *used*: their bytes, of all layers, a token (divided by B). *implied*: what of these must be loaded. What is in
+memory says nothing about choices that are uniform, so each wanted expert is there with probability r / E, where r of a
+layer's E experts are in memory at its turn: its share of the slots, or less if the union is more than a share, for the
+layer before has then taken slots of the others: (slots - union) / (layers - 1). *loaded*: what the host read from the
+disk, a token. Both also relative to B = 1.
 """
 
 from __future__ import annotations
@@ -82,22 +84,29 @@ def run(name: str, geometry: Geometry, root: Path, share: float, steps: int) -> 
     report(name, geometry, found, num_slots / (geometry.experts * geometry.layers))
 
 
+def implied_bytes(loads: Loads, geometry: Geometry, share: float) -> float:
+    """Of the bytes used, a token, those of experts that cannot be expected in memory."""
+    quota, layers = share * geometry.experts, geometry.layers
+    resident = quota if layers == 1 else min(quota, (quota * layers - loads.union) / (layers - 1))
+    return loads.used_bytes * (1 - resident / geometry.experts)
+
+
 def report(name: str, geometry: Geometry, found: dict[int, Loads], share: float) -> None:
     print(
         f"\n{name}: {geometry.experts} experts, top-{geometry.active}, {geometry.layers} layers; "
         f"{share:.0%} of the experts in memory; MB a token\n"
     )
-    rows, alone = [], found[BATCHES[0]]
+    implied = {size: implied_bytes(loads, geometry, share) for size, loads in found.items()}
+    rows, first = [], BATCHES[0]
     for size, loads in found.items():
-        implied = (1 - share) * loads.used_bytes
         rows.append(
             (
                 str(size),
                 f"{loads.union:.1f}",
-                *(f"{value / 1e6:.1f}" for value in (loads.used_bytes, implied, loads.loaded_bytes)),
-                f"{loads.loaded_bytes / implied:.2f}",
-                f"{loads.used_bytes / alone.used_bytes:.2f}",
-                f"{loads.loaded_bytes / alone.loaded_bytes:.2f}",
+                *(f"{value / 1e6:.1f}" for value in (loads.used_bytes, implied[size], loads.loaded_bytes)),
+                f"{loads.loaded_bytes / implied[size]:.2f}",
+                f"{implied[size] / implied[first]:.2f}",
+                f"{loads.loaded_bytes / found[first].loaded_bytes:.2f}",
             )
         )
     header = ("B", "union", "used", "implied", "loaded", "loaded/implied", "implied, of B = 1", "loaded, of B = 1")
