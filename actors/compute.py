@@ -126,6 +126,7 @@ class ComputeActor:
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
             tier = self._device_tier()
             self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits, watch, tier)
+        began, imported, loaded = self._times
         return ComputeReport(
             node_id=self._home.node_id(),
             pid=os.getpid(),
@@ -134,7 +135,7 @@ class ComputeActor:
             context_length=self._runner.context_length,
             has_tokenizer=self._runner.tokenizer is not None,
             arenas=self._source.arena_refs(),
-            times=StartTimes(*self._times, time()),
+            times=StartTimes(began, imported, loaded, ready=time()),
             num_restarts=self._num_restarts,
             cause=self._cause,
         )

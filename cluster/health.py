@@ -19,6 +19,7 @@ _PATIENCE = 4.0  # deviations from what was expected, as in TCP's retransmission
 _MARGIN = 2.0  # times what was expected
 _GAIN = 0.25
 _FIRST_PENALTY_S, _LAST_PENALTY_S = 0.1, 10.0
+_TIMES_WAITED = 2.0  # so long a host is left out at least: at most a third of the time is lost to it
 _FIRST_PROBE_S, _LAST_PROBE_S = 0.05, 2.0
 _SILENCE_S = 10.0  # a suspected host that was not heard for so long must introduce itself again
 _IDLE_PING_S = 1.0
@@ -66,11 +67,14 @@ class HostHealth:
         self._penalty_s *= 1 - _GAIN
         self.heard(now)
 
-    def missed(self, now: float) -> None:
-        """A deadline passed. Each one in a row keeps it out for longer."""
+    def missed(self, now: float, waited_s: float = 0.0) -> None:
+        """A deadline passed after so long. Each one in a row keeps it out for longer.
+
+        What had to be waited for long comes too late again if it is asked at once, for every layer of a token.
+        """
         if self.state is HostState.UP:
             self.state = HostState.SUSPECTED
-            self._trusted_at = now + self._penalty_s
+            self._trusted_at = now + max(self._penalty_s, _TIMES_WAITED * (waited_s - FLOOR_S))
             self._penalty_s = min(max(2 * self._penalty_s, _FIRST_PENALTY_S), _LAST_PENALTY_S)
             self._probe_at, self._probe_s = now, _FIRST_PROBE_S
 

@@ -113,7 +113,7 @@ def _light_node(num_actors: int, with_agents: bool) -> Iterator[None]:
     """
     start_process = services.start_ray_process
 
-    class LightNode(Node):  # type: ignore[misc]  # Ray is not typed
+    class LightNode(Node):
         def __init__(self, ray_params: Any, *args: Any, **kwargs: Any) -> None:
             ray_params.update_if_absent(setup_worker_path=_script("ray_worker.py"))
             super().__init__(ray_params, *args, **kwargs)
@@ -126,8 +126,9 @@ def _light_node(num_actors: int, with_agents: bool) -> Iterator[None]:
             self._webui_url = ""
 
         def start_raylet(self, *args: Any, **kwargs: Any) -> None:
+            folder: str = self.get_session_dir_path()  # type: ignore[no-untyped-call]
             for name, port in {} if with_agents else _PORTS_OF_AGENTS.items():
-                persist_port(self.get_session_dir_path(), self.node_id, name, port)
+                persist_port(folder, self.node_id, name, port)
             super().start_raylet(*args, **kwargs)
 
     def start(command: list[str], process_type: str, *args: Any, **kwargs: Any) -> Any:

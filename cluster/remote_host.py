@@ -148,8 +148,8 @@ class RemoteHost:
 
     def give_up(self, now: float) -> list[Request]:
         """The deadline has passed: what was under way is to be done elsewhere."""
-        old = self.health.state
-        self.health.missed(now)
+        old, oldest = self.health.state, next(iter(self.in_flight.values()))
+        self.health.missed(now, now - max(self._last_reply_at, oldest.sent_at))
         self.stats.missed += 1
         self._tell(old, "a deadline passed")
         return self.abandon()

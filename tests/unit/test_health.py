@@ -78,6 +78,24 @@ def test_a_suspected_host_is_pinged_and_taken_back() -> None:
     assert health.state is HostState.UP
 
 
+def test_a_host_whose_answers_all_come_too_late_delays_a_token_once() -> None:
+    """Twelve layers, each 10 ms without it; what it is asked comes a second later."""
+    health, now, late = up(), 0.0, []
+    for _ in range(12):
+        for answer_s in [at for at in late if at <= now]:
+            health.heard(answer_s)
+        if health.state is HostState.UP:
+            late.append(now + 1.0)
+            waited_s = health.deadline_s(0.1)
+            now += waited_s
+            health.missed(now, waited_s)
+        now += 0.01
+        health.heard(now)  # a ping's answer
+    assert now < CAP_S + 12 * 0.01 + 1e-6
+    health.heard(now + 3 * CAP_S)
+    assert health.state is HostState.UP
+
+
 def test_a_silent_host_must_introduce_itself_and_is_asked_less_and_less() -> None:
     health = up()
     health.missed(1.0)
