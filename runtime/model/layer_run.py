@@ -73,8 +73,8 @@ class LayerRun:
         if meter is not self._meter:
             self._meter = meter
             for index, binding in enumerate(self._bindings):
-                columns = (meter.owners[binding.layer], meter.tokens[binding.layer])
-                rows[index, kernels.OWNERS : kernels.TOKENS + 1] = [c.ctypes.data for c in columns]
+                counts = (meter.owners[binding.layer], meter.tokens[binding.layer])
+                rows[index, kernels.OWNERS : kernels.TOKENS + 1] = [c.ctypes.data for c in counts]
         return True
 
     def _compute(self, x: torch.Tensor, rotation: Rotation, cache: Any) -> torch.Tensor:
