@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moray.cluster.placement import Floats
+from moray.cluster.layer_cost import Floats
 from moray.runtime.layout.shard import ExpertKey
 
 _HALF_LIFE_S = 60.0  # of a use
