@@ -63,7 +63,7 @@ class _Outbox:
             self._has_ended.set()
 
     def take(self) -> TokenEvent | BaseException:
-        """What came since the last time, joined; if nothing did, the next event. Or an error.
+        """The first event; then what came since the last time, joined, or if nothing did, the next event. Or an error.
 
         Sleeps until the interval is over, unless the request ends: to be woken by every token would cost the loop's
         thread its time. Events so far apart that there would be nothing to join are not held back.
@@ -71,8 +71,8 @@ class _Outbox:
         left_s = self._due_s - perf_counter()
         if left_s > 0 and 2 * self._gap_s <= self._interval_s:
             self._has_ended.wait(left_s)
-        event = self._queue.get()
-        while self._interval_s and isinstance(event, TokenEvent) and not self._queue.empty():
+        is_first, event = self._due_s == -math.inf, self._queue.get()
+        while self._interval_s and not is_first and isinstance(event, TokenEvent) and not self._queue.empty():
             later = self._queue.get()
             event = joined(event, later) if isinstance(later, TokenEvent) else later
         self._due_s = perf_counter() + self._interval_s

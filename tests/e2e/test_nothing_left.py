@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -42,6 +43,7 @@ def generating(max_new_tokens: int) -> Iterator[Running]:
         [*COMMAND, str(max_new_tokens), *SLOWER], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout is not None
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # what is not read stops it long before the end
     try:
         seen = b""
         while seen.count(b"\n") < 4:  # some lines after the prompt: the model is generating

@@ -19,10 +19,9 @@ def event(token: int, *, is_last: bool = False) -> TokenEvent:
 
 def test_the_first_event_goes_out_at_once_and_later_ones_joined() -> None:
     outbox = _Outbox(LONG_S)
-    outbox.put(event(1))
-    assert outbox.take() == event(1)
-    for token in (2, 3):
+    for token in (1, 2, 3):
         outbox.put(event(token))
+    assert outbox.take() == event(1)
     outbox.put(event(4, is_last=True))  # ends the wait
     assert outbox.take() == TokenEvent("a", (2, 3, 4), "<2><3><4>", event(4, is_last=True).finished)
 
