@@ -84,7 +84,8 @@ def two_nodes() -> Iterator[TwoNodes]:
 def _check_empty(machine: Machine) -> None:
     """Nothing runs there any more, but for this process."""
     for _ in range(_MOST_LOOKS):
-        names = [_command(pid) for pid in machine.pids() if pid != os.getpid()]
+        commands = [_command(pid) for pid in machine.pids() if pid != os.getpid()]
+        names = [command for command in commands if command]  # those of processes that have ended are empty
         if not names:
             return
         sleep(_POLL_S)
