@@ -19,7 +19,7 @@ from moray.deploy.serving.service import Service
 # Serve would let requests wait or answer them 503 by itself; the server says 429 and when to come back.
 _MAX_ONGOING = 4096
 # Where the engine will be if a node is labelled for it; else the engine comes to where the server is.
-_ANYWHERE = [{"label_selector": {}}]
+_ANYWHERE: list[dict[str, Any]] = [{"label_selector": {}}]
 
 
 @serve.ingress()
