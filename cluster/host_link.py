@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Literal
 
 from moray.cluster.client import HostClient, refusal
-from moray.cluster.messages import Ask, Coming, Hello, Message, Refused, Welcome
+from moray.cluster.messages import Ask, Coming, Hello, Message, Need, Refused, Welcome
 from moray.runtime.arena import Arena, ArenaRef
 from moray.runtime.errors import HostLostError
 from moray.runtime.events import Event, HostBack, HostLost, cause_of
@@ -42,8 +42,11 @@ class HostLink:
 
     def send(self, message: Message) -> None:
         """A message that needs no answer; nothing is queued for a host that is lost."""
-        if not self.is_lost:
-            self.client.send(message)
+        if self.is_lost:
+            return
+        if isinstance(message, Need):
+            self._question = None  # of an earlier layer call, given up: its answer says nothing about this one
+        self.client.send(message)
 
     def ask(self, question: Ask) -> None:
         """Ask what became of experts, unless that was asked before and not answered yet."""

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.timeout(280)
 
 PROMPT_IDS = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 NUM_TOKENS = 6
-TRIALS = 34  # pairs that a host is measured with
+TRIALS = 36  # pairs that a host is measured with
 
 # Shapes and gates of different kinds: family, entries of its config, recipe. gpt_oss has biases and a gate of its own.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -264,6 +264,25 @@ def test_hosts_that_die_freeze_and_return_cost_no_token(demo_case: Case) -> None
         finally:
             work.stop()
         demo_case.check(run)
+
+
+def test_a_host_that_is_passed_over_for_long_is_measured_again(demo_case: Case) -> None:
+    client, keys = CurveKeys.make(), CurveKeys.make()
+    with (
+        host_process(demo_case.store, "far", keys, client) as (_, address),
+        standing(demo_case, [address], client) as (source, run),
+    ):
+        host = source._remote.hosts[0]
+        with source._remote.lock:
+            host.link.round_trip_s = 10.0  # as if it had been measured at a bad moment
+            host._publish_link()
+        before = host.stats.requests
+        demo_case.check(run)
+        assert host.stats.requests == before and host.passed_over > 0
+        host.passed_over = 10**6
+        until(lambda: host.link.round_trip_s < 1 and not host._trials)
+        demo_case.check(run)
+        assert host.is_up and host.stats.joined == 1 and host.passed_over < 10**6
 
 
 def test_a_host_that_moved_and_one_that_left(demo_case: Case) -> None:
