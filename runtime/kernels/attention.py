@@ -61,46 +61,67 @@ def score_bytes(length):
     return (length + 15) // 16 * 64 + 64
 
 
+@njit(nogil=True, cache=True)
+def kind_of_head(params, head):
+    """0, 1 or 2: queries, keys or values; and the head's number among these. ``head`` counts all, in this order."""
+    heads, kv_heads = word(params, HEADS), word(params, KV_HEADS)
+    kind = 0 if head < heads else 1 if head < heads + kv_heads else 2
+    return kind, head - (0, heads, heads + kv_heads)[kind]
+
+
+@njit(nogil=True, cache=True)
+def prepare_head(params, kind, head, row, cosines, sines, rotary):
+    """A token's head float32 [D], in place: its bias; for queries and keys also norm and rotary embedding."""
+    dim = word(params, DIM)
+    bias = word(params, Q_BIAS + kind)
+    if bias:
+        add_row(row, bias + 4 * head * dim, dim)
+    if kind < 2:
+        norm = word(params, Q_NORM + kind)
+        if norm:
+            rms_row(row, norm, row, dim, word(params, EPSILON))
+        rotate_row(row, cosines, sines, rotary // 2)
+
+
+@njit(nogil=True, cache=True)
+def attend_head(query, keys, values, scores, out, length, dim, scale):
+    """out [D] = softmax(scale * q . k) v of one query head; scores: scratch of ``score_bytes``. All by address."""
+    padded = (length + 15) // 16 * 16
+    total = scores + 4 * padded
+    score_keys(query, keys, scores, 0, length, dim, scale)
+    for j in range(length, padded):
+        store_float(_PADDING_BITS, scores + 4 * j)
+    softmax_row(scores, padded, total)
+    mix_values(scores, values, out, length, dim, total)
+
+
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
 def prepare_heads(params, first, last):
-    """Biases, norms and rotary embedding of the new token's heads; keys and values go into the cache.
+    """``prepare_head`` for the new token; keys and values go into the cache.
 
     Items: query heads, then heads of keys, then of values, as they lie in PROJECTED float32 [H + 2 V, D].
     """
-    heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
+    dim = word(params, DIM)
     to_new = 4 * dim * (word(params, LENGTH) - 1)
     for item in range(first, last):
         row = word(params, PROJECTED) + 4 * item * dim
-        kind = 0 if item < heads else 1 if item < heads + kv_heads else 2
-        head = item - (0, heads, heads + kv_heads)[kind]
-        bias = word(params, Q_BIAS + kind)
-        if bias:
-            add_row(row, bias + 4 * head * dim, dim)
-        if kind < 2:
-            norm = word(params, Q_NORM + kind)
-            if norm:
-                rms_row(row, norm, row, dim, word(params, EPSILON))
-            rotate_row(row, word(params, COSINES), word(params, SINES), word(params, ROTARY) // 2)
+        kind, head = kind_of_head(params, item)
+        prepare_head(params, kind, head, row, word(params, COSINES), word(params, SINES), word(params, ROTARY))
         if kind:
             copy_row(row, word(params, KEYS + kind - 1) + head * word(params, HEAD_BYTES) + to_new, dim)
 
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
 def attend(params, first, last):
-    """softmax(scale * q . k) v of each query head, into ATTENDED float32 [H, D]. Items: query heads."""
+    """``attend_head`` of each query head, into ATTENDED float32 [H, D]. Items: query heads."""
     heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
     length = word(params, LENGTH)
-    padded = (length + 15) // 16 * 16
     for head in range(first, last):
         cached = head // (heads // kv_heads) * word(params, HEAD_BYTES)
         scores = word(params, SCORES) + head * score_bytes(length)
-        total = scores + 4 * padded
-        query = word(params, PROJECTED) + 4 * head * dim
-        score_keys(query, word(params, KEYS) + cached, scores, 0, length, dim, word(params, SCALE))
-        for j in range(length, padded):
-            store_float(_PADDING_BITS, scores + 4 * j)
-        softmax_row(scores, padded, total)
-        mix_values(scores, word(params, VALUES) + cached, word(params, ATTENDED) + 4 * head * dim, length, dim, total)
+        query, out = word(params, PROJECTED) + 4 * head * dim, word(params, ATTENDED) + 4 * head * dim
+        keys, values = word(params, KEYS) + cached, word(params, VALUES) + cached
+        attend_head(query, keys, values, scores, out, length, dim, word(params, SCALE))
 
 
 @njit(nogil=True, cache=True)

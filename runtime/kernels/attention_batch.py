@@ -12,13 +12,13 @@ from numba import cfunc, njit
 from moray.runtime.kernels.attention import (
     BEFORE,
     DIM,
-    EPSILON,
     HEADS,
     KV_HEADS,
     NUM_FIELDS,
-    Q_BIAS,
-    Q_NORM,
     SCALE,
+    attend_head,
+    kind_of_head,
+    prepare_head,
     score_bytes,
 )
 from moray.runtime.kernels.attention_prompt import (
@@ -28,15 +28,7 @@ from moray.runtime.kernels.attention_prompt import (
     prompt_bytes,
     set_layer,
 )
-from moray.runtime.kernels.attention_rows import (
-    PADDING,
-    copy_row,
-    mix_values,
-    rotate_row,
-    score_keys,
-    softmax_row,
-    store_float,
-)
+from moray.runtime.kernels.attention_rows import copy_row
 from moray.runtime.kernels.matmul import ITEMS, word
 from moray.runtime.kernels.programs import (
     F_ATTEND_BATCH,
@@ -46,7 +38,6 @@ from moray.runtime.kernels.programs import (
     carry_out,
     set_phase,
 )
-from moray.runtime.kernels.rows import add_row, rms_row
 
 # A row's cache, int64 [T, NUM_ROW_FIELDS]: addresses of keys and of values float32 [V, ., D], bytes from head to head,
 # and the tokens that the row sees, itself the last.
@@ -56,32 +47,25 @@ NUM_ROW_FIELDS = 4
 # ATTENDED, then these. ROW_SCORES: address of the address of each row's scratch.
 BATCH_COSINES, BATCH_SINES, BATCH_ROTARY, ROWS, ROW_SCORES = range(NUM_FIELDS + 5, NUM_FIELDS + 10)
 
-_PADDING_BITS = int(np.float32(PADDING).view(np.int32))
 _PREPARED_AT_ONCE = 16  # heads in a chunk
 
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
 def prepare_batch(params, first, last):
-    """``prepare_heads`` for T rows, each with its own cache. Items: (row, head of any kind).
+    """``prepare_head`` for T rows, each with its own cache. Items: (row, head of any kind).
 
     Heads lie at QUERIES float32 [T, H, D], where the queries stay, and at NEW_KEYS and NEW_VALUES [T, V, D].
     """
     heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
     rotary = word(params, BATCH_ROTARY)
     for item in range(first, last):
-        row, head = item // (heads + 2 * kv_heads), item % (heads + 2 * kv_heads)
-        kind = 0 if head < heads else 1 if head < heads + kv_heads else 2
-        head -= (0, heads, heads + kv_heads)[kind]
+        row, any_head = item // (heads + 2 * kv_heads), item % (heads + 2 * kv_heads)
+        kind, head = kind_of_head(params, any_head)
         at = word(params, QUERIES + kind) + 4 * dim * (row * (kv_heads if kind else heads) + head)
-        bias = word(params, Q_BIAS + kind)
-        if bias:
-            add_row(at, bias + 4 * head * dim, dim)
-        if kind < 2:
-            norm = word(params, Q_NORM + kind)
-            if norm:
-                rms_row(at, norm, at, dim, word(params, EPSILON))
-            turn = 4 * row * rotary
-            rotate_row(at, word(params, BATCH_COSINES) + turn, word(params, BATCH_SINES) + turn, rotary // 2)
+        turn = 4 * row * rotary
+        prepare_head(
+            params, kind, head, at, word(params, BATCH_COSINES) + turn, word(params, BATCH_SINES) + turn, rotary
+        )
         if kind:
             cache = word(params, ROWS) + 8 * NUM_ROW_FIELDS * row
             place = head * word(cache, ROW_HEAD_BYTES) + 4 * dim * (word(cache, ROW_LENGTH) - 1)
@@ -90,22 +74,17 @@ def prepare_batch(params, first, last):
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
 def attend_batch(params, first, last):
-    """softmax(scale * q . k) v of each row's query heads, into ATTENDED float32 [T, H, D]. Items: (row, query head)."""
+    """``attend_head`` of each row's query heads, into ATTENDED float32 [T, H, D]. Items: (row, query head)."""
     heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
     for item in range(first, last):
         row, head = item // heads, item % heads
         cache = word(params, ROWS) + 8 * NUM_ROW_FIELDS * row
         length = word(cache, ROW_LENGTH)
-        padded = (length + 15) // 16 * 16
         cached = head // (heads // kv_heads) * word(cache, ROW_HEAD_BYTES)
         scores = word(word(params, ROW_SCORES), row) + head * score_bytes(length)
-        total = scores + 4 * padded
         query, out = word(params, QUERIES) + 4 * dim * item, word(params, ATTENDED) + 4 * dim * item
-        score_keys(query, word(cache, ROW_KEYS) + cached, scores, 0, length, dim, word(params, SCALE))
-        for j in range(length, padded):
-            store_float(_PADDING_BITS, scores + 4 * j)
-        softmax_row(scores, padded, total)
-        mix_values(scores, word(cache, ROW_VALUES) + cached, out, length, dim, total)
+        keys, values = word(cache, ROW_KEYS) + cached, word(cache, ROW_VALUES) + cached
+        attend_head(query, keys, values, scores, out, length, dim, word(params, SCALE))
 
 
 @njit(nogil=True, cache=True)

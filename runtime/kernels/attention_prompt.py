@@ -22,16 +22,15 @@ from moray.runtime.kernels.attention import (
     BEFORE,
     BEFORE_EPSILON,
     DIM,
-    EPSILON,
     HEADS,
     KV_HEADS,
     NUM_FIELDS,
     O_BIAS,
-    Q_BIAS,
-    Q_NORM,
     SCALE,
+    kind_of_head,
+    prepare_head,
 )
-from moray.runtime.kernels.attention_rows import copy_row, rotate_row
+from moray.runtime.kernels.attention_rows import copy_row
 from moray.runtime.kernels.attention_tiles import (
     COLUMN_BYTES,
     ROWS,
@@ -81,26 +80,18 @@ _PREPARED_AT_ONCE, _SUMMED_AT_ONCE = 64, 8  # rows in a chunk
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
 def prepare_rows(params, first, last):
-    """``prepare_heads`` for T tokens. Items: (head of any kind, token).
+    """``prepare_head`` for T tokens; keys and values go into the cache. Items: (head of any kind, token).
 
     Heads lie at QUERIES float32 [T, H, D], where the queries stay, and at NEW_KEYS and NEW_VALUES [T, V, D].
     """
     heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
     num_tokens, rotary = word(params, NUM_TOKENS), word(params, ROTARY)
     for item in range(first, last):
-        head, token = item // num_tokens, item % num_tokens
-        kind = 0 if head < heads else 1 if head < heads + kv_heads else 2
-        head -= (0, heads, heads + kv_heads)[kind]
+        any_head, token = item // num_tokens, item % num_tokens
+        kind, head = kind_of_head(params, any_head)
         row = word(params, QUERIES + kind) + 4 * dim * (token * (kv_heads if kind else heads) + head)
-        bias = word(params, Q_BIAS + kind)
-        if bias:
-            add_row(row, bias + 4 * head * dim, dim)
-        if kind < 2:
-            norm = word(params, Q_NORM + kind)
-            if norm:
-                rms_row(row, norm, row, dim, word(params, EPSILON))
-            at = 4 * token * rotary
-            rotate_row(row, word(params, COSINES) + at, word(params, SINES) + at, rotary // 2)
+        at = 4 * token * rotary
+        prepare_head(params, kind, head, row, word(params, COSINES) + at, word(params, SINES) + at, rotary)
         if kind:
             place = word(params, LENGTH) - num_tokens + token
             copy_row(row, word(params, KEYS + kind - 1) + head * word(params, HEAD_BYTES) + 4 * dim * place, dim)
