@@ -11,6 +11,7 @@ Pure: no sockets, no clock; ``now`` is the caller's, in seconds.
 from __future__ import annotations
 
 from enum import Enum
+from math import inf
 
 FLOOR_S = 0.05  # of a deadline: what an ordinary scheduler or network may take at times
 CAP_S = 0.9  # so that a lost host costs less than a second
@@ -111,17 +112,33 @@ class LinkRate:
 
     _SMALL = 32 << 10  # bytes: below, a message's time is the round trip's
     _GAIN = 0.1
+    _SOONER = 0.8  # of what was expected: what is believed of a reply that was there before anybody waited for it
 
     def __init__(self) -> None:
         self.round_trip_s, self.byte_s = 5e-4, 1 / 100e6  # an ordinary network, before anything was measured
         self._counts = [0, 0]
+        self._least_s = inf  # of the round trips that were measured
 
     def observe(self, num_bytes: int, seconds: float) -> None:
         """A request and its reply were so long under way, the host's own work not included."""
         if num_bytes < self._SMALL:
-            self.round_trip_s = self._mean(0, self.round_trip_s, max(seconds, 1e-6))
+            seconds = max(seconds, 1e-6)
+            self._least_s = min(self._least_s, seconds)
+            self.round_trip_s = self._mean(0, self.round_trip_s, seconds)
         else:
             self.byte_s = self._mean(1, self.byte_s, max(seconds - self.round_trip_s, 1e-9) / num_bytes)
+
+    def settle(self) -> None:
+        """The trials are over: of their round trips the shortest is the network's, the others met with something."""
+        self.round_trip_s = min(self.round_trip_s, self._least_s)
+
+    def observe_early(self, most_s: float) -> None:
+        """A small reply was there when it was looked for, so it took no longer than this, and nobody knows how much
+        less. Were only late ones counted, the host would get ever less work, and ever more of the rest be early.
+        """
+        likely_s = max(self._SOONER * min(self.round_trip_s, max(most_s, 0.0)), self._least_s)
+        if likely_s < self.round_trip_s:
+            self.round_trip_s = self._mean(0, self.round_trip_s, likely_s)
 
     def seconds(self, num_bytes: int) -> float:
         return self.round_trip_s + num_bytes * self.byte_s

@@ -29,6 +29,9 @@ Ints = npt.NDArray[np.int64]
 _DRAWN_CALLS = 64  # a layer
 _MOST_CALLS = 256  # a layer, of those recorded
 _DISK_S = 1e-4  # of a read
+# Of a layer that asks others, beside the request that layer_cost.py counts: choosing, packing and summing up, with a
+# cache that weights have just gone through (benchmarks/plan_accuracy.py).
+_ASKING_S = 5e-4
 _LAYER_S = 5e-5  # of a layer's bookkeeping: the demonstration model's six take 0.5 ms a token, from the CPU's cache
 
 
@@ -135,6 +138,7 @@ class _Predictor:
                 missed = self._missed(places, kind, np.ones(len(kind)))
                 seconds = layer_s(rates, layer, [(n, n) for n in counts.tolist()], missed)
                 requests, pairs = np.count_nonzero(counts[1:]), counts[1:].sum()
+                seconds += _ASKING_S if requests else 0.0
                 sent = int(requests * layer.sent_bytes + pairs * layer.received_bytes)
                 known[kind] = _LayerPart(seconds, missed * layer.shard_bytes, sent)
             parts.append(known[kind])

@@ -126,6 +126,8 @@ class RemoteLanes:
         counts = np.diff(grouping.starts).tolist()
         places = choose_places(counts, is_here.tolist(), offers, layout.num_bytes, self.rates, self.forced)
         chosen = {number: [i for i, place in enumerate(places) if place == number] for number in set(places) - {HERE}}
+        for host in held:
+            host.passed_over += host.number not in chosen
         if not chosen:
             return None
         known = self._layers.get(layer)

@@ -31,11 +31,13 @@ OnChange = Callable[[str, HostState, HostState, str], None]
 """Told of each change of a host's state: host id, old state, new state, why."""
 
 _HELLO_S = 2.0  # before a greeting is taken for lost; the answer may take longer, kernels may have to be compiled
-_TRIALS = (1, 1, 16, 16)  # rows of the computations that a host is measured with; the first of each warms up
+_FEW_ROWS, _MANY_ROWS, _NUM_FEW = 1, 16, 3
+# Rows of the computations that a host is measured with; the first of each kind warms up.
+_TRIALS = (*(1 + _NUM_FEW) * (_FEW_ROWS,), _MANY_ROWS, _MANY_ROWS)
 _TRIAL_MS = 20  # that the answer to one is awaited, so that its time is known
 _NEWS_S = 0.2  # between questions to a host that has not yet loaded what is assigned to it
+_FORGOTTEN = 2000  # layer calls without work for a host, before it is measured again
 _MOST_ABANDONED = 256
-_GAIN = 0.1  # of the newest request in the mean number of experts
 _LEAST_RATE = 1e-15  # s for a byte: what noise may not make zero or less
 _log = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class _Joining:
     hello_sent_at: float = -1e9
     num_bytes: int = 0  # of the expert that is computed
     wire_bytes: int = 0  # of the last trial
+    is_check: bool = False  # it is in use already
     trials_left: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -105,14 +108,14 @@ class RemoteHost:
         self.stats = RemoteStats(address.host_id, address.node)
         self.failure: ClusterError | None = None  # why it can never be used as it is
         self.in_flight: dict[int, Request] = {}
+        self.passed_over = 0  # layer calls since it was last asked
         self._last_reply_at = now
         self._abandoned: dict[int, Request] = {}
         self._pings: dict[int, float] = {}
         self._trials: dict[int, float] = {}
         self._joining = _Joining()
         self._num_assigned, self._news_at = 0, now
-        self._mean_experts = 1.0  # in a request
-        self._lessons: list[tuple[Request, float, float | None]] = []  # see ``learn``
+        self._lessons: list[tuple[Request, float, float, bool]] = []  # see ``learn``
 
     @property
     def is_up(self) -> bool:
@@ -132,6 +135,7 @@ class RemoteHost:
             return False
         request.sent_at = now
         self.in_flight[request_id] = request
+        self.passed_over = 0
         self.stats.requests += 1
         self.stats.bytes_sent += len(buffer)
         return True
@@ -193,7 +197,7 @@ class RemoteHost:
             self.stats.pairs += len(request.pairs)
             self.stats.bytes_received += expected
             request.was_last = not self.in_flight
-            self._lessons.append((request, message.compute_s, now if waited else None))
+            self._lessons.append((request, message.compute_s, now, waited))
             return np.frombuffer(buffers[0], dtype=np.float32).reshape(-1, width)
         self.stats.refused += 1
         if isinstance(message, Refused) and message.reason != "hello":
@@ -213,18 +217,19 @@ class RemoteHost:
             self._learn(*lesson)
         self._lessons.clear()
 
-    def _learn(self, request: Request, compute_s: float, arrived_at: float | None) -> None:
-        num_pairs, now_s = len(request.pairs), 0.0 if arrived_at is None else arrived_at - request.sent_at
+    def _learn(self, request: Request, compute_s: float, found_at: float, waited: bool) -> None:
+        num_pairs, on_way_s = len(request.pairs), found_at - request.sent_at - compute_s
         self._rates.observe(remote_cpu(self.number), request.num_bytes, num_pairs, compute_s, concurrent=False)
-        if arrived_at is not None and now_s > compute_s and request.was_last:
-            self.link.observe(request.wire_bytes, now_s - compute_s)
-            self._mean_experts += _GAIN * (len(request.experts) - self._mean_experts)
-            self._publish_link()
+        if not request.was_last or on_way_s <= 0:
+            return
+        if waited:
+            self.link.observe(request.wire_bytes, on_way_s)
+        else:
+            self.link.observe_early(on_way_s)
+        self._publish_link()
 
     def _publish_link(self) -> None:
-        """One request takes all of a layer's experts: each is priced its part of the round trip."""
-        rate = Rate(self.link.round_trip_s / self._mean_experts, self.link.byte_s, 0.0)
-        self._rates.seed(network(self.number), rate, rate)
+        self._rates.follow(network(self.number), Rate(self.link.round_trip_s, self.link.byte_s, 0.0))
 
     # ----------------------------------------------------------------------------------- health
 
@@ -233,6 +238,9 @@ class RemoteHost:
         self.learn()
         while self.receive(now, waited=False) is not None:
             pass
+        if self.is_up and self.passed_over > _FORGOTTEN:  # what is never asked would be thought slow for ever
+            self.passed_over = 0
+            self._measure_anew(now, is_check=True)
         while self._trials and self.client.socket.poll(_TRIAL_MS):
             self.receive(now := monotonic(), waited=True)
         old = self.health.state
@@ -267,7 +275,7 @@ class RemoteHost:
             self.stats.stale += 1
             late.was_last = not self.in_flight
             if isinstance(message, Computed):
-                self._learn(late, message.compute_s, now)
+                self._learn(late, message.compute_s, now, waited=True)
         if isinstance(message, Welcome):
             self._welcome(message, now)
         elif isinstance(message, Computed) and request_id in self._trials:
@@ -286,10 +294,10 @@ class RemoteHost:
         if old is HostState.SUSPECTED and self.is_up:
             self._measure_anew(now)
 
-    def _measure_anew(self, now: float) -> None:
+    def _measure_anew(self, now: float, is_check: bool = False) -> None:
         """What was learned of a host that stood still would keep work from it for good."""
         self.link = LinkRate()
-        self._joining.trials_left, self._joining.seconds = list(_TRIALS), []
+        self._joining.trials_left, self._joining.seconds, self._joining.is_check = list(_TRIALS), [], is_check
         self._next_trial(now)
 
     def _welcome(self, welcome: Welcome, now: float) -> None:
@@ -333,24 +341,25 @@ class RemoteHost:
         joining, (sent_at,) = self._joining, self._trials.values()
         self._trials = {}
         joining.seconds.append(compute_s)
-        if len(joining.seconds) % 2 == 0:  # the one before it warmed up
+        if len(joining.seconds) not in (1, len(_TRIALS) - 1):  # these warm up
             self.link.observe(joining.wire_bytes, now - sent_at - compute_s)
         self._next_trial(now)
 
     def _join(self, now: float) -> None:
         if len(self._joining.seconds) == len(_TRIALS):
-            one_s, many_s = self._joining.seconds[1::2]
+            one_s, many_s = min(self._joining.seconds[1 : 1 + _NUM_FEW]), self._joining.seconds[-1]
             num_bytes = self._joining.num_bytes
-            pair_s = max((many_s - one_s) / (_TRIALS[-1] - _TRIALS[0]), 1e-8)
+            pair_s = max((many_s - one_s) / (_MANY_ROWS - _FEW_ROWS), 1e-8)
             rate = Rate(0.0, max(one_s - pair_s, num_bytes * _LEAST_RATE) / num_bytes, pair_s)
             self._rates.seed(remote_cpu(self.number), rate, rate)
+            self.link.settle()
             self._publish_link()
         old = self.health.state
         self.health.joined(now)
         self._pings.clear()
         self._trials.clear()
         self._news_at = now
-        self.stats.joined += 1
+        self.stats.joined += not self._joining.is_check
         self._tell(old, "it is ready")
 
     def _note_resident(self, resident: list[list[int]], now: float) -> None:

@@ -2,9 +2,9 @@
 
 Resources work beside each other, so what counts is the *makespan*, the time until the last of them is done, and not
 the sum (HybriMoE, arXiv:2504.05897; Fiddler, arXiv:2402.07033, adds up). A lane is one piece of work, or two in a row:
-a feeder (link, disk, network) brings something to a worker (CPU, device, a remote host's CPU), which does what it has
-meanwhile. A resource is done when its pieces are; a feeder, when its last shard is computed too, at best the cheapest
-that it could bring.
+a feeder (link, disk) brings something to a worker (CPU, device), which does what it has meanwhile. A resource is done
+when its pieces are; a feeder, when its last shard is computed too, at best the cheapest that it could bring. A remote
+host gets one request a layer: it is done after a round trip, the way of all its activations and all its computing.
 
 CPU, link and disk share the memory bus: when more than one of them works, all cost what they cost together.
 
@@ -24,7 +24,6 @@ from moray.runtime.lanes.rates import Rate, Rates
 _MOST_INVESTED = 0.5
 _LOWEST_REUSE, _HIGHEST_REUSE = -4, 4  # exponents: reuse is rounded down to a power of two, and equal work is cheap
 _MOST_SEARCHED = 256  # assignments that are all looked at
-_MOST_REMEMBERED = 4096  # questions whose answers are kept until rates change
 _PASSES = 3  # of moving single experts, where there are more
 _NONE = -1  # in place of a feeder: the last of the loads, which stays 0
 
@@ -92,16 +91,13 @@ def _only_lane(lane: Lane, remotes: tuple[int, ...]) -> tuple[Lane, int]:
 
 def _chosen_before(classes: dict[_Class, list[int]], rates: Rates) -> list[list[tuple[Lane, int]]]:
     """Lanes for the members of each class. Decoding asks the same question again and again."""
-    key = tuple([(kind, len(members)) for kind, members in classes.items()])
-    found = rates.choices.get(key)
-    if found is None:
+
+    def solve() -> list[list[tuple[Lane, int]]]:
         options, counts = [_class_options(*kind, rates) for kind in classes], [*map(len, classes.values())]
         solved = _solve_regimes(options, counts, rates)
-        found = [[(choice.lane, choice.remote) for choice in chosen] for chosen in solved]
-        if len(rates.choices) >= _MOST_REMEMBERED:
-            rates.choices.clear()
-        rates.choices[key] = found
-    return found
+        return [[(choice.lane, choice.remote) for choice in chosen] for chosen in solved]
+
+    return rates.remember(tuple([(kind, len(members)) for kind, members in classes.items()]), solve)
 
 
 def predict_s(work: Sequence[Work], assignment: Assignment, rates: Rates) -> float:
@@ -115,7 +111,7 @@ def predict_s(work: Sequence[Work], assignment: Assignment, rates: Rates) -> flo
     for pick in picks[company]:
         loads[pick.worker] += pick.work_s
         loads[pick.feeder] += pick.feed_s
-    return _makespan(loads, _tails(priced[company], len(loads)))
+    return _makespan(loads, _tails(priced[company], rates))
 
 
 def _assignment(work: Sequence[Work], picks: Sequence[tuple[Lane, int]], rates: Rates) -> Assignment:
@@ -182,8 +178,8 @@ _KEEPING = (Lane.DEVICE_COPY, Lane.DISK_LOAD)
 
 def _remote_price(lane: Lane, remote: int, tokens: int, num_bytes: int, rates: Rates, table: list[Rate]) -> Choice:
     worker = remote_cpu(remote)
-    feed_s = table[network(remote)].seconds(2 * tokens * rates.token_bytes, 0)
-    return Choice(network(remote), feed_s, worker, table[worker].seconds(num_bytes, tokens), lane, remote)
+    sent_s = 2 * tokens * rates.token_bytes * table[network(remote)].byte_s  # and once the round trip: see _tails
+    return Choice(_NONE, 0.0, worker, sent_s + table[worker].seconds(num_bytes, tokens), lane, remote)
 
 
 def _savings(choices: list[Choice], reuse: float) -> list[float]:
@@ -217,24 +213,28 @@ def _on_bus(choice: Choice) -> list[int]:
 def _solve_regimes(options: list[tuple[_Options, _Options]], counts: list[int], rates: Rates) -> list[list[Choice]]:
     """Everything at the prices of company, against what leaves the bus to one resource, at the prices of that."""
     together = [each[0] for each in options]
-    best, value = _solve(together, counts, rates.num_resources + 1)
+    best, value = _solve(together, counts, rates)
     if rates.company_costs:
         for resource in BUS:
             pure = [tuple(c for c in each[1] if all(r == resource for r in _on_bus(c))) for each in options]
             if all(pure):
-                found, found_s = _solve(pure, counts, rates.num_resources + 1)
+                found, found_s = _solve(pure, counts, rates)
                 if found_s < value:
                     best, value = found, found_s
     return best
 
 
-def _tails(options: Sequence[Sequence[Choice]], size: int) -> list[float]:
-    """For each resource, the cheapest computing that may follow the last thing it brings."""
-    tails = [0.0] * size
+def _tails(options: Sequence[Sequence[Choice]], rates: Rates) -> list[float]:
+    """What is added to each resource that is used at all: of a feeder, the cheapest computing that may follow the last
+    thing it brings; of a remote host, the round trip.
+    """
+    tails = [0.0] * (rates.num_resources + 1)
     for each in options:
-        for feeder, _, _, work_s, _, _ in each:
+        for feeder, _, worker, work_s, _, remote in each:
             if feeder != _NONE and not 0.0 < tails[feeder] <= work_s:
                 tails[feeder] = work_s
+            if remote >= 0:
+                tails[worker] = rates.alone[network(remote)].fixed_s
     return tails
 
 
@@ -242,9 +242,10 @@ def _makespan(loads: list[float], tails: list[float]) -> float:
     return max([load + tail for load, tail in zip(loads, tails, strict=True) if load], default=0.0)
 
 
-def _solve(options: list[_Options], counts: list[int], size: int) -> tuple[list[list[Choice]], float]:
+def _solve(options: list[_Options], counts: list[int], rates: Rates) -> tuple[list[list[Choice]], float]:
     """The choices of each class with the smallest makespan, and that."""
-    tails, loads = _tails(options, size), [0.0] * size
+    tails = _tails(options, rates)
+    loads = [0.0] * len(tails)
     jobs: list[tuple[int, _Options]] = []  # those that have a choice
     chosen: list[list[Choice]] = []
     for index, (each, count) in enumerate(zip(options, counts, strict=True)):
@@ -279,7 +280,7 @@ def _longest_first(
         best, best_s = each[0], (float("inf"), 0.0)
         for choice in each:
             feeder, feed_s, worker, work_s, _, _ = choice
-            done, fed = loads[worker] + work_s, loads[feeder] + feed_s + tails[feeder]
+            done, fed = loads[worker] + work_s + tails[worker], loads[feeder] + feed_s + tails[feeder]
             found = (fed if fed > done else done, feed_s + work_s)
             if found < best_s:
                 best, best_s = choice, found
@@ -348,9 +349,10 @@ class _Search:
             feeder, feed_s, worker, work_s, _, _ = choice
             before, fed_before = loads[worker], loads[feeder]
             done, fed = before + work_s, fed_before + feed_s
-            if max(done, fed + tails[feeder], reached) >= self._value:
+            ended = max(done + tails[worker], fed + tails[feeder], reached)
+            if ended >= self._value:
                 continue
             loads[worker], loads[feeder] = done, fed
             self._picks[index] = choice
-            self._place(index + 1, option if follows_equal else 0, max(done, fed + tails[feeder], reached))
+            self._place(index + 1, option if follows_equal else 0, ended)
             loads[worker], loads[feeder] = before, fed_before

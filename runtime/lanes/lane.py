@@ -39,12 +39,12 @@ FORCED = {"device-copy": Lane.DEVICE_COPY, "host-cpu": Lane.HOST_CPU}
 
 
 def network(remote: int) -> int:
-    """The resource that is the way to a remote host and back."""
+    """What the way to a remote host and back costs: fixed for each request, and for each byte."""
     return len(Resource) + 2 * remote
 
 
 def remote_cpu(remote: int) -> int:
-    """The resource that is a remote host's computing."""
+    """The resource that is a remote host, from its request to its reply."""
     return len(Resource) + 2 * remote + 1
 
 

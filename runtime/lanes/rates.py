@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from moray.runtime.lanes.lane import Resource
+
+T = TypeVar("T")
 
 _SMOOTHING = 0.05  # weight of the newest observation
 _INERTIA = 0.01  # weight of what was believed before, where observations leave it open
 _LEAST_WORKED = 0.1  # of the time that a piece of work took: what is not its fixed cost
 _TOLERANCE = 0.05  # of a rate, before choices follow
+_MUCH = 0.25  # of a rate, before they follow at once
+_MOST_REMEMBERED = 4096  # questions whose answers are kept
+_OLD_ANSWERS = 16  # times that an answer is given again after rates have changed
 _LARGEST_CHANGE = 4.0  # an observation counts as at most so many times too slow or too fast: a process that was stopped
 
 
@@ -89,7 +95,8 @@ class Rates:
     """A rate for each resource, alone and together with others. Written and read by the step loop's thread.
 
     ``alone`` and ``together`` are what lanes are chosen by: they follow what is measured once it is 5 % away, so that
-    jitter changes no choice. Nothing is cheaper together than alone; what looks so is noise.
+    jitter changes no choice. Nothing is cheaper together than alone; what looks so is noise. Of a network, ``fixed_s``
+    is a request's, of which a host gets one a layer.
     """
 
     def __init__(self, num_remotes: int = 0, token_bytes: float = 0) -> None:
@@ -100,7 +107,11 @@ class Rates:
         self.token_bytes = token_bytes
         self.alone, self.together = list(starting), list(starting)
         self.company_costs = False  # whether any resource is slower together than alone
-        self.choices: dict[Any, Any] = {}  # made by ``alone`` and ``together``; emptied when they change
+        self._version = 0  # of the rates that choices follow
+        self._emptied_at = list(zip(starting, starting, strict=True))  # the rates when ``choices`` was last emptied
+        self.choices: dict[
+            Hashable, tuple[Any, int, int]
+        ] = {}  # answers that follow from ``alone`` and ``together``: see ``remember``
         self._measured = (list(starting), list(starting))  # alone, together
         self._counts = [[0, 0] for _ in starting]
         self._fits = ([_Fit() for _ in starting], [_Fit() for _ in starting])
@@ -119,7 +130,7 @@ class Rates:
             self._counts.append([0, 0])
             for fits in self._fits:
                 fits.append(_Fit())
-        self.choices.clear()
+        self._forget()
         return remote
 
     def observe(self, resource: int, num_bytes: int, tokens: int, seconds: float, concurrent: bool) -> None:
@@ -148,6 +159,27 @@ class Rates:
         self._measured[False][resource], self._measured[True][resource] = alone, together
         self._counts[resource] = [1, 1]
         self._publish(resource)
+        self._forget()
+
+    def follow(self, resource: int, rate: Rate) -> None:
+        """A rate that is averaged elsewhere has moved."""
+        self._measured[False][resource] = self._measured[True][resource] = rate
+        self._publish(resource)
+
+    def remember(self, question: Hashable, find: Callable[[], T]) -> T:
+        """What ``find`` gives, or gave before. When rates have moved a little since, that is good for a few times more:
+        they never rest, and finding out again takes as long as computing an expert.
+        """
+        kept: tuple[T | None, int, int] = self.choices.get(question, (None, self._version, 0))
+        answer, version, times_left = kept
+        if answer is None or (version != self._version and not times_left):
+            answer = find()
+            if len(self.choices) >= _MOST_REMEMBERED:
+                self.choices.clear()
+            self.choices[question] = (answer, self._version, _OLD_ANSWERS)
+        elif version != self._version:
+            self.choices[question] = (answer, version, times_left - 1)
+        return answer
 
     def snapshot(self) -> RatesSnapshot:
         return RatesSnapshot(
@@ -164,16 +196,24 @@ class Rates:
         for resource, (alone, together) in enumerate(zip(self.alone, self.together, strict=True)):
             assert alone.byte_s > 0 and min(alone) >= 0, alone
             assert all(t >= a for a, t in zip(alone, together, strict=True)), (alone, together)
-            assert not _differ(self._measured[False][resource], alone)
+            assert not _differ((self._measured[False][resource],), (alone,), _TOLERANCE)
 
     def _publish(self, resource: int) -> None:
         alone = self._measured[False][resource]
         together = Rate(*[max(pair) for pair in zip(alone, self._measured[True][resource], strict=True)])
-        if _differ(alone, self.alone[resource]) or _differ(together, self.together[resource]):
+        before = (self.alone[resource], self.together[resource])
+        if _differ((alone, together), before, _TOLERANCE):
             self.alone[resource], self.together[resource] = alone, together
             self.company_costs = self.together != self.alone
-            self.choices.clear()
+            self._version += 1
+            if _differ((alone, together), self._emptied_at[resource], _MUCH):
+                self._forget()
+
+    def _forget(self) -> None:
+        self.choices.clear()
+        self._emptied_at = list(zip(self.alone, self.together, strict=True))
 
 
-def _differ(a: Rate, b: Rate) -> bool:
-    return any([abs(x - y) > _TOLERANCE * y for x, y in zip(a, b, strict=True)])
+def _differ(rates: tuple[Rate, ...], others: tuple[Rate, ...], tolerance: float) -> bool:
+    pairs = [pair for rate, other in zip(rates, others, strict=True) for pair in zip(rate, other, strict=True)]
+    return any([abs(x - y) > tolerance * y for x, y in pairs])

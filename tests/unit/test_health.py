@@ -14,7 +14,7 @@ from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.health import CAP_S, FLOOR_S, HostHealth, HostState, LinkRate, Probe
 from moray.cluster.keys import CurveKeys, CurveServer, read_keys, write_keys
 from moray.runtime.errors import ConfigError
-from moray.runtime.lanes.lane import Lane, Resource, remote_cpu
+from moray.runtime.lanes.lane import Lane, Resource, network, remote_cpu
 from moray.runtime.lanes.places import HERE, choose_places, split_work
 from moray.runtime.lanes.rates import Rate, Rates
 
@@ -119,6 +119,24 @@ def test_a_link_is_measured_by_what_goes_over_it() -> None:
     assert link.seconds(10**6) == pytest.approx(8.2e-3)
 
 
+def test_replies_that_nobody_waited_for_make_a_link_quicker_down_to_what_was_seen() -> None:
+    link = LinkRate()
+    link.observe(4000, 3e-4)
+    for _ in range(50):
+        link.observe(4000, 2e-3)  # stalls
+    slow = link.round_trip_s
+    link.observe_early(5e-3)
+    assert 0.9 * slow < link.round_trip_s < slow
+    for _ in range(300):
+        link.observe_early(5e-3)
+    assert link.round_trip_s == pytest.approx(3e-4, rel=1e-3)
+    link.observe_early(1e-3)
+    assert link.round_trip_s >= 3e-4
+    for _ in range(50):
+        link.observe(4000, 2e-3)
+    assert link.round_trip_s > 1.9e-3
+
+
 # ---------------------------------------------------------------------------------------- places
 
 
@@ -151,6 +169,19 @@ def test_what_the_disk_would_take_longer_for_is_computed_elsewhere() -> None:
     for host, place in ((Rate(0.0, 1 / 1.2e9, 0.0), 0), (Rate(0.0, 1 / 0.8e9, 0.0), HERE)):
         rates.seed(remote_cpu(0), host, host)
         assert choose_places([1], [False], [(0,)], 25 << 20, rates) == [place]
+
+
+def test_what_is_in_memory_here_goes_away_only_for_a_clear_gain() -> None:
+    rates, free = Rates(), Rate(0.0, 1e-15, 0.0)
+    rates.add_remote()
+    rates.seed(network(0), free, free)
+    rates.seed(Resource.CPU, here := Rate(0.0, 1 / 10e9, 0.0), here)
+    question = ([1, 1], [True, True], [(0,), ()], 10 << 20, rates)  # 2.1 ms here; elsewhere, one of them beside 1.05
+    for there_s, places in ((1.0e-3, [0, HERE]), (1.8e-3, [0, HERE]), (2.0e-3, [HERE, HERE]), (3e-3, [HERE, HERE])):
+        there = Rate(0.0, there_s / (10 << 20), 0.0)
+        rates.seed(remote_cpu(0), there, there)
+        for _ in range(2):
+            assert choose_places(*question) == places
 
 
 @given(

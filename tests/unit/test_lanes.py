@@ -52,7 +52,7 @@ def stages(lane: Lane, remote: int) -> tuple[int | None, int]:
         COPY: (Resource.LINK, Resource.DEVICE),
         CPU: (None, Resource.CPU),
         DISK: (Resource.DISK, Resource.CPU),
-        COMPUTE: (network(remote), remote_cpu(remote)),
+        COMPUTE: (None, remote_cpu(remote)),
     }[lane]
 
 
@@ -60,10 +60,10 @@ def price(item: Work, lane: Lane, remote: int, rates: Rates, company: bool) -> t
     """Seconds of feeder and worker."""
     table = rates.together if company else rates.alone
     feeder, worker = stages(lane, remote)
-    sent = 2 * item.tokens * rates.token_bytes if lane == COMPUTE else item.num_bytes
-    return table[feeder].seconds(sent, 0) if feeder is not None else 0.0, table[worker].seconds(
-        item.num_bytes, item.tokens
-    )
+    work_s = table[worker].seconds(item.num_bytes, item.tokens)
+    if lane == COMPUTE:
+        work_s += 2 * item.tokens * rates.token_bytes * table[network(remote)].byte_s
+    return table[feeder].seconds(item.num_bytes, 0) if feeder is not None else 0.0, work_s
 
 
 def choices(item: Work) -> list[tuple[Lane, int]]:
@@ -103,7 +103,8 @@ def makespan(work: list[Work], picks: list[tuple[Lane, int]], rates: Rates, disc
             for choice in choices(item)
             if stages(*choice)[0] == resource
         ]
-        ends.append(load + min(fed, default=0.0))
+        round_trips = [rates.alone[network(remote)].fixed_s for remote in (0, 1) if resource == remote_cpu(remote)]
+        ends.append(load + min(fed, default=0.0) + sum(round_trips))
     return max(ends)
 
 
