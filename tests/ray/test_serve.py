@@ -122,20 +122,21 @@ def test_the_official_client_gets_the_engine_s_tokens(client: openai.OpenAI, loc
 
 
 def test_streams_are_the_whole_in_pieces(client: openai.OpenAI, local: Runner) -> None:
-    same = expected(local, PROMPT, 40)
+    same = expected(local, PROMPT, 120)
     chunks = list(
         client.completions.create(
             model=MODEL,
             prompt=PROMPT,
-            max_tokens=40,
+            max_tokens=120,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
         )
     )
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == same.text
-    assert len(chunks) > 3  # tokens that come within milliseconds share a chunk
-    assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [40]
+    # Tokens that wait while the server is busy share a chunk, so how many chunks there are depends on the machine.
+    assert sum(bool(choice.text) for chunk in chunks for choice in chunk.choices) > 1
+    assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [120]
     assert not chunks[-1].choices and chunks[-2].choices[0].finish_reason == "length"
     stopped = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0, stop=["main", "zzz"])
     assert stopped.choices[0].text == same.text.split("main")[0]
