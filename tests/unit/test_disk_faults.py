@@ -19,6 +19,7 @@ from helpers.hosts import make_host
 from helpers.reference import greedy
 
 from moray.cluster.arena_source import ArenaSource
+from moray.cluster.messages import Ask
 from moray.runtime.errors import CorruptShardError, MorayError, StoreError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.generation.runner import Runner
@@ -141,6 +142,28 @@ def absent(host: ShardHost, layer: int) -> list[int]:
 
 
 # -------------------------------------------------------------------------------------- read errors
+
+
+def test_a_late_refusal_does_not_reach_the_next_request(demo: Store, disk: Disk) -> None:
+    """What was asked for a layer call that was given up is answered while the next one waits."""
+    with hosts_and_source(demo, SLOTS, prefetch="off") as ((host,), source):
+        assert host.wait_filled(60)
+        layer, link = 0, source._hosts[0].link
+        experts = absent(host, layer)[:1]
+        disk.fault = refuse
+        source.fetch(layer, np.array(experts, dtype=np.int64))
+        with host._loader.lock:
+            assert host._loader.lock.wait_for(lambda: host._loader.errors, 60)
+        link.ask(Ask(layer=layer, experts=experts))
+        assert link.client.socket.poll(60_000)  # the refusal is here, and nobody has read it
+        mend(disk, host)
+
+        def late(real: Read, *arguments: Any) -> int:
+            time.sleep(0.2)
+            return real(*arguments)
+
+        disk.fault = late
+        assert read_all(source, layer, experts) == shards(demo, layer, experts)
 
 
 def test_a_read_error_ends_the_request_and_the_next_one_is_served(demo: Store, disk: Disk, expected: list[int]) -> None:
