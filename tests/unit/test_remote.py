@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from subprocess import Popen
-from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from helpers.checkpoints import tiny_checkpoint
 from helpers.hosts import TOKEN, make_host, new_address, serving
 from helpers.reference import greedy, runner
 from helpers.remote import host_process, net, pairs_computed
+from helpers.waiting import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -181,13 +181,6 @@ def standing(
                 source.close()
     finally:
         host.close()
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = monotonic() + seconds
-    while not condition():
-        assert monotonic() < deadline, "waited in vain"
-        sleep(0.01)
 
 
 class Faulty(threading.Thread):

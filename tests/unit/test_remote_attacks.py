@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from time import monotonic, sleep
 
 import numpy as np
 import pytest
 from helpers.hosts import TOKEN, make_host
+from helpers.waiting import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -66,10 +66,7 @@ def raw(server: DataPlaneServer) -> socket.socket:
 
 
 def until_counted(server: DataPlaneServer, connections: int) -> None:
-    deadline = monotonic() + 60
-    while server.stats.connections < connections:
-        assert monotonic() < deadline
-        sleep(0.005)
+    until(lambda: server.stats.connections >= connections)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
