@@ -25,7 +25,7 @@ from moray.runtime.kernels.vectors import F32, I32, I64, VF32, VI32
 from moray.runtime.layout import fp4, second_level
 from moray.runtime.layout.packed import ENCODINGS, METAS, PLANES, SCALE_FACTOR, VECTOR_BYTES, Encoding, Meta
 
-_MAX_UNROLLED = 32  # quads times tokens in a group; more are loops, which are as fast and quicker to compile
+_MAX_UNROLLED = 16  # quads times tokens in a group; more are loops, which are as fast and quicker to compile
 # Bytes from a use to its prefetch, for few tokens and for so many that products take about as long as memory: the best,
 # or as good as it, in every shape measured (0 to 36864).
 _AHEAD, _AHEAD_OF_MANY, _MANY = 4096, 16384, 5
@@ -107,18 +107,14 @@ def _starts(builder: ir.IRBuilder, ops: Operands, num_blocks: int) -> list[ir.Va
     return [builder.add(ops.block, builder.mul(ops.block_bytes, I64(b))) for b in range(num_blocks)]
 
 
-def _emit_prefetch(
-    builder: ir.IRBuilder, ops: Operands, width: int, blocks: list[ir.Value], done: ir.Value, num_bytes: int
-) -> None:
-    """Ask for ``num_bytes`` of each block, a distance after ``done``; past its end, of the one that will follow it."""
+def _ahead_of(builder: ir.IRBuilder, ops: Operands, width: int, num_blocks: int, done: ir.Value) -> ir.Value:
+    """What to ask for of each block when ``done`` bytes of it are done: of the one that will follow it past its end."""
     at = v.offset(builder, done, _AHEAD_OF_MANY if width >= _MANY else _AHEAD)
-    if len(blocks) > 1:
+    if num_blocks > 1:
         is_past = builder.icmp_signed(">=", at, ops.block_bytes)
-        others = builder.mul(ops.block_bytes, I64(len(blocks) - 1))
+        others = builder.mul(ops.block_bytes, I64(num_blocks - 1))
         at = builder.select(is_past, builder.add(at, others), at)
-    for block in blocks:
-        for line in range(0, num_bytes, VECTOR_BYTES):
-            v.prefetch(builder, v.offset(builder, builder.add(block, at), line))
+    return at
 
 
 # ------------------------------------------------------------------------------------ quantized
@@ -134,16 +130,17 @@ def _emit_quantized(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums
         done = builder.mul(loop.index, I64(variant.group_bytes))
         codes = [builder.add(block, done) for block in blocks]
         scales = [_emit_meta(builder, variant, next_meta, meta, num_groups, loop.index) for meta in metas]
-        _emit_prefetch(builder, ops, width, blocks, done, variant.group_bytes)
+        ahead = _ahead_of(builder, ops, width, len(blocks), done)
+        ahead_of = [builder.add(block, ahead) for block in blocks]
         panel = builder.mul(loop.index, I64((1 if variant.integer else 4) * variant.group * width))
         x = builder.add(ops.x, panel)
         if variant.integer:
             per_group = builder.mul(loop.index, I64(4 * width))
-            dots = _emit_dots(builder, variant, codes, x, width)
+            dots = _emit_dots(builder, variant, codes, ahead_of, x, width)
             xs, xsum = builder.add(ops.xs, per_group), builder.add(ops.xsum, per_group)
             _add_group(builder, sums, dots, scales, xs, xsum)
         else:
-            _emit_float_group(builder, variant, codes, x, scales, sums)
+            _emit_float_group(builder, variant, codes, ahead_of, x, scales, sums)
 
 
 def _emit_meta(
@@ -175,13 +172,28 @@ def _emit_meta(
     return scale, builder.fadd(zero, v.const_f32(second_level.lowest_zero(variant.bits)))
 
 
-def _for_each_quad(builder: ir.IRBuilder, variant: Variant, codes: list[ir.Value], width: int, body: QuadBody) -> None:
-    """Call ``body(each block's codes of one quad, number of the quad in its group)`` for all quads of a group."""
+def _for_each_quad(
+    builder: ir.IRBuilder,
+    variant: Variant,
+    codes: list[ir.Value],
+    ahead_of: list[ir.Value],
+    width: int,
+    body: QuadBody,
+) -> None:
+    """Call ``body(each block's codes of one quad, number of the quad in its group)`` for all quads of a group.
+
+    Between them it asks for as many bytes of each block from ``ahead_of`` on: a CPU has room for few requests at once.
+    """
     # Of the narrowest plane: one vector of it goes with one or more of the others.
     width_of_plane = PLANES[variant.encoding][-1]
     num_vectors = variant.group * width_of_plane // 32
+    lines_of_one = variant.group_bytes // VECTOR_BYTES // num_vectors
 
     def one(j: ir.Value) -> None:
+        for at in ahead_of:
+            for line in range(lines_of_one):
+                first = builder.add(at, builder.mul(j, I64(VECTOR_BYTES)))
+                v.prefetch(builder, v.offset(builder, first, line * num_vectors * VECTOR_BYTES))
         for field in range(8 // width_of_plane):
             quad = v.offset(builder, j, field * num_vectors)
             body([_quad(builder, variant, at, j, field, num_vectors) for at in codes], quad)
@@ -190,8 +202,7 @@ def _for_each_quad(builder: ir.IRBuilder, variant: Variant, codes: list[ir.Value
         for j in range(num_vectors):
             one(I64(j))
     else:
-        with cgutils.for_range(builder, I64(num_vectors)) as loop:
-            one(loop.index)
+        v.repeat(builder, num_vectors, one)
 
 
 def _quad(
@@ -234,9 +245,16 @@ def _three_bits(
     return builder.and_(both, v.const_i32(_BITS[3]))
 
 
-def _emit_dots(builder: ir.IRBuilder, variant: Variant, codes: list[ir.Value], x: ir.Value, width: int) -> Sums:
+def _emit_dots(
+    builder: ir.IRBuilder,
+    variant: Variant,
+    codes: list[ir.Value],
+    ahead_of: list[ir.Value],
+    x: ir.Value,
+    width: int,
+) -> Sums:
     """Exact integer products of one group: of each block, 16 rows for each token."""
-    chains = 2 if width <= 2 else 1  # few tokens: two sums for each, so that one product need not await the last
+    chains = 2 if width * len(codes) <= 2 else 1  # so that one product need not await the last
     slots = [[[cgutils.alloca_once(builder, VI32) for _ in range(chains)] for _ in range(width)] for _ in codes]
     for slot in (slot for block in slots for token in block for slot in token):
         builder.store(v.const_i32(0), slot)
@@ -252,7 +270,7 @@ def _emit_dots(builder: ir.IRBuilder, variant: Variant, codes: list[ir.Value], x
                 builder.store(v.dot4(builder, builder.load(slot), quad_codes, four, variant.instruction_set), slot)
         turn += 1
 
-    _for_each_quad(builder, variant, codes, width, add)
+    _for_each_quad(builder, variant, codes, ahead_of, width, add)
     return [[reduce(builder.add, [builder.load(slot) for slot in token]) for token in block] for block in slots]
 
 
@@ -278,6 +296,7 @@ def _emit_float_group(
     builder: ir.IRBuilder,
     variant: Variant,
     codes: list[ir.Value],
+    ahead_of: list[ir.Value],
     x: ir.Value,
     scales: list[tuple[ir.Value, ir.Value]],
     sums: Sums,
@@ -294,7 +313,7 @@ def _emit_float_group(
                 weights.append(builder.fmul(builder.fsub(builder.sitofp(byte, VF32), zero), scale))
             _add_column(builder, sums, weights, v.offset(builder, at, 4 * k * width))
 
-    _for_each_quad(builder, variant, codes, width, add)
+    _for_each_quad(builder, variant, codes, ahead_of, width, add)
 
 
 # ---------------------------------------------------------------------------------------- plain
@@ -306,7 +325,9 @@ def _emit_plain(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: Su
     blocks = _starts(builder, ops, len(sums))
     with cgutils.for_range(builder, builder.sdiv(ops.columns, I64(per_vector))) as loop:
         done = builder.mul(loop.index, I64(VECTOR_BYTES))
-        _emit_prefetch(builder, ops, width, blocks, done, VECTOR_BYTES)
+        ahead = _ahead_of(builder, ops, width, len(blocks), done)
+        for block in blocks:
+            v.prefetch(builder, builder.add(block, ahead))
         x = builder.add(ops.x, builder.mul(loop.index, I64(4 * per_vector * width)))
         lanes = [v.load(builder, builder.add(block, done), VI32) for block in blocks]
         weights = [_plain_weights(builder, one, variant.encoding) for one in lanes]

@@ -29,7 +29,23 @@ ROWS, COLUMNS, GROUP, INTEGER, BLOCK_BYTES, NUM_BLOCKS, WEIGHTS, STARTS, X, XS, 
 NUM_PARAMS = 12
 
 MAX_WIDTH = 8  # pairs in a tile
-BLOCKS_AT_ONCE = 2  # for tiles of MAX_WIDTH, in 32 registers: loads of the panels would take longer than one's products
+MOST_BLOCKS = 4  # at once
+# Row blocks at once of tiles of 1, 2, ... MAX_WIDTH pairs, measured. Of few pairs memory gives more to several streams,
+# which the CPU's own prefetching follows too; of many, loads of the panels would take longer than one block's products.
+# Their sums must find room in registers.
+_BLOCKS = {
+    "avx512vnni": (4, 4, 4, 4, 2, 2, 2, 2),
+    "avx512": (4, 4, 4, 4, 2, 2, 2, 2),
+    "avxvnni": (4, 4, 2, 2, 1, 1, 1, 1),
+    "avx2": (4, 4, 2, 2, 2, 2, 2, 2),
+    "portable": (4, 4, 2, 2, 1, 1, 1, 1),
+}
+
+
+def _cases(instruction_set: str) -> list[tuple[int, int]]:
+    """Row blocks and widths of the tiles that are compiled."""
+    single = [(1, width) for width in range(1, MAX_WIDTH + 1)]
+    return sorted({*single, *((blocks, i + 1) for i, blocks in enumerate(_BLOCKS[instruction_set]))})
 
 
 @intrinsic(prefer_literal=True)
@@ -39,28 +55,44 @@ def _tile(
 ) -> Any:  # fmt: skip
     """y[t, 0..rows] = the products of row blocks with tile token t; ``y`` is an address, ``ldy`` bytes a token.
 
-    num_blocks, a literal: 1, for tiles of any width, or more, for tiles of MAX_WIDTH.
+    num_blocks and width: one of ``_cases``.
     """
-    variant, blocks = Variant.of_number(number.literal_value), num_blocks.literal_value
+    variant = Variant.of_number(number.literal_value)
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _number, _blocks, width, block, block_bytes, columns, x, xs, xsum, y, ldy, rows = args
-        operands, done = Operands(block, block_bytes, columns, x, xs, xsum), builder.append_basic_block("done")
-        switch = builder.switch(width, done)
-        for tokens in range(1 if blocks == 1 else MAX_WIDTH, MAX_WIDTH + 1):
-            case = builder.append_basic_block(f"width{tokens}")
-            switch.add_case(I64(tokens), case)
+        _number, num_blocks, width, *others = args
+        done = builder.append_basic_block("done")
+        switch = builder.switch(builder.add(builder.mul(num_blocks, I64(MAX_WIDTH + 1)), width), done)
+        for blocks, tokens in _cases(variant.instruction_set):
+            case = builder.append_basic_block(f"blocks{blocks}width{tokens}")
+            switch.add_case(I64(blocks * (MAX_WIDTH + 1) + tokens), case)
             builder.position_at_end(case)
-            for b, sums in enumerate(emit_blocks(builder, variant, blocks, tokens, operands)):
-                left = builder.sub(rows, I64(vectors.LANES * b))
-                for t, total in enumerate(sums):
-                    at = vectors.offset(builder, builder.add(y, builder.mul(ldy, I64(t))), 4 * vectors.LANES * b)
-                    vectors.store_rows(builder, total, at, left)
+            builder.call(_tile_function(builder.module, variant, blocks, tokens), others)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(number, num_blocks, *[types.int64] * 10), codegen
+    return types.void(number, *[types.int64] * 11), codegen
+
+
+def _tile_function(module: ir.Module, variant: Variant, blocks: int, tokens: int) -> ir.Function:
+    """One case of ``_tile``. A function of its own: the time that LLVM takes grows faster than a function does."""
+    name = f"moray_tile_{variant.number}_{blocks}_{tokens}"
+    if name in module.globals:
+        return module.get_global(name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 9), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    block, block_bytes, columns, x, xs, xsum, y, ldy, rows = function.args
+    operands = Operands(block, block_bytes, columns, x, xs, xsum)
+    for b, sums in enumerate(emit_blocks(builder, variant, blocks, tokens, operands)):
+        left = builder.sub(rows, I64(vectors.LANES * b))
+        for t, total in enumerate(sums):
+            at = vectors.offset(builder, builder.add(y, builder.mul(ldy, I64(t))), 4 * vectors.LANES * b)
+            vectors.store_rows(builder, total, at, left)
+    builder.ret_void()
+    return function
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -77,7 +109,7 @@ def tile_of(pair, start, end):
 
 
 def _make_items(number: int) -> Any:
-    at_once = BLOCKS_AT_ONCE if Variant.of_number(number).instruction_set in ("avx512vnni", "avx512") else 1
+    blocks_of = (0, *_BLOCKS[Variant.of_number(number).instruction_set])  # of each width
 
     def items(params, first, last):
         rows, columns, group = word(params, ROWS), word(params, COLUMNS), word(params, GROUP)
@@ -88,7 +120,7 @@ def _make_items(number: int) -> Any:
         while item < last:
             e = item // num_blocks
             b = item - e * num_blocks
-            count = min(at_once, last - item, num_blocks - b)
+            count = min(MOST_BLOCKS, last - item, num_blocks - b)
             block = word(word(params, WEIGHTS), e) + b * block_bytes
             p, end = word(word(params, STARTS), e), word(word(params, STARTS), e + 1)
             while p < end:
@@ -96,14 +128,14 @@ def _make_items(number: int) -> Any:
                 xsum = word(params, XSUM) + p * g_bytes
                 y, left = word(params, Y) + 4 * p * rows + 64 * b, rows - 16 * b
                 width = min(MAX_WIDTH, end - p)
-                if width == MAX_WIDTH and count == BLOCKS_AT_ONCE:
-                    _tile(number, BLOCKS_AT_ONCE, width, block, block_bytes, columns, x, xs, xsum, y, 4 * rows, left)
-                else:
-                    for k in range(count):
-                        _tile(
-                            number, 1, width, block + k * block_bytes, block_bytes, columns, x, xs, xsum, y + 64 * k,
-                            4 * rows, left - 16 * k,
-                        )  # fmt: skip
+                k = 0
+                while k < count:
+                    blocks = blocks_of[width] if count - k >= blocks_of[width] else 1
+                    _tile(
+                        number, blocks, width, block + k * block_bytes, block_bytes, columns, x, xs, xsum, y + 64 * k,
+                        4 * rows, left - 16 * k,
+                    )  # fmt: skip
+                    k += blocks
                 p += width
             item += count
 

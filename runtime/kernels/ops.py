@@ -13,7 +13,7 @@ from moray.runtime.kernels import activation, attention, attention_batch, attent
 from moray.runtime.kernels.block import Variant
 from moray.runtime.kernels.gates import SWIGLU, Gate
 from moray.runtime.kernels.isa import INSTRUCTION_SET, PORTABLE
-from moray.runtime.kernels.matmul import compile_items
+from moray.runtime.kernels.matmul import MAX_WIDTH, MOST_BLOCKS, compile_items
 from moray.runtime.kernels.pool import Pool, current_pool
 from moray.runtime.layout.packed import Bytes, Numerics, PackedSpec
 
@@ -132,15 +132,16 @@ def checked_items(variant: Variant) -> int:
 
 
 def _equals_reference(variant: Variant, address: int) -> bool:
-    """Try a small random matrix with a row tail and tiles of every width."""
+    """Try a small random matrix with a row tail, as often as tiles have widths, each with so many tokens."""
     columns = max(2 * variant.group, 64) if variant.group else 48
     if variant.group:
         columns = -(-columns // variant.group) * variant.group
-    spec = PackedSpec(37, columns, variant.encoding, variant.group, variant.meta)
+    spec = PackedSpec(16 * (2 * MOST_BLOCKS - 1) + 5, columns, variant.encoding, variant.group, variant.meta)
     rng = np.random.default_rng(0)
     packed = _random_packed(spec, rng)
-    x = rng.standard_normal((15, columns)).astype(np.float32)
-    y = linear(x, packed, MatrixKernel.with_items(spec, variant.integer, address))
+    starts = np.concatenate(([0], np.cumsum(np.arange(1, MAX_WIDTH + 1))))
+    x, same = rng.standard_normal((starts[-1], columns)).astype(np.float32), np.full(MAX_WIDTH, packed.ctypes.data)
+    y = MatrixKernel.with_items(spec, variant.integer, address).matmul(x, same, starts)
     if variant.integer or not variant.group:
         return np.array_equal(y, reference.matmul(x, packed, spec))
     return bool(np.allclose(y, reference.matmul_float(x, packed, spec), rtol=1e-4, atol=1e-3))

@@ -87,8 +87,7 @@ def set_product(params, kernel, rows_params, weights, starts, num_experts, y):
 
 @njit(nogil=True, cache=True)
 def chunk_of(block_bytes):
-    at_once = mm.BLOCKS_AT_ONCE
-    return max(1, _CHUNK_BYTES // (at_once * block_bytes)) * at_once
+    return max(1, _CHUNK_BYTES // (mm.MOST_BLOCKS * block_bytes)) * mm.MOST_BLOCKS
 
 
 @njit(nogil=True, cache=True)

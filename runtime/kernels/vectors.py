@@ -44,6 +44,29 @@ def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int = 4
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
+def repeat(builder: ir.IRBuilder, count: int, body: Callable[[ir.Value], None]) -> None:
+    """``body(0..count - 1)``, count at least 1, as a loop that LLVM leaves one: unrolled it takes long to compile."""
+    before, loop, after = builder.block, builder.append_basic_block("repeat"), builder.append_basic_block("repeated")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    index = builder.phi(I64)
+    body(index)
+    following = builder.add(index, I64(1))
+    branch = builder.cbranch(builder.icmp_signed("<", following, I64(count)), loop, after)
+    branch.set_metadata("llvm.loop", _no_unrolling(builder.module))
+    index.add_incoming(I64(0), before)
+    index.add_incoming(following, builder.block)
+    builder.position_at_end(after)
+
+
+def _no_unrolling(module: ir.Module) -> ir.MDValue:
+    """What marks a loop that must not be unrolled: a node whose first operand is itself, as LLVM wants it."""
+    loop = module.add_metadata([ir.MetaDataString(module, f"loop {len(module.metadata)}")])
+    disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    loop.operands = (loop, disable)
+    return loop
+
+
 def broadcast(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
     """The scalar at ``address`` in every lane."""
     return splat(builder, load(builder, address, kind))
@@ -163,11 +186,10 @@ def _halved(builder: ir.IRBuilder, operation: Callable[..., ir.Value], *vectors:
 
 def store_rows(builder: ir.IRBuilder, vector: ir.Value, address: ir.Value, rows: ir.Value) -> None:
     """Write the first ``rows`` lanes (1 or more; 16 or more: all) to ``address``."""
-    with builder.if_else(builder.icmp_signed(">=", rows, I64(LANES))) as (whole, part):
-        with whole:
-            builder.store(vector, builder.inttoptr(address, VF32.as_pointer()), align=4)
-        with part:
-            pointer = builder.inttoptr(address, F32.as_pointer())
-            for r in range(LANES - 1):
-                with builder.if_then(builder.icmp_signed(">", rows, I64(r))):
-                    builder.store(builder.extract_element(vector, I32(r)), builder.gep(pointer, [I32(r)]), align=4)
+    lanes = ir.VectorType(I64, LANES)
+    numbers = ir.Constant(lanes, list(range(LANES)))
+    mask = builder.icmp_signed("<", numbers, splat(builder, rows))
+    pointer, masks = VF32.as_pointer(), ir.VectorType(ir.IntType(1), LANES)
+    kind = ir.FunctionType(ir.VoidType(), [VF32, pointer, I32, masks])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.store.v16f32.p0")
+    builder.call(function, [vector, builder.inttoptr(address, pointer), I32(4), mask])
