@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.reference import runner
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from moray.runtime.experts.source import LeaseTable
 from moray.runtime.generation.runner import Runner
 from moray.runtime.model.kv_layer import new_cache
 from moray.runtime.model.layer_run import LayerRun
-from moray.runtime.model.model_modules import fused_step
+from moray.runtime.model.model_modules import FusedModel, fuse_model, fused_step
 
 PROMPT = torch.arange(3, 24)[None]
 
@@ -151,3 +152,11 @@ def test_a_step_has_the_models_logits(made: Runner) -> None:
 def test_a_model_that_scales_its_logits_is_asked_itself(store: Callable[..., Path]) -> None:
     with runner(store("granitemoe", "none"), "float") as made:
         assert fused_step(made.model) is None
+
+
+def test_models_of_many_layers_get_the_short_step() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=1, num_hidden_layers=96, num_local_experts=2)
+    model = MixtralForCausalLM(config).eval()
+    fuse_model(model)
+    assert isinstance(model.base_model.forward, FusedModel)
