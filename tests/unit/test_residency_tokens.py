@@ -267,7 +267,7 @@ def test_what_is_evicted_at_the_worst_moment_costs_no_bit(
 
 
 @pytest.mark.parametrize(
-    "count", [15, pytest.param(500, marks=[pytest.mark.long, pytest.mark.timeout(6000)])], ids=["some", "many"]
+    "count", [25, pytest.param(500, marks=[pytest.mark.long, pytest.mark.timeout(6000)])], ids=["some", "many"]
 )
 def test_any_slots_hosts_predictions_and_evictions_give_the_same_bits(
     count: int, case_of: Callable[[str, Numerics], Case]
