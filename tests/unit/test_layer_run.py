@@ -154,9 +154,21 @@ def test_a_model_that_scales_its_logits_is_asked_itself(store: Callable[..., Pat
         assert fused_step(made.model) is None
 
 
-def test_models_of_many_layers_get_the_short_step() -> None:
+@pytest.mark.parametrize("num_layers", [4, 96])
+def test_the_short_step_is_taken_if_it_gives_the_models_own_state(
+    num_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2}
-    config = MixtralConfig(**sizes, num_key_value_heads=1, num_hidden_layers=96, num_local_experts=2)
+    config = MixtralConfig(**sizes, num_key_value_heads=1, num_hidden_layers=num_layers, num_local_experts=2)
     model = MixtralForCausalLM(config).eval()
+    right = FusedModel._compute
+
+    def slightly_wrong(self: FusedModel, ids: torch.Tensor, cache: Any, positions: list[int]) -> torch.Tensor:
+        return right(self, ids, cache, positions) * 1.001
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedModel, "_compute", slightly_wrong)
+        fuse_model(model)
+        assert "forward" not in vars(model.base_model)
     fuse_model(model)
     assert isinstance(model.base_model.forward, FusedModel)
