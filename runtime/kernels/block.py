@@ -107,14 +107,17 @@ def _starts(builder: ir.IRBuilder, ops: Operands, num_blocks: int) -> list[ir.Va
     return [builder.add(ops.block, builder.mul(ops.block_bytes, I64(b))) for b in range(num_blocks)]
 
 
-def _ahead_of(builder: ir.IRBuilder, ops: Operands, width: int, num_blocks: int, done: ir.Value) -> ir.Value:
-    """What to ask for of each block when ``done`` bytes of it are done: of the one that will follow it past its end."""
-    at = v.offset(builder, done, _AHEAD_OF_MANY if width >= _MANY else _AHEAD)
-    if num_blocks > 1:
-        is_past = builder.icmp_signed(">=", at, ops.block_bytes)
-        others = builder.mul(ops.block_bytes, I64(num_blocks - 1))
-        at = builder.select(is_past, builder.add(at, others), at)
-    return at
+def _ahead(builder: ir.IRBuilder, ops: Operands, width: int, num_blocks: int, done: ir.Value) -> ir.Value:
+    """How far ahead of ``done`` bytes of a block to ask for more: past its end, of the one that will follow it.
+
+    (``num_blocks`` are worked on side by side: that is not the next one in memory.)
+    """
+    distance = I64(_AHEAD_OF_MANY if width >= _MANY else _AHEAD)
+    if num_blocks == 1:
+        return distance
+    is_past = builder.icmp_signed(">=", builder.add(done, distance), ops.block_bytes)
+    others = builder.mul(ops.block_bytes, I64(num_blocks - 1))
+    return builder.select(is_past, builder.add(others, distance), distance)
 
 
 # ------------------------------------------------------------------------------------ quantized
@@ -130,17 +133,16 @@ def _emit_quantized(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums
         done = builder.mul(loop.index, I64(variant.group_bytes))
         codes = [builder.add(block, done) for block in blocks]
         scales = [_emit_meta(builder, variant, next_meta, meta, num_groups, loop.index) for meta in metas]
-        ahead = _ahead_of(builder, ops, width, len(blocks), done)
-        ahead_of = [builder.add(block, ahead) for block in blocks]
+        ahead = _ahead(builder, ops, width, len(blocks), done)
         panel = builder.mul(loop.index, I64((1 if variant.integer else 4) * variant.group * width))
         x = builder.add(ops.x, panel)
         if variant.integer:
             per_group = builder.mul(loop.index, I64(4 * width))
-            dots = _emit_dots(builder, variant, codes, ahead_of, x, width)
+            dots = _emit_dots(builder, variant, codes, ahead, x, width)
             xs, xsum = builder.add(ops.xs, per_group), builder.add(ops.xsum, per_group)
             _add_group(builder, sums, dots, scales, xs, xsum)
         else:
-            _emit_float_group(builder, variant, codes, ahead_of, x, scales, sums)
+            _emit_float_group(builder, variant, codes, ahead, x, scales, sums)
 
 
 def _emit_meta(
@@ -176,13 +178,13 @@ def _for_each_quad(
     builder: ir.IRBuilder,
     variant: Variant,
     codes: list[ir.Value],
-    ahead_of: list[ir.Value],
+    ahead: ir.Value,
     width: int,
     body: QuadBody,
 ) -> None:
     """Call ``body(each block's codes of one quad, number of the quad in its group)`` for all quads of a group.
 
-    Between them it asks for as many bytes of each block from ``ahead_of`` on: a CPU has room for few requests at once.
+    Between them it asks for as many bytes of each block, ``ahead`` of its codes: a CPU has room for few requests.
     """
     # Of the narrowest plane: one vector of it goes with one or more of the others.
     width_of_plane = PLANES[variant.encoding][-1]
@@ -190,9 +192,9 @@ def _for_each_quad(
     lines_of_one = variant.group_bytes // VECTOR_BYTES // num_vectors
 
     def one(j: ir.Value) -> None:
-        for at in ahead_of:
+        for at in codes:
+            first = builder.add(builder.add(at, ahead), builder.mul(j, I64(VECTOR_BYTES)))
             for line in range(lines_of_one):
-                first = builder.add(at, builder.mul(j, I64(VECTOR_BYTES)))
                 v.prefetch(builder, v.offset(builder, first, line * num_vectors * VECTOR_BYTES))
         for field in range(8 // width_of_plane):
             quad = v.offset(builder, j, field * num_vectors)
@@ -249,7 +251,7 @@ def _emit_dots(
     builder: ir.IRBuilder,
     variant: Variant,
     codes: list[ir.Value],
-    ahead_of: list[ir.Value],
+    ahead: ir.Value,
     x: ir.Value,
     width: int,
 ) -> Sums:
@@ -270,7 +272,7 @@ def _emit_dots(
                 builder.store(v.dot4(builder, builder.load(slot), quad_codes, four, variant.instruction_set), slot)
         turn += 1
 
-    _for_each_quad(builder, variant, codes, ahead_of, width, add)
+    _for_each_quad(builder, variant, codes, ahead, width, add)
     return [[reduce(builder.add, [builder.load(slot) for slot in token]) for token in block] for block in slots]
 
 
@@ -296,7 +298,7 @@ def _emit_float_group(
     builder: ir.IRBuilder,
     variant: Variant,
     codes: list[ir.Value],
-    ahead_of: list[ir.Value],
+    ahead: ir.Value,
     x: ir.Value,
     scales: list[tuple[ir.Value, ir.Value]],
     sums: Sums,
@@ -313,7 +315,7 @@ def _emit_float_group(
                 weights.append(builder.fmul(builder.fsub(builder.sitofp(byte, VF32), zero), scale))
             _add_column(builder, sums, weights, v.offset(builder, at, 4 * k * width))
 
-    _for_each_quad(builder, variant, codes, ahead_of, width, add)
+    _for_each_quad(builder, variant, codes, ahead, width, add)
 
 
 # ---------------------------------------------------------------------------------------- plain
@@ -325,7 +327,7 @@ def _emit_plain(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: Su
     blocks = _starts(builder, ops, len(sums))
     with cgutils.for_range(builder, builder.sdiv(ops.columns, I64(per_vector))) as loop:
         done = builder.mul(loop.index, I64(VECTOR_BYTES))
-        ahead = _ahead_of(builder, ops, width, len(blocks), done)
+        ahead = builder.add(done, _ahead(builder, ops, width, len(blocks), done))
         for block in blocks:
             v.prefetch(builder, builder.add(block, ahead))
         x = builder.add(ops.x, builder.mul(loop.index, I64(4 * per_vector * width)))

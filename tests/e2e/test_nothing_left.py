@@ -40,8 +40,9 @@ class Running:
 @contextmanager
 def generating(max_new_tokens: int) -> Iterator[Running]:
     process = subprocess.Popen(
-        [*COMMAND, str(max_new_tokens), *SLOWER], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        [*COMMAND, str(max_new_tokens), *SLOWER], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     assert process.stdout is not None
     fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # what is not read stops it long before the end
     try:
