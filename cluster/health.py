@@ -132,10 +132,13 @@ class LinkRate:
         """The trials are over: of their round trips the shortest is the network's, the others met with something."""
         self.round_trip_s = min(self.round_trip_s, self._least_s)
 
-    def observe_early(self, most_s: float) -> None:
-        """A small reply was there when it was looked for, so it took no longer than this, and nobody knows how much
-        less. Were only late ones counted, the host would get ever less work, and ever more of the rest be early.
+    def observe_early(self, num_bytes: int, most_s: float) -> None:
+        """A reply was there when it was looked for, so it took no longer than this, and nobody knows how much less.
+        Were only late ones counted, the host would get ever less work, and ever more of the rest be early. (A large
+        one says nothing of the round trip.)
         """
+        if num_bytes >= self._SMALL:
+            return
         likely_s = max(self._SOONER * min(self.round_trip_s, max(most_s, 0.0)), self._least_s)
         if likely_s < self.round_trip_s:
             self.round_trip_s = self._mean(0, self.round_trip_s, likely_s)

@@ -127,7 +127,7 @@ class RemoteLanes:
         places = choose_places(counts, is_here.tolist(), offers, layout.num_bytes, self.rates, self.forced)
         chosen = {number: [i for i, place in enumerate(places) if place == number] for number in set(places) - {HERE}}
         for host in held:
-            host.passed_over += host.number not in chosen
+            host.passed_over += host.number not in chosen and any(held[host])
         if not chosen:
             return None
         known = self._layers.get(layer)

@@ -36,7 +36,7 @@ _FEW_ROWS, _MANY_ROWS, _NUM_FEW = 1, 16, 3
 _TRIALS = (*(1 + _NUM_FEW) * (_FEW_ROWS,), _MANY_ROWS, _MANY_ROWS)
 _TRIAL_MS = 20  # that the answer to one is awaited, so that its time is known
 _NEWS_S = 0.2  # between questions to a host that has not yet loaded what is assigned to it
-_FORGOTTEN = 2000  # layer calls without work for a host, before it is measured again
+_FORGOTTEN = 2000  # layer calls that go to others, before a host is measured again
 _MOST_ABANDONED = 256
 _LEAST_RATE = 1e-15  # s for a byte: what noise may not make zero or less
 _log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class RemoteHost:
         self.stats = RemoteStats(address.host_id, address.node)
         self.failure: ClusterError | None = None  # why it can never be used as it is
         self.in_flight: dict[int, Request] = {}
-        self.passed_over = 0  # layer calls since it was last asked
+        self.passed_over = 0  # layer calls that it could have had a part in, since it was last asked
         self._last_reply_at = now
         self._abandoned: dict[int, Request] = {}
         self._pings: dict[int, float] = {}
@@ -225,7 +225,7 @@ class RemoteHost:
         if waited:
             self.link.observe(request.wire_bytes, on_way_s)
         else:
-            self.link.observe_early(on_way_s)
+            self.link.observe_early(request.wire_bytes, on_way_s)
         self._publish_link()
 
     def _publish_link(self) -> None:

@@ -125,12 +125,14 @@ def test_replies_that_nobody_waited_for_make_a_link_quicker_down_to_what_was_see
     for _ in range(50):
         link.observe(4000, 2e-3)  # stalls
     slow = link.round_trip_s
-    link.observe_early(5e-3)
+    link.observe_early(10**6, 5e-3)
+    assert link.round_trip_s == slow  # its bytes took most of that
+    link.observe_early(4000, 5e-3)
     assert 0.9 * slow < link.round_trip_s < slow
     for _ in range(300):
-        link.observe_early(5e-3)
+        link.observe_early(4000, 5e-3)
     assert link.round_trip_s == pytest.approx(3e-4, rel=1e-3)
-    link.observe_early(1e-3)
+    link.observe_early(4000, 1e-3)
     assert link.round_trip_s >= 3e-4
     for _ in range(50):
         link.observe(4000, 2e-3)

@@ -272,6 +272,11 @@ def test_a_host_that_is_passed_over_for_long_is_measured_again(demo_case: Case) 
         before = host.stats.requests
         demo_case.check(run)
         assert host.stats.requests == before and host.passed_over > 0
+        with source._remote.lock:
+            had, host.resident, host.passed_over = host.resident, [np.zeros_like(held) for held in host.resident], 0
+        demo_case.check(run)
+        assert host.passed_over == 0  # it had nothing to offer
+        host.resident = had
         host.passed_over = 10**6
         until(lambda: host.link.round_trip_s < 1 and not host._trials)
         demo_case.check(run)
