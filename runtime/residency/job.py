@@ -40,6 +40,11 @@ class Job:
         return self.readers[0]
 
     @property
+    def has_unread(self) -> bool:
+        """Whether there is a piece that nobody reads yet."""
+        return self.next_piece < self.num_pieces
+
+    @property
     def num_pieces(self) -> int:
         return -(-self.entry.num_bytes // self.piece_bytes)
 

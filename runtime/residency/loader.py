@@ -115,8 +115,12 @@ class Loader:
         self._disk.close()
 
     def wake(self) -> None:
-        """The manager has new wishes. Call with ``lock`` held."""
-        self._work.notify_all()
+        """The manager has new wishes. Call with ``lock`` held.
+
+        One thread wakes, and the next one when that has found something and there may be more: many at once would
+        take the cores from what is computed meanwhile.
+        """
+        self._work.notify()
 
     @property
     def is_idle(self) -> bool:
@@ -139,6 +143,8 @@ class Loader:
                     self._work.wait(self._pause_s())
                     found = self._find()
                 job, piece = found
+                if self._may_find_more:
+                    self._work.notify()
                 lane = self._lane(job)
                 job.in_flight += 1
                 self._note_reading(lane, 1)
@@ -153,6 +159,10 @@ class Loader:
                     job.error = error
             self._advance(job)
 
+    @property
+    def _may_find_more(self) -> bool:
+        return self._manager.is_asked or self._manager.may_fill or any(job.has_unread for job in self._jobs)
+
     def _find(self) -> tuple[Job, int] | None:
         """A piece to read: of the most urgent load that has one left, or of a new load if that is more urgent."""
         if self._is_closed or not (
@@ -160,7 +170,7 @@ class Loader:
         ):
             return None
         self._end_given_up()
-        waiting = [job for job in self._jobs if job.next_piece < job.num_pieces and not self._is_over(job)]
+        waiting = [job for job in self._jobs if job.has_unread and not self._is_over(job)]
         ready = [job for job in waiting if self._has_room(self._lane(job)) and not self._is_throttled(job)]
         best = min(ready, key=lambda job: (self._manager.urgency(job.load.expert), job.order), default=None)
         num_waiting = len(waiting) - len(ready)
@@ -242,7 +252,6 @@ class Loader:
         job = Job(load, key, entry, memory, self._started, is_new_memory, PIECE_BYTES, readers)
         self._started += 1
         self._jobs.append(job)
-        self._work.notify(job.num_pieces - 1)  # the others read its other pieces
         return job
 
     def _readers(self, key: ExpertKey) -> list[ShardReader]:
@@ -296,7 +305,7 @@ class Loader:
             if job.reader is self._disk and self._disk.has(job.key):
                 job.damage = job.error
             if job.try_next(job.error, is_checksum=is_damaged):
-                self._work.notify_all()
+                self.wake()
                 return
             job.error = job.failure()
         self._jobs.remove(job)
