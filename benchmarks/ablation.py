@@ -18,12 +18,14 @@ Rows, as the paper's; the tokens are the same in all, and checked:
 ``--tokens`` tokens after a prompt of 16. *step* is seconds / token after the first; medians over ``--rounds`` rounds.
 All other numbers are of the counters between (capped.py).
 - *hit rate*: uses that found their expert in memory without a prefetch's help, of all uses. *read*: bytes read a token.
+- *raw bandwidth* is disk.py's, measured before each row: disks differ from minute to minute. For what follows each
+  row's waiting is scaled to the round's median bandwidth.
 - *The cache's gain*: without cache and prefetch / without prefetch. *Implied*: waiting scales with misses, so
   T0 / (T0 - W0 + W0 * (1 - h) / (1 - h0)), with T0, W0, h0 the step, waiting and hit rate without cache, h with it.
-- *Overlap*: what the prefetch saved, step without prefetch - full. *Possible*: the smaller of what is computed beside
-  waiting (T1 - W1, without prefetch) and of what waiting the predictions foresaw (recall * W1): a byte cannot be read
-  before it is known, nor more be hidden than is computed. *recall*: chosen experts among those predicted one layer
-  ahead, of the decoded tokens. *raw bandwidth* is disk.py's in the same round.
+- *Overlap*: what the prefetch saved, step without prefetch - full. *Possible*: a prediction comes one layer ahead, so of
+  a miss that it foresaw at most one layer's computing is hidden, (T1 - W1) / layers, and no more than is waited for it,
+  W1 / M1: recall * M1 times the smaller of both, with M1 the misses of a token without prefetch. *recall*: chosen
+  experts among those predicted one layer ahead, of the decoded tokens.
 """
 
 from __future__ import annotations
@@ -79,9 +81,24 @@ class Round:
     """One decode by each row of the table."""
 
     bits: int
-    bandwidth: float
+    layers: int
+    bandwidths: dict[str, float]
     recall: float
     samples: dict[str, Sample]
+
+    @property
+    def bandwidth(self) -> float:
+        return median(self.bandwidths.values())
+
+    def waiting_s(self, row: str) -> float:
+        """Of a token, at the round's bandwidth."""
+        return self.samples[row].per_unit("wait_s") * self.bandwidths[row] / self.bandwidth
+
+    def computing_s(self, row: str) -> float:
+        return self.samples[row].seconds - self.samples[row].per_unit("wait_s")
+
+    def step_s(self, row: str) -> float:
+        return self.computing_s(row) + self.waiting_s(row)
 
 
 @dataclass(frozen=True)
@@ -96,34 +113,36 @@ class Findings:
 
     @classmethod
     def of(cls, found: Round) -> Findings:
-        full, cached, uncached, naive = (found.samples[row] for row in (_FULL, _NO_PREFETCH, _NO_CACHE, _NAIVE))
-        waiting = uncached.per_unit("wait_s")
+        cached, uncached = found.samples[_NO_PREFETCH], found.samples[_NO_CACHE]
         fewer = (1 - cached.counters.hit_rate) / max(1e-9, 1 - uncached.counters.hit_rate)
-        left = cached.per_unit("wait_s")
+        implied_s = found.computing_s(_NO_CACHE) + found.waiting_s(_NO_CACHE) * fewer
+        of_layer, misses = found.computing_s(_NO_PREFETCH) / found.layers, cached.per_unit("misses")
+        of_miss = found.waiting_s(_NO_PREFETCH) / max(1e-9, misses)
         return cls(
-            gain=uncached.seconds / cached.seconds,
-            implied_gain=uncached.seconds / (uncached.seconds - waiting + waiting * fewer),
-            saved_s=cached.seconds - full.seconds,
-            possible_s=min(max(0.0, cached.seconds - left), found.recall * left),
-            full_over_naive=naive.seconds / full.seconds,
+            gain=found.step_s(_NO_CACHE) / found.step_s(_NO_PREFETCH),
+            implied_gain=found.step_s(_NO_CACHE) / implied_s,
+            saved_s=found.step_s(_NO_PREFETCH) - found.step_s(_FULL),
+            possible_s=found.recall * misses * max(0.0, min(of_layer, of_miss)),
+            full_over_naive=found.step_s(_NAIVE) / found.step_s(_FULL),
         )
 
 
 def measure_round(store: Path, bits: int, seed: int, arguments: argparse.Namespace) -> Round:
     replay = load_replay(store)
     with Store.open(store) as opened:
-        slots = arguments.cached * len(opened.manifest.layers)
+        layers = len(opened.manifest.layers)
+        slots = arguments.cached * layers
         slot_bytes = opened.manifest.slot_bytes
     prompts = ReplayPrompts(replay.texts("trace"), seed)
     warm, ask = (Ask(tuple(prompts.make(_PROMPT_TOKENS, arguments.tokens)), arguments.tokens) for _ in range(2))
     rows = [
         (name, Options() if arguments.all_resident else options) for name, options in rows_of(slot_bytes, slots).items()
     ]
-    bandwidth = store_bandwidth(store, 0.3).bytes_per_s
-    samples = {}
+    bandwidths, samples = {}, {}
     for name, options in rows[seed % len(rows) :] + rows[: seed % len(rows)]:
+        bandwidths[name] = store_bandwidth(store, 0.3).bytes_per_s
         (samples[name],) = run_all(store, options, arguments.threads, [warm], [ask], replay)
-    return Round(bits, bandwidth, recall_of(replay, ask), samples)
+    return Round(bits, layers, bandwidths, recall_of(replay, ask), samples)
 
 
 def recall_of(replay: Replay, ask: Ask) -> float:
