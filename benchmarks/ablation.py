@@ -22,9 +22,9 @@ All other numbers are of the counters between (capped.py).
   row's waiting is scaled to the round's median bandwidth.
 - *The cache's gain*: without cache and prefetch / without prefetch. *Implied*: waiting scales with misses, so
   T0 / (T0 - W0 + W0 * (1 - h) / (1 - h0)), with T0, W0, h0 the step, waiting and hit rate without cache, h with it.
-- *Overlap*: what the prefetch saved, step without prefetch - full. *Possible*: a prediction comes one layer ahead, so of
+- *Overlap*: what the prefetch saved, step without prefetch - full. *Possible*: a prediction comes a layer ahead, so of
   a miss that it foresaw at most one layer's computing is hidden, (T1 - W1) / layers, and no more than is waited for it,
-  W1 / M1: recall * M1 times the smaller of both, with M1 the misses of a token without prefetch. *recall*: chosen
+  W1 / M1: recall * M1 times the smaller of both, M1 being the misses of a token without prefetch. *recall*: chosen
   experts among those predicted one layer ahead, of the decoded tokens.
 """
 
