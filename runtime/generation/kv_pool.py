@@ -61,8 +61,9 @@ class KVPool:
         if self._free(spare) + sum(kv.reserved_bytes for kv in self._kept) < needed:
             return None
         source, length = self._best_source(ids, kinds, is_new)
-        if source in self._kept and (length == len(source.ids) or self._free(spare) < needed):
-            self._kept.remove(source)  # moved: all of it is used, or there is no room for both
+        must_move = source is not None and (length == len(source.ids) or not source.can_copy)
+        if source in self._kept and (must_move or self._free(spare) < needed):
+            self._kept.remove(source)  # moved: all of it is used, it cannot be copied, or there is no room for both
             self._make_room(needed, spare)
             source.crop(length)
             kv = source
@@ -143,6 +144,8 @@ class KVPool:
             length = 0
             if kv in self._kept or kv.can_copy:
                 length = kv.reusable_prefix(ids, kinds)
+                if not kv.can_copy and 2 * length < len(kv.ids):
+                    length = 0  # moved, it would lose more than it saves
             if is_new and kv in self._kept and kv.can_chunk and _is_part(kv.ids, ids[:-1]):
                 length = len(kv.ids)
             if length > best[1]:

@@ -12,6 +12,7 @@ from helpers.loops import PROMPTS, drive, end_of, run, text_of, tokens_of
 from helpers.reference import runner
 
 from moray.runtime.errors import RequestError
+from moray.runtime.generation.kv import KVCache
 from moray.runtime.generation.kv_pool import BLOCK_TOKENS, KEPT_CACHES
 from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.step_loop import StepLoop
@@ -54,6 +55,21 @@ def test_a_prompt_that_parts_ways_reuses_what_is_common(
     assert tokens_of(reused) == tokens_of(run(make_loop(), other))
     unrelated = request_of([5, 6, 7], 8)
     assert end_of(run(loop, unrelated)).usage.cached_tokens == 0
+
+
+def test_a_cache_that_cannot_be_copied_is_moved_for_those_that_use_most_of_it(
+    make_loop: Callable[..., StepLoop], request_of: Callable[..., GenerationRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of indexed attention, whose layers know nothing of copies."""
+    monkeypatch.setattr(KVCache, "can_copy", False)
+    loop, first = make_loop(), request_of([0, *range(10, 30)], 2)
+    answer = tokens_of(run(loop, first))
+    for prompt, cached in (([0, 10, 99, 98], 0), ([0, *range(10, 28), 97], 18), ([0, *range(10, 15), 96, 95], 0)):
+        request = request_of(prompt, 6)
+        reused = run(loop, request)
+        assert end_of(reused).usage.cached_tokens == cached
+        assert tokens_of(reused) == tokens_of(run(make_loop(), request))
+    assert tokens_of(run(loop, first)) == answer
 
 
 def test_a_prompt_is_computed_once_for_all_that_share_it(
