@@ -61,8 +61,7 @@ class KVPool:
         if self._free(spare) + sum(kv.reserved_bytes for kv in self._kept) < needed:
             return None
         source, length = self._best_source(ids, kinds, is_new)
-        must_move = source is not None and (length == len(source.ids) or not source.can_copy)
-        if source in self._kept and (must_move or self._free(spare) < needed):
+        if source in self._kept and (length == len(source.ids) or not source.can_copy or self._free(spare) < needed):
             self._kept.remove(source)  # moved: all of it is used, it cannot be copied, or there is no room for both
             self._make_room(needed, spare)
             source.crop(length)

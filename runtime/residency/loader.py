@@ -161,7 +161,7 @@ class Loader:
 
     @property
     def _may_find_more(self) -> bool:
-        return self._manager.is_asked or self._manager.may_fill or any(job.has_unread for job in self._jobs)
+        return self._manager.is_asked or self._manager.wants_to_fill or any(job.has_unread for job in self._jobs)
 
     def _find(self) -> tuple[Job, int] | None:
         """A piece to read: of the most urgent load that has one left, or of a new load if that is more urgent."""

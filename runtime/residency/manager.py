@@ -94,11 +94,6 @@ class ResidencyManager:
         return bool(self._free) and any(self._is_loadable(e) for e in self._fills)
 
     @property
-    def may_fill(self) -> bool:
-        """Whether there is free memory, and perhaps something left to fill it with."""
-        return bool(self._free and self._fills)
-
-    @property
     def holds_all(self) -> bool:
         """Whether there is a slot for every expert: then nothing is ever evicted."""
         return self._num_slots >= len(self._state)
