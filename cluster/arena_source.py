@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import numpy as np
+import numpy.typing as npt
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.host_link import HostLink
@@ -20,10 +21,21 @@ from moray.runtime.arena import FAILED, Arena, ArenaRef
 from moray.runtime.errors import ClusterError, HostLostError
 from moray.runtime.events import Event
 from moray.runtime.experts.source import Fetch, Ints, Lease, LeaseTable, SourceInfo, SourceStats
-from moray.runtime.kernels.memory import all_equal, look_up
+from moray.runtime.kernels.memory import (
+    ENTRY,
+    FIRST_COUNTER,
+    FIRST_SLOT,
+    GENERATION,
+    NUM_COLUMNS,
+    SLOT_BYTES,
+    all_equal,
+    look_up_all,
+)
 from moray.runtime.layout.packed import LAYOUT_ID, Bytes
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
+
+Bools = npt.NDArray[np.bool_]
 
 _CLIENT = "compute"  # an engine has one: a new one takes the place of one that died, whose claims are dropped
 _SLICE_S = 0.005  # of a wait, when shards may come from several hosts: one can only sleep on one
@@ -56,20 +68,15 @@ class _ReadLease:
 
 
 class _Layer:
-    """For each expert of a layer: its host, where to look it up, and what was found. All int64 [E]."""
+    """For each expert of a layer: its host, where to look it up, and what was found."""
 
     def __init__(self, num_experts: int) -> None:
-        def column(value: int = 0) -> Ints:
-            return np.full(num_experts, value, dtype=np.int64)
+        self.owners: Ints = np.full(num_experts, -1, dtype=np.int64)
+        self.leases = LeaseTable(np.zeros((NUM_COLUMNS, num_experts), dtype=np.int64))
+        self.leases.columns[GENERATION] = -1
 
-        self.owners = column(-1)
-        self.places = (column(), column(), column(), column())  # as look_up takes them
-        self.leases = LeaseTable(column(), column(), column(-1))
-        self.is_final = False  # everything was found, and stays
-
-    def refresh(self) -> int:
-        found: int = look_up(*self.places, self.leases.addresses, self.leases.counters, self.leases.generations)
-        return found
+    def refresh(self) -> None:
+        look_up_all(self.leases.columns)
 
 
 class _Host:
@@ -81,6 +88,12 @@ class _Host:
         self.num_experts = sum(len(experts) for experts in welcome.experts)
         self.info = SourceInfo(welcome.host_id, "arena", self.num_experts, welcome.arena_bytes)
         self.uses: list[list[int]] = []
+
+    def directory_of(self, layer: _Layer, experts: Ints) -> Ints:
+        """What the directory says of experts of this host: their slots, or why there is none."""
+        first_entry = self.arena.entry_addresses(np.zeros(1, dtype=np.int64))
+        found: Ints = self.arena.directory[(layer.leases.columns[ENTRY, experts] - first_entry) // 8]
+        return found
 
     def take_uses(self) -> list[list[int]]:
         uses, self.uses = self.uses, []
@@ -132,11 +145,13 @@ class ArenaSource:
         return _ArenaFetch(self, layer, experts)
 
     def table(self, layer: int) -> LeaseTable:
+        return self._layers[layer].leases
+
+    def in_memory(self, layer: int, experts: Ints) -> Bools:
+        """bool [N]: which of a layer's experts are here now."""
         of_layer = self._layers[layer]
-        if not of_layer.is_final:
-            found = of_layer.refresh()
-            of_layer.is_final = not self.wants_uses and found == len(of_layer.owners)
-        return of_layer.leases
+        of_layer.refresh()
+        return of_layer.leases.generations[experts] >= 0
 
     def used(self, layer: int, experts: list[int]) -> None:
         owners = self._layers[layer].owners
@@ -150,11 +165,10 @@ class ArenaSource:
                 host.link.send(Hint(layer=layer, experts=[], uses=host.take_uses()))
 
     def hint(self, layer: int, experts: list[int]) -> None:
-        of_layer = self._layers[layer]
-        of_layer.refresh()
-        absent = [e for e in experts if of_layer.leases.generations[e] < 0]
+        owners, is_here = self._layers[layer].owners, self.in_memory(layer, np.array(experts, dtype=np.int64))
+        absent = [e for e, here in zip(experts, is_here.tolist(), strict=True) if not here]
         for index, host in enumerate(self._hosts):
-            mine = [e for e in absent if of_layer.owners[e] == index]
+            mine = [e for e in absent if owners[e] == index]
             if mine and host.arena.wants_hints:
                 host.link.send(Hint(layer=layer, experts=mine, uses=host.take_uses()))
 
@@ -169,9 +183,7 @@ class ArenaSource:
         of_layer, held = self._layers[layer], np.full(len(self._layers[layer].owners), -1, dtype=np.int64)
         for index, host in enumerate(self._hosts):
             mine = np.flatnonzero(of_layer.owners == index)
-            first_entry = host.arena.entry_addresses(np.zeros(1, dtype=np.int64))
-            slots = host.arena.directory[(of_layer.places[0][mine] - first_entry) // 8]
-            held[mine[slots >= 0]] = index
+            held[mine[host.directory_of(of_layer, mine) >= 0]] = index
         return held
 
     def stats(self) -> SourceStats:
@@ -198,12 +210,12 @@ class ArenaSource:
         host, first = _Host(client, welcome, self._report), 0
         self._hosts.append(host)
         for of_layer, experts in zip(self._layers, welcome.experts, strict=True):
-            entries, first_slots, slot_bytes, first_counters = of_layer.places
+            columns = of_layer.leases.columns
             of_layer.owners[experts] = len(self._hosts) - 1
-            entries[experts] = host.arena.entry_addresses(np.arange(first, first + len(experts)))
-            first_slots[experts] = host.arena.addresses(np.zeros(1, dtype=np.int64))
-            slot_bytes[experts] = host.arena.slot_bytes
-            first_counters[experts] = host.arena.counter_address(0)
+            columns[ENTRY, experts] = host.arena.entry_addresses(np.arange(first, first + len(experts)))
+            columns[FIRST_SLOT, experts] = host.arena.addresses(np.zeros(1, dtype=np.int64))
+            columns[SLOT_BYTES, experts] = host.arena.slot_bytes
+            columns[FIRST_COUNTER, experts] = host.arena.counter_address(0)
             first += len(experts)
 
 
@@ -320,8 +332,7 @@ class _ArenaFetch:
         return np.array([position]), _ReadLease(shard)
 
     def _has_failed(self, host: _Host, experts: Ints) -> bool:
-        entries = self._of_layer.places[0][experts] - host.arena.entry_addresses(np.zeros(1, dtype=np.int64))
-        return bool((host.arena.directory[entries // 8] == FAILED).any())
+        return bool((host.directory_of(self._of_layer, experts) == FAILED).any())
 
     def _by_host(self, experts: Ints) -> list[tuple[int, _Host, Ints]]:
         hosts = self._source._hosts

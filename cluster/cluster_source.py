@@ -89,8 +89,7 @@ class ClusterSource:
         self._elsewhere = (-1, frozenset())
         if self._remote.forced is Lane.HOST_CPU:
             return None
-        table = self._arenas.table(layer)
-        call = self._remote.begin(layer, grouping, x_TH, gate, table.generations[grouping.active] >= 0)
+        call = self._remote.begin(layer, grouping, x_TH, gate, self._arenas.in_memory(layer, grouping.active))
         if call is not None:
             self._elsewhere = (layer, frozenset(grouping.active[call.elsewhere].tolist()))
         return call

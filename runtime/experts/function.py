@@ -183,25 +183,27 @@ class ExpertsBinding:
         fields = [*routing, self._up.offset, self._down.offset, *biases, self._layout.num_bytes]
         return RoutedKernel(np.array(fields, dtype=np.int64), router.kernel, self._fused.kernel)
 
-    def compute_routed(self, kernel: RoutedKernel, x: torch.Tensor, out: torch.Tensor) -> bool:
-        """out = experts(x, router(x)) for float32 on the CPU, or False if some expert must be fetched first."""
+    def compute_routed(self, kernel: RoutedKernel, module: Any, x_TH: torch.Tensor) -> torch.Tensor | None:
+        """experts(x, router(x)) for float32 on the CPU, or None if the experts are not to be computed in one call."""
         table = self.source.table(self.layer)
         if table is None or self.meter is None:
-            return False
-        self._announce(x)
-        count = x.numel() // kernel.router.spec.columns
-        leases = (table.addresses, table.counters, table.generations)
-        at, used = (x.data_ptr(), count, out.data_ptr()), self._used
+            return None
+        self._announce(x_TH)
+        count, used, out_TH = len(x_TH), self._used, torch.empty_like(x_TH)
+        ids_TK, weights_TK = torch.empty(count, kernel.top_k, dtype=torch.int64), torch.empty(count, kernel.top_k)
+        at = (x_TH.data_ptr(), count, (ids_TK.data_ptr(), weights_TK.data_ptr()), out_TH.data_ptr())
         started = perf_counter()
         done = self.meter.time_routed(
-            self.layer, used, lambda counts, times: routed_at(kernel, leases, counts, *at, times, used)
+            self.layer, used, lambda counts, times: routed_at(kernel, table.columns, counts, *at, times, used)
         )
-        self._is_announced = not done
-        if done and self.watch is not None:
+        if not done:
+            self._is_announced = True
+            return self.forward(module, x_TH, ids_TK, weights_TK)
+        if self.watch is not None:
             number, first = int(used[0]), 1 + self.num_experts
             active, tokens = used[1 : 1 + number].tolist(), used[first : first + number].tolist()
             self.watch.after(LayerCall(self.layer, count, active, tokens, (), 0, 0.0, perf_counter() - started))
-        return done
+        return out_TH
 
     def _announce(self, x: torch.Tensor) -> None:
         """Let the next layers' experts be predicted from this layer's input, once."""

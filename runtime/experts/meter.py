@@ -51,7 +51,6 @@ class ExpertsMeter:
     lease_s: float = 0.0
     compute_s: float = 0.0
     _times: Ints = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
-    _uses: Ints = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     @classmethod
     def of(cls, manifest: Manifest, source: ExpertSource) -> ExpertsMeter:
@@ -95,14 +94,15 @@ class ExpertsMeter:
             self._count(1, int(used[0]))
         return done
 
-    def time_layers(self, first: int, compute: Callable[[int, tuple[Ints, Ints, Ints]], int]) -> int:
+    def time_layers(self, first: int, uses: Ints, compute: Callable[[int, tuple[Ints, Ints, Ints]], int]) -> int:
         """As ``time_routed``, of several layers from ``first`` on, which count their tokens. Returns where they end.
 
-        ``compute``: given the first and what it adds to, as ``layers_at`` takes it.
+        ``uses`` [L, ..]: how many experts each layer used, and which, written; ``compute``: given the first and what it
+        adds to, as ``layers_at`` takes it.
         """
-        self._times[:] = self._uses[:] = 0
-        end = compute(first, (self.bytes_by_owner, self._times, self._uses))
-        self._count(end - first, int(self._uses[0]))
+        self._times[:] = 0
+        end = compute(first, (self.bytes_by_owner, self._times, uses))
+        self._count(end - first, int(uses[first:end, 0].sum()))
         return end
 
     def _count(self, layer_calls: int, uses: int) -> None:

@@ -54,17 +54,22 @@ class Fetch(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
 class LeaseTable:
-    """A layer's experts by index, as far as they are in memory: kept up to date in place. All int64 [E].
+    """A layer's experts by index, as far as they are in memory: int64 [C, E], whose columns kernels/memory.py names.
 
     A shard lies at its address as long as the counter at ``counters`` has the value in ``generations``; so a counter
-    that never has it says that the shard must be fetched.
+    that never has it says that the shard must be fetched. Shards that move have columns that say where to look.
     """
 
-    addresses: Ints
-    counters: Ints
-    generations: Ints
+    def __init__(self, columns: Ints) -> None:
+        self.columns = columns
+        self.addresses: Ints = columns[0]
+        self.counters: Ints = columns[1]
+        self.generations: Ints = columns[2]
+
+    @classmethod
+    def fixed(cls, addresses: Ints, counters: Ints, generations: Ints) -> LeaseTable:
+        return cls(np.stack((addresses, counters, generations)))
 
 
 class RemoteCall(Protocol):
@@ -213,7 +218,7 @@ class BlankSource:
         def column(value: int) -> Ints:
             return np.full(self._num_experts[layer], value, dtype=np.int64)
 
-        return LeaseTable(column(self._shard.ctypes.data), column(self._zero.ctypes.data), column(0))
+        return LeaseTable.fixed(column(self._shard.ctypes.data), column(self._zero.ctypes.data), column(0))
 
 
 class InProcessSource:
@@ -236,7 +241,8 @@ class InProcessSource:
                 self._shards[ExpertKey(index, expert)] = shard
                 addresses[expert] = shard.ctypes.data
             counters = np.full(layer.num_experts, self._zero.ctypes.data)
-            self._tables.append(LeaseTable(addresses, counters, np.zeros(layer.num_experts, dtype=np.int64)))
+            generations: Ints = np.zeros(layer.num_experts, dtype=np.int64)
+            self._tables.append(LeaseTable.fixed(addresses, counters, generations))
 
     def fetch(self, layer: int, experts: Ints) -> Fetch:
         return FixedFetch(self._tables[layer].addresses[experts])

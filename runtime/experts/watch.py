@@ -62,10 +62,19 @@ class LayerWatch:
         self._step, self._last_layer, self._num_tokens, self._step_began_s = -1, -1, 0, 0.0
         self._predicted: dict[int, Sequence[int]] = {}
 
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether ``before`` and ``after`` must be called for each layer; else ``used`` is enough, any time later."""
+        return self.trace is not None or self._wants_hints
+
+    @property
+    def _wants_hints(self) -> bool:
+        return self._predictor is not None and self._source.wants_hints and (self._trial is None or self._trial.is_on)
+
     def before(self, layer: int, x_TH: torch.Tensor) -> None:
         """A layer is about to compute on x: hint at what the next ones will need."""
         self._predicted = {}
-        wants_hints = self._source.wants_hints and (self._trial is None or self._trial.is_on)
+        wants_hints = self._wants_hints
         if self._predictor is None or not (wants_hints or self.trace is not None):
             return
         for prediction in self._predictor.predict(layer, x_TH):
@@ -76,18 +85,22 @@ class LayerWatch:
 
     def after(self, call: LayerCall) -> None:
         """A layer has computed."""
-        if self._source.wants_uses:
-            self._source.used(call.layer, list(call.experts))
-        if self.traffic is not None:
-            self.traffic.add(call.layer, call.experts)
-        if call.layer <= self._last_layer or self._step < 0:
-            self._begin_step(call.num_tokens)
-        self._last_layer = call.layer
+        self.used(call.layer, call.num_tokens, call.experts)
         if self.trace is not None:
             self.trace.record(
                 self._step, call.layer, call.num_tokens, call.experts, call.tokens, call.missed, self._predicted,
                 call.missed_bytes, int(1e6 * call.wait_s), int(1e6 * call.compute_s),
             )  # fmt: skip
+
+    def used(self, layer: int, num_tokens: int, experts: Sequence[int]) -> None:
+        """A layer has used these; layers in their order."""
+        if self._source.wants_uses:
+            self._source.used(layer, list(experts))
+        if self.traffic is not None:
+            self.traffic.add(layer, experts)
+        if layer <= self._last_layer or self._step < 0:
+            self._begin_step(num_tokens)
+        self._last_layer = layer
 
     @property
     def prefetch(self) -> str:

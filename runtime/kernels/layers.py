@@ -27,10 +27,10 @@ ATTENTION, PART, OUTPUT, NORMS, BLOCK, ROUTER, GATE_UP, DOWN, GATE, WORDS = (
     )
 )
 # Addresses of int64 arrays: the attention's parts, the layer's leases, and what counts its use; or of values.
-PARTS_AT, NUM_PARTS, OUTPUT_AT, ADDRESSES, COUNTERS, GENERATIONS, OWNERS, TOKENS, KEYS, VALUES, HEAD_BYTES = range(
-    WORDS, WORDS + 11
+PARTS_AT, NUM_PARTS, OUTPUT_AT, LEASES, LEASE_COLUMNS, OWNERS, TOKENS, KEYS, VALUES, HEAD_BYTES = range(
+    WORDS, WORDS + 10
 )
-NUM_WORDS = WORDS + 11
+NUM_WORDS = WORDS + 10
 
 
 @njit(nogil=True, cache=True)
@@ -40,16 +40,17 @@ def _array(address, count):
 
 @njit(nogil=True, cache=True)
 def layers_step(
-    pool, functions, rows, first, cosines, sines, rotary, length, states, attended, z, out, scratch, bytes_by_owner,
-    times, uses,
+    pool, functions, rows, first, cosines, sines, rotary, length, states, attended, z, out, chosen, scratch,
+    bytes_by_owner, times, uses,
 ):  # fmt: skip
     """Layers ``first``, ... of one token, as ``attention_step`` and ``routed_layer`` compute them one by one.
 
-    Returns the first layer whose block could not be computed because a lease had moved, or how many layers there are.
+    Returns the first layer whose block could not be computed because an expert is not there, or how many layers there
+    are. Of that layer ``chosen`` has ids and weights, as in ``routed_layer``.
     rows: int64 [L, NUM_WORDS]. states: two addresses of float32 [H]; layer l reads its input from states[l % 2] and
     writes its output to the other: where it stops, the sum that its block is to be added to, whose input is in z.
     length: of the cache, the token included. out float32 [H], attended and scratch are for its own use. Added to:
-    bytes_by_owner, times (as in routed_layer), and uses [1]: of experts by layers.
+    bytes_by_owner, times (as in routed_layer). uses int64 [L, 1 + K], written: how many experts each layer used, which.
     """
     used = np.empty(1 + 2 * rows[:, BLOCK + routed.NUM_EXPERTS].max(), np.int64)
     for index in range(first, rows.shape[0]):
@@ -62,12 +63,12 @@ def layers_step(
         )  # fmt: skip
         done = routed_layer(
             pool, functions, row[BLOCK:ROUTER], row[ROUTER:GATE_UP], row[GATE_UP:DOWN], row[DOWN:GATE],
-            (row[GATE], row[GATE + 1], row[GATE + 2]), _array(row[ADDRESSES], experts),
-            _array(row[COUNTERS], experts), _array(row[GENERATIONS], experts), _array(row[OWNERS], experts),
-            _array(row[TOKENS], experts), bytes_by_owner, z, 1, out, scratch, times, used,
+            (row[GATE], row[GATE + 1], row[GATE + 2]),
+            carray(pointer(row[LEASES], np.int64(0)), (row[LEASE_COLUMNS], experts)), _array(row[OWNERS], experts),
+            _array(row[TOKENS], experts), bytes_by_owner, z, 1, chosen, out, scratch, times, used,
         )  # fmt: skip
         if not done:
             return index
-        uses[0] += used[0]
+        uses[index, : 1 + used[0]] = used[: 1 + used[0]]
         add_row(y, out, row[DOWN + K_ROWS])
     return rows.shape[0]

@@ -6,6 +6,10 @@ from numba import njit
 
 from moray.runtime.kernels.atomics import load_atomic
 
+# Columns of a layer's leases (experts/source.py). Those that never move have only the first three.
+ADDRESS, COUNTER, GENERATION, ENTRY, FIRST_SLOT, SLOT_BYTES, FIRST_COUNTER = range(7)
+NUM_COLUMNS = 7
+
 
 @njit(cache=True)
 def all_equal(addresses, expected):
@@ -17,22 +21,27 @@ def all_equal(addresses, expected):
 
 
 @njit(cache=True)
-def look_up(entries, first_slots, slot_bytes, first_counters, addresses, counters, generations):
-    """Read arenas' directories (runtime/arena.py) for E experts. Returns how many are there.
+def look_up(leases, expert):
+    """Read the directory of an arena (runtime/arena.py) for one expert. Returns whether it is there.
 
-    entries: addresses of the directory's entries; first_slots, first_counters: of slot 0 and its generation in each
-    expert's arena; addresses, counters and generations are written, a generation of -1 for what is not there. All
-    int64 [E].
+    leases: int64 [NUM_COLUMNS, E]. ENTRY: address of the directory's entry; FIRST_SLOT, FIRST_COUNTER: of slot 0 and
+    its generation in the expert's arena. ADDRESS, COUNTER and GENERATION are written; -1 for what is not there.
     """
-    found = 0
-    for i in range(entries.shape[0]):
-        slot = load_atomic(entries[i])
-        counter = first_counters[i] + 8 * max(slot, 0)
-        generation = load_atomic(counter)
-        counters[i] = counter
-        if slot >= 0 and generation % 2 == 0 and load_atomic(entries[i]) == slot:
-            addresses[i], generations[i] = first_slots[i] + slot * slot_bytes[i], generation
-            found += 1
-        else:
-            generations[i] = -1
-    return found
+    entry = leases[ENTRY, expert]
+    slot = load_atomic(entry)
+    counter = leases[FIRST_COUNTER, expert] + 8 * max(slot, 0)
+    generation = load_atomic(counter)
+    leases[COUNTER, expert] = counter
+    if slot >= 0 and generation % 2 == 0 and load_atomic(entry) == slot:
+        leases[ADDRESS, expert] = leases[FIRST_SLOT, expert] + slot * leases[SLOT_BYTES, expert]
+        leases[GENERATION, expert] = generation
+        return True
+    leases[GENERATION, expert] = -1
+    return False
+
+
+@njit(cache=True)
+def look_up_all(leases):
+    """As ``look_up``, for all experts."""
+    for expert in range(leases.shape[1]):
+        look_up(leases, expert)

@@ -128,24 +128,30 @@ class RoutedKernel:
     router: MatrixKernel
     layer: LayerKernel
 
+    @property
+    def top_k(self) -> int:
+        return int(self.fields[routed.TOP_K])
+
     def scratch_bytes(self, num_tokens: int) -> int:
         routing = self.router.panel_row_bytes * num_tokens + PANEL_SLACK
-        return max(self.layer.scratch_bytes(num_tokens * int(self.fields[routed.TOP_K])), routing)
+        return max(self.layer.scratch_bytes(num_tokens * self.top_k), routing)
 
 
 def routed_at(
     kernel: RoutedKernel,
-    leases: tuple[Ints, Ints, Ints],
+    leases: Ints,
     counts: tuple[Ints, Ints, Ints],
     x: int,
     num_tokens: int,
+    chosen: tuple[int, int],
     out: int,
     times: Ints,
     used: Ints,
 ) -> bool:
-    """out = experts(x, router(x)) for x float32 [T, H], both by address; False if a lease has moved.
+    """out = experts(x, router(x)) for x float32 [T, H], both by address; False if some expert is not there.
 
-    leases: addresses, counters and generations of the layer's leases (experts/source.py).
+    leases: [.., E], the layer's (experts/source.py). chosen: addresses of int64 and float32 [T, K], ids and weights,
+    written in any case.
     counts: the owner of each expert, and what is added to: tokens of each expert, bytes of each owner. times [3]: ns
     of grouping, leases and computing, added to. used [1 + 2 E]: the experts and tokens of this call (routed.py).
     """
@@ -154,7 +160,7 @@ def routed_at(
         return bool(
             routed.routed_layer(
                 pool.address, FUNCTIONS, kernel.fields, kernel.router.fields, layer.gate_up.fields, layer.down.fields,
-                layer.gate.fields, *leases, *counts, x, num_tokens, out,
+                layer.gate.fields, leases, *counts, x, num_tokens, chosen, out,
                 SCRATCH.address(kernel.scratch_bytes(num_tokens)), times, used,
             )
         )  # fmt: skip
@@ -193,13 +199,14 @@ def layers_at(
     first: int,
     rotary: tuple[int, int, int],
     length: int,
-    work: tuple[Ints, int, int, int],
+    work: tuple[Ints, int, int, int, tuple[int, int]],
     counts: tuple[Ints, Ints, Ints],
 ) -> int:
     """A token through layers ``first``, ...: the first whose block misses an expert, or how many layers there are.
 
-    work: addresses of two states, of the heads' results, z and what a block gives (layers.py); counts: added to, bytes
-    of each owner, ns as in ``routed_at``, and uses of experts [1]. rotary and length: as in ``attention_at``.
+    work: addresses of two states, of the heads' results, z, what a block gives, and a block's ids and weights
+    (layers.py); counts: bytes of each owner and ns as in ``routed_at``, added to, and what each layer used, written.
+    rotary and length: as in ``attention_at``.
     """
     pool = current_pool()
     with pool.lock:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from moray.runtime.kernels.atomics import monotonic_ns
-from moray.runtime.kernels.memory import all_equal
+from moray.runtime.kernels.memory import ADDRESS, COUNTER, ENTRY, GENERATION, all_equal, look_up
 from moray.runtime.kernels.moe import count_use, group_by_expert, moe_layer
-from moray.runtime.kernels.router import route
+from moray.runtime.kernels.router import pointer, route
 
 # What a block is, int64: ops_fused.RoutedKernel. Offsets are of a shard's tensors; -1: there is no such tensor.
 ROUTER_AT, ROUTER_BIAS, ROUTER_KIND, NUM_EXPERTS, TOP_K = range(5)
@@ -23,34 +23,38 @@ def _biases(shards, offset):
 
 @njit(nogil=True, cache=True)
 def routed_layer(
-    pool, functions, fields, router, gate_up, down, gate, addresses, counters, generations, owners, tokens,
-    bytes_by_owner, x, num_tokens, out, scratch, times, used,
+    pool, functions, fields, router, gate_up, down, gate, leases, owners, tokens, bytes_by_owner, x, num_tokens,
+    chosen, out, scratch, times, used,
 ):  # fmt: skip
-    """out = experts(x, router(x)), or False if a lease had moved before or after: then nothing may be used.
+    """out = experts(x, router(x)), or False if an expert was not there, or moved meanwhile: then out is of no use.
 
-    router, gate_up, down: int64 [K_FIELDS]; gate: the fields of a Gate; addresses, counters, generations and owners:
-    int64 [num experts], a layer's leases; tokens [num experts] and bytes_by_owner are added to, times [3] too: ns of
-    grouping, of leases and of computing; used [1 + 2 * num experts]: how many experts were, which, and from
-    1 + num experts on with how many tokens. x and out float32 [T, H], and scratch, by address.
+    router, gate_up, down: int64 [K_FIELDS]; gate: the fields of a Gate; leases int64 [.., num experts] of the layer
+    (memory.py), looked up if they can move; owners [num experts]; tokens [num experts] and bytes_by_owner are added
+    to, times [3] too: ns of grouping, of leases and of computing; used [1 + 2 * num experts]: how many experts were,
+    which, and from 1 + num experts on with how many tokens. chosen: addresses of int64 and float32 [T, K]: the
+    experts' ids and weights, written in any case. x and out float32 [T, H], and scratch, by address.
     """
     num_experts, top_k = fields[NUM_EXPERTS], fields[TOP_K]
     logits = np.empty((num_tokens, num_experts), np.float32)
-    ids, weights = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
+    ids = carray(pointer(chosen[0], np.int64(0)), (num_tokens, top_k))
     route(
         pool, functions, router, fields[ROUTER_AT], fields[ROUTER_BIAS], fields[ROUTER_KIND], x, num_tokens,
-        (num_experts, top_k), logits.ctypes.data, ids.ctypes.data, weights.ctypes.data, scratch,
+        (num_experts, top_k), logits.ctypes.data, chosen[0], chosen[1], scratch,
     )  # fmt: skip
     started = monotonic_ns()
     active, starts, token_of_pair, positions = group_by_expert(ids, num_experts)
     grouped = monotonic_ns()
-    shards, held, expected = addresses[active], counters[active], generations[active]
+    if leases.shape[0] > ENTRY:
+        for expert in active:
+            look_up(leases, expert)
+    shards, held, expected = leases[ADDRESS][active], leases[COUNTER][active], leases[GENERATION][active]
     if not all_equal(held, expected):
         return False
     leased = monotonic_ns()
     moe_layer(
         pool, functions, gate, gate_up, shards + fields[GATE_UP], _biases(shards, fields[GATE_UP_BIAS]), down,
         shards + fields[DOWN], _biases(shards, fields[DOWN_BIAS]), starts, token_of_pair, positions, x,
-        weights.ctypes.data, out, scratch,
+        chosen[1], out, scratch,
     )  # fmt: skip
     if not all_equal(held, expected):
         return False
@@ -62,4 +66,4 @@ def routed_layer(
     times[0] += grouped - started
     times[1] += leased - grouped
     times[2] += monotonic_ns() - leased
-    return logits.shape[0] + ids.shape[0] > 0  # alive until here: the calls know only their addresses
+    return logits.shape[0] > 0  # alive until here: the call knows only its address

@@ -36,19 +36,19 @@ _BLOCK = frozenset(
 
 
 class FusedBlock:
-    """In place of a MoE block's forward: router and experts in one call, while every lease holds; else its own."""
+    """In place of a MoE block's forward: router and experts in one call, or in two if some must be fetched first."""
 
     def __init__(self, block: Any, kernel: RoutedKernel) -> None:
-        self._plain = _class_forward(block)
+        self._plain, self.experts = _class_forward(block), block.experts
         self.binding: ExpertsBinding = block.experts.moray
         self.kernel = kernel
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.contiguous()
-        out = torch.empty_like(x)
-        if self.binding.compute_routed(self.kernel, x, out):
-            return out
-        return self._plain(hidden_states)  # type: ignore[no-any-return]
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+        out_TH = self.binding.compute_routed(self.kernel, self.experts, x_TH)
+        if out_TH is None:
+            return self._plain(hidden_states)  # type: ignore[no-any-return]
+        return out_TH.view(hidden_states.shape)
 
 
 class FusedLayer:

@@ -21,9 +21,9 @@ from moray.runtime.model.layer_modules import FusedBlock, FusedLayer
 class LayerRun:
     """Called as a layer is; gives what its layers give one after the other.
 
-    Those are called where a launch is not possible: for several tokens, while they are watched (predictions and traces
-    look at every layer call), and where something else took the place of a fused forward, or hooks a layer. A layer
-    whose block misses an expert is completed by itself, and the launch goes on after it.
+    Those are called where a launch is not possible: for several tokens, while predictions are made or a trace is
+    recorded, which look at every layer call, and where something else took the place of a fused forward, or hooks a
+    layer. A layer whose block misses an expert is completed by itself, and the launch goes on after it.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -38,6 +38,9 @@ class LayerRun:
         parts = [(f.attention.kernel, f.norms, b.kernel) for f, b in zip(self._fused, self._blocks, strict=True)]
         self._kernel = LayersKernel.of(parts)
         self._columns = int(layers[0].input_layernorm.weight.numel())
+        most = max(block.kernel.top_k for block in self._blocks)
+        self._chosen = torch.empty(1, most, dtype=torch.int64), torch.empty(1, most)
+        self._uses: Ints = np.zeros((len(layers), 1 + most), dtype=np.int64)
         self._meter: ExpertsMeter | None = None
         self._tables: list[LeaseTable | None] = [None] * len(layers)
 
@@ -61,15 +64,18 @@ class LayerRun:
         meter = self._bindings[0].meter
         if meter is None:
             return False
+        watch = self._bindings[0].watch
+        if watch is not None and watch.wants_inputs:
+            return False
         rows = self._kernel.rows
         for index, binding in enumerate(self._bindings):
             table = binding.source.table(binding.layer)
-            if table is None or binding.watch is not None or binding.meter is not meter:
+            if table is None or binding.watch is not watch or binding.meter is not meter:
                 return False
             if table is not self._tables[index]:
-                self._tables[index] = table  # kept: rows have addresses
-                columns = (table.addresses, table.counters, table.generations)
-                rows[index, kernels.ADDRESSES : kernels.GENERATIONS + 1] = [c.ctypes.data for c in columns]
+                self._tables[index] = table  # kept: rows have its address
+                at = table.columns.ctypes.data, len(table.columns)
+                rows[index, kernels.LEASES : kernels.LEASE_COLUMNS + 1] = at
         if meter is not self._meter:
             self._meter = meter
             for index, binding in enumerate(self._bindings):
@@ -84,19 +90,35 @@ class LayerRun:
         work = torch.empty(4, self._columns)  # two states, z and what a block gives
         states: Ints = np.array([work[0].data_ptr(), work[1].data_ptr()])
         attended = torch.empty(self._kernel.attended_floats)
-        at = (states, attended.data_ptr(), work[2].data_ptr(), work[3].data_ptr())
+        chosen = (self._chosen[0].data_ptr(), self._chosen[1].data_ptr())
+        at = (states, attended.data_ptr(), work[2].data_ptr(), work[3].data_ptr(), chosen)
         work[0] = x.view(-1)
         index, meter = 0, self._meter
         assert meter is not None
         while True:
+            first = index
             index = meter.time_layers(
-                index, lambda first, counts: layers_at(self._kernel, first, rotary, length, at, counts)
+                first, self._uses, lambda first, counts: layers_at(self._kernel, first, rotary, length, at, counts)
             )
+            self._tell(first, index)
             if index == len(self._layers):
                 return work[index % 2].view(x.shape)
-            y, z = work[(index + 1) % 2], work[2].view(x.shape)
-            y += self._layers[index].mlp(z).view(-1)
+            work[(index + 1) % 2] += self._complete(index, work[2:3])[0]
             index += 1
+
+    def _tell(self, first: int, end: int) -> None:
+        """What layers ``first``, ... before ``end`` have used."""
+        watch = self._bindings[0].watch
+        if watch is None:
+            return
+        for binding, (count, *experts) in zip(self._bindings[first:end], self._uses[first:end].tolist(), strict=True):
+            watch.used(binding.layer, 1, experts[:count])
+
+    def _complete(self, index: int, z_TH: torch.Tensor) -> torch.Tensor:
+        """What the experts of a layer give that were chosen, but are not all there."""
+        block, (ids_TK, weights_TK) = self._blocks[index], self._chosen
+        top_k = block.kernel.top_k
+        return block.binding.forward(block.experts, z_TH, ids_TK[:, :top_k], weights_TK[:, :top_k])
 
     def _extend(self, cache: Any) -> int:
         """Room for the token in every layer's cache. Returns the length with it."""

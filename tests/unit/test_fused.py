@@ -129,7 +129,7 @@ def test_a_block_whose_experts_have_moved_fetches_them(store: Callable[..., Path
         binding, x = block.experts.moray, torch.randn(1, 2, block.experts.hidden_dim)
         expected, before = block(x), made.stats()
         table = binding.source.table(binding.layer)
-        moved = type(table)(table.addresses, table.counters, table.generations + 2)
+        moved = type(table).fixed(table.addresses, table.counters, table.generations + 2)
         asked: list[int] = []
         fetch = binding.source.fetch
         binding.source.table = lambda layer: moved

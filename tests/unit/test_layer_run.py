@@ -15,6 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from moray.runtime.experts.source import LeaseTable
 from moray.runtime.generation.runner import Runner
+from moray.runtime.model import layer_run
 from moray.runtime.model.kv_layer import new_cache
 from moray.runtime.model.layer_run import LayerRun
 from moray.runtime.model.model_modules import FusedModel, fuse_model, fused_step
@@ -91,7 +92,7 @@ def test_a_layer_that_misses_an_expert_is_completed_by_itself(made: Runner, plac
         found = table(layer)
         if found is None or layer != binding.layer:
             return found
-        return LeaseTable(found.addresses, found.counters, found.generations + 2)
+        return LeaseTable.fixed(found.addresses, found.counters, found.generations + 2)
 
     source.table = moved  # type: ignore[method-assign]
     source.fetch = lambda layer, experts: (asked.append(layer), fetch(layer, experts))[1]  # type: ignore[method-assign, func-returns-value]
@@ -114,22 +115,45 @@ def test_a_hooked_or_replaced_layer_is_called(made: Runner) -> None:
     assert seen == ["hook", "forward"]
 
 
-def test_a_watched_layer_is_told_of(made: Runner) -> None:
-    calls: list[Any] = []
+class Watch:
+    def __init__(self, wants_inputs: bool) -> None:
+        self.wants_inputs = wants_inputs
+        self.calls: list[Any] = []
 
-    class Watch:
-        def before(self, layer: int, x: torch.Tensor) -> None:
-            calls.append(layer)
+    def before(self, layer: int, x: torch.Tensor) -> None:
+        self.calls.append(layer)
 
-        def after(self, call: Any) -> None:
-            calls.append(call.experts)
+    def after(self, call: Any) -> None:
+        self.used(call.layer, call.num_tokens, call.experts)
 
+    def used(self, layer: int, num_tokens: int, experts: Any) -> None:
+        assert num_tokens == 1
+        self.calls.append((layer, list(experts)))
+
+
+@pytest.mark.parametrize("missed", [None, 1])
+def test_who_watches_is_told_what_each_layer_used(
+    made: Runner, missed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = prefilled(made)
-    expected, bindings = by_layers(made, copy.deepcopy(mine), 7), run_of(made)._bindings
+    bindings, launches = run_of(made)._bindings, []
+    by_itself, told = Watch(wants_inputs=True), Watch(wants_inputs=False)
     for binding in bindings:
-        binding.watch = Watch()  # type: ignore[assignment]
+        binding.watch = by_itself  # type: ignore[assignment]
+    expected = logits_of(made, copy.deepcopy(mine), 7)
+    assert by_itself.calls[::2] == [binding.layer for binding in bindings]  # each was announced before
+    for binding in bindings:
+        binding.watch = told  # type: ignore[assignment]
+    if missed is not None:
+        moved = bindings[missed].source.table(missed)
+        assert moved is not None
+        moved.generations[:] += 2
+    launch = layer_run.layers_at
+    monkeypatch.setattr(layer_run, "layers_at", lambda *given: (launches.append(1), launch(*given))[1])
     assert torch.equal(logits_of(made, mine, 7), expected)
-    assert calls[::2] == [binding.layer for binding in bindings] and all(calls[1::2])
+    assert [call for call in told.calls if isinstance(call, tuple)] == by_itself.calls[1::2]
+    assert len(launches) == (1 if missed is None else 2)
+    assert [call for call in told.calls if not isinstance(call, tuple)] == ([] if missed is None else [missed])
 
 
 # ----------------------------------------------------------------------------------------- steps

@@ -68,11 +68,13 @@ def test_hot_experts_of_another_node_become_local_and_tokens_are_the_same(demo: 
 
         heat = RemoteHeat({"here": every}, {"here": 16})
         assert heat.step(look(), 1.0) == {}
-        assert greedy(run, PROMPT_IDS, 24) == expected
-        wanted = heat.step(look(), 1.0)["here"]
+        deadline = monotonic() + 60
+        wanted: list[ExpertKey] = []
+        while not wanted and monotonic() < deadline:  # a host that is late on a busy machine offers nothing for a while
+            assert greedy(run, PROMPT_IDS, 24) == expected
+            wanted = heat.step(look(), 1.0).get("here", [])
         assert wanted and not {*wanted} & {*coldest}
         nodes.local.replicate(wanted)
-        deadline = monotonic() + 60
         while not all(nodes.source.held()[0][key.layer][key.expert] for key in wanted) and monotonic() < deadline:
             sleep(0.01)
         assert all(nodes.source.held()[0][key.layer][key.expert] for key in wanted)

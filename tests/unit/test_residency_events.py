@@ -12,7 +12,7 @@ import pytest
 from helpers.processes import child, read_line
 
 from moray.runtime.arena import Arena, ArenaRef
-from moray.runtime.kernels.memory import all_equal, look_up
+from moray.runtime.kernels import memory
 from moray.runtime.store.store import Store
 
 pytestmark = pytest.mark.timeout(280)
@@ -104,13 +104,11 @@ class Watcher:
         self.num_good, self.num_torn, self.most_bytes = 0, 0, 0
         count = len(keys)
         arena = self.arena
-        self._places = (
-            arena.entry_addresses(np.arange(count)),
-            np.full(count, int(arena.addresses(np.zeros(1, np.int64))[0])),
-            np.full(count, arena.slot_bytes),
-            np.full(count, arena.counter_address(0)),
-        )
-        self._found = tuple(np.zeros(count, dtype=np.int64) for _ in range(3))
+        self._leases = np.zeros((memory.NUM_COLUMNS, count), dtype=np.int64)
+        self._leases[memory.ENTRY] = arena.entry_addresses(np.arange(count))
+        self._leases[memory.FIRST_SLOT] = arena.addresses(np.zeros(1, np.int64))[0]
+        self._leases[memory.SLOT_BYTES] = arena.slot_bytes
+        self._leases[memory.FIRST_COUNTER] = arena.counter_address(0)
 
     def check_memory(self) -> None:
         """The file has its size and no more pages; nobody has mapped more of it."""
@@ -126,13 +124,13 @@ class Watcher:
 
     def check_shards(self) -> None:
         """What a reader's two looks let pass is the store's."""
-        addresses, counters, generations = self._found
-        look_up(*self._places, addresses, counters, generations)
+        memory.look_up_all(self._leases)
+        addresses, counters, generations = self._leases[:3]
         for expert in np.flatnonzero(generations >= 0).tolist():
             shard = self._shards[expert]
             start = int(addresses[expert] - self.arena.base_address)
             found = self.arena._bytes[start : start + len(shard)].tobytes()
-            if all_equal(counters[expert : expert + 1], generations[expert : expert + 1]):
+            if memory.all_equal(counters[expert : expert + 1], generations[expert : expert + 1]):
                 assert found == shard, f"expert {expert} is not what its directory says"
                 self.num_good += 1
             else:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from moray.cluster.arena_source import ArenaSource
 from moray.runtime.convert.converter import convert
 from moray.runtime.experts.shard_host import ShardHost
-from moray.runtime.experts.source import Fetch, Ints, Lease
+from moray.runtime.experts.source import Fetch, Ints, Lease, LeaseTable
 from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
@@ -151,9 +151,15 @@ class Meddler:
 
     def table(self, layer: int) -> Any:
         self.restore()
+        """Looked up by the kernel, or before, and then perhaps overwritten."""
         table = self._source.table(layer)
+        if self._random.random() < 0.5:
+            self.meddle(layer, [])
+            return table
+        self._source.in_memory(layer, np.arange(0))
+        seen = LeaseTable.fixed(table.addresses, table.counters, table.generations)
         self.meddle(layer, np.arange(len(table.addresses)))
-        return table
+        return seen
 
     def meddle(self, layer: int, experts: Sequence[int]) -> None:
         """``experts``: one of them may be overwritten."""
