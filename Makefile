@@ -14,7 +14,7 @@ demo: $(BASE)
 	$(BIN)/python -m moray.deploy.cli demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -75,8 +75,9 @@ class _Layer:
         self.leases = LeaseTable(np.zeros((NUM_COLUMNS, num_experts), dtype=np.int64))
         self.leases.columns[GENERATION] = -1
 
-    def refresh(self) -> None:
-        look_up_all(self.leases.columns)
+    def look_up(self, experts: Ints) -> Bools:
+        found: Bools = look_up_all(self.leases.columns, experts)
+        return found
 
 
 class _Host:
@@ -149,9 +150,7 @@ class ArenaSource:
 
     def in_memory(self, layer: int, experts: Ints) -> Bools:
         """bool [N]: which of a layer's experts are here now."""
-        of_layer = self._layers[layer]
-        of_layer.refresh()
-        return of_layer.leases.generations[experts] >= 0
+        return self._layers[layer].look_up(experts)
 
     def used(self, layer: int, experts: list[int]) -> None:
         owners = self._layers[layer].owners
@@ -270,13 +269,13 @@ class _ArenaFetch:
                 host.link.send(Release(layer=self._layer, experts=done.tolist()))
 
     def _ready(self) -> Ints:
-        self._of_layer.refresh()
-        return self._left[self._of_layer.leases.generations[self._experts[self._left]] >= 0]
+        return self._left[self._of_layer.look_up(self._experts[self._left])]
 
     def _need(self) -> Ints:
         """Ask every host that lacks something; it keeps what it has while it loads the rest. Returns what is missed."""
-        generations = self._of_layer.leases.generations
         experts = np.arange(len(self._of_layer.owners)) if self._source._whole_layers else self._experts
+        generations = self._of_layer.leases.generations
+        self._of_layer.look_up(experts)
         for index, host, mine in self._by_host(experts):
             if host.link.is_lost:
                 self._asked.discard(index)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from moray.runtime.experts.source import Ints
-from moray.runtime.kernels import ops
+from moray.runtime.kernels import moe, ops
 from moray.runtime.kernels.ops import Grouping
 
 
@@ -21,14 +21,6 @@ class Pairs:
         self._rows: Ints = np.empty(0, dtype=np.int64)
 
     @cached_property
-    def _counts(self) -> Ints:
-        return np.diff(self._grouping.starts)
-
-    @cached_property
-    def _expert_of_pair(self) -> Ints:
-        return np.repeat(np.arange(len(self._grouping.active)), self._counts)
-
-    @cached_property
     def _y_PH(self) -> npt.NDArray[np.float32]:
         return np.empty((len(self._grouping.token_of_pair), self._like.shape[1]), dtype=np.float32)
 
@@ -38,14 +30,10 @@ class Pairs:
         ``experts``: sorted positions in the list of active ones.
         """
         whole = self._grouping
-        is_mine = np.zeros(len(whole.active), dtype=np.bool_)
-        is_mine[experts] = True
-        self._rows = np.flatnonzero(is_mine[self._expert_of_pair])
-        starts = np.zeros(len(experts) + 1, dtype=np.int64)
-        np.cumsum(self._counts[experts], out=starts[1:])
+        self._rows, starts, tokens = moe.pairs_of(experts, whole.starts, whole.token_of_pair)
         positions = np.arange(len(self._rows), dtype=np.int64)[:, None]
         ones = torch.ones(len(self._rows), 1, dtype=torch.float32, device=self._like.device)
-        return Grouping(whole.active[experts], starts, whole.token_of_pair[self._rows], positions), ones
+        return Grouping(whole.active[experts], starts, tokens, positions), ones
 
     def keep(self, y_PH: torch.Tensor) -> None:
         """What was computed of the last ``part``."""

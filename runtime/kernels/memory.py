@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from moray.runtime.kernels.atomics import load_atomic
@@ -41,7 +42,9 @@ def look_up(leases, expert):
 
 
 @njit(cache=True)
-def look_up_all(leases):
-    """As ``look_up``, for all experts."""
-    for expert in range(leases.shape[1]):
-        look_up(leases, expert)
+def look_up_all(leases, experts):
+    """As ``look_up``, for some: bool [E], which of them are there."""
+    found = np.empty(experts.shape[0], np.bool_)
+    for i in range(experts.shape[0]):
+        found[i] = look_up(leases, experts[i])
+    return found

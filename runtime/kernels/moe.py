@@ -66,6 +66,25 @@ def group_by_expert(ids, num_experts):
 
 
 @njit(nogil=True, cache=True)
+def pairs_of(experts, starts, token_of_pair):
+    """The pairs of some of the active experts, by their positions int64 [E'], ascending, as a grouping of their own.
+
+    Returns rows int64 [P'], their numbers among all pairs, and starts [E' + 1] and token_of_pair [P'].
+    """
+    count = 0
+    for expert in experts:
+        count += starts[expert + 1] - starts[expert]
+    rows, own_starts = np.empty(count, np.int64), np.zeros(experts.shape[0] + 1, np.int64)
+    pair = 0
+    for i in range(experts.shape[0]):
+        for row in range(starts[experts[i]], starts[experts[i] + 1]):
+            rows[pair] = row
+            pair += 1
+        own_starts[i + 1] = pair
+    return rows, own_starts, token_of_pair[rows]
+
+
+@njit(nogil=True, cache=True)
 def count_use(active, starts, shard_bytes, owners, tokens, bytes_by_owner):
     """Add a layer's use to ``tokens`` [E] and ``bytes_by_owner``; ``owners`` [E]. All int64."""
     for i in range(active.shape[0]):

@@ -112,7 +112,7 @@ def run(model: Any, predictor: Predictor, tokens: list[int]) -> Seen:
 
     with pytest.MonkeyPatch.context() as patch, ExitStack() as hooks:
         patch.setattr(ExpertsBinding, "forward", forward)
-        patch.setattr(ExpertsBinding, "compute_routed", lambda *args: False)
+        patch.setattr(ExpertsBinding, "compute_routed", lambda *args: None)
         for routing in predictor.routings:
             for handle in watch(routing, seen):
                 hooks.callback(handle.remove)

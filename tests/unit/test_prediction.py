@@ -48,7 +48,7 @@ def routed(model: Any, demo: Store) -> dict[int, tuple[torch.Tensor, torch.Tenso
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(ExpertsBinding, "forward", forward)
-        patch.setattr(ExpertsBinding, "compute_routed", lambda *args: False)
+        patch.setattr(ExpertsBinding, "compute_routed", lambda *args: None)
         model(input_ids=torch.tensor([ids]), use_cache=False)
     return seen
 
@@ -116,6 +116,8 @@ def test_tokens_are_the_same_while_it_predicts(demo_runner: Runner, monkeypatch:
     predictor, seen = Predictor(demo_runner.model, depth=2), []
 
     class Watch:
+        wants_inputs = True
+
         def before(self, layer: int, x: torch.Tensor) -> None:
             seen.append((x.shape, [p.layer for p in predictor.predict(layer, x)]))
 

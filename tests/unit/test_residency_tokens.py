@@ -156,7 +156,7 @@ class Meddler:
         if self._random.random() < 0.5:
             self.meddle(layer, [])
             return table
-        self._source.in_memory(layer, np.arange(0))
+        self._source.in_memory(layer, np.arange(len(table.addresses)))
         seen = LeaseTable.fixed(table.addresses, table.counters, table.generations)
         self.meddle(layer, np.arange(len(table.addresses)))
         return seen
