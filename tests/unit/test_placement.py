@@ -57,9 +57,9 @@ def test_capacities_hold_and_everything_is_placed_that_fits(
     made.validate(layers, hosts)
     room, total = sum(host.num_slots for host in hosts), len(all_keys(layers))
     assert len(made.left_out) == max(0, total - room)
-    if heat is not None and made.left_out:  # the coldest
+    if heat is not None and made.left_out and made.primary:  # the coldest
         shares = {key: heat[key.layer][key.expert] / heat[key.layer].sum() for key in all_keys(layers)}
-        assert max(shares[key] for key in made.left_out) <= min(shares[k] for k in made.primary or made.left_out) + 1e-6
+        assert max(shares[key] for key in made.left_out) <= min(shares[key] for key in made.primary) + 1e-6
     assert place(layers, hosts, heat) == made
     # Memory is full, or holds everything that is placed.
     held = {host.host_id: {*made.assigned(host.host_id)} for host in hosts}
