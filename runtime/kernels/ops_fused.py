@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,11 @@ class AttentionKernel:
         """Scratch of ``attention_at``."""
         part, output = self.part.fields, self.output.fields
         return int(attention.step_bytes(self.fields, part, output, len(self.parts), length)) + PANEL_SLACK
+
+    def batch_bytes(self, rows: Ints) -> int:
+        """Scratch of ``batch_attention_at``."""
+        query, output = self.queries.fields, self.output.fields
+        return int(attention_batch.batch_bytes(self.fields, query, output, rows)) + PANEL_SLACK
 
 
 def attention_at(
@@ -92,10 +98,9 @@ def batch_attention_at(
     pool = current_pool()
     with pool.lock:
         query, output = kernel.queries.fields, kernel.output.fields
-        needed = int(attention_batch.batch_bytes(kernel.fields, query, output, rows))
         attention_batch.attention_batch(
             pool.address, FUNCTIONS, kernel.fields, query, kernel.part.fields, kernel.parts, output, kernel.output_at,
-            norms, x, *rotary, rows, *out, SCRATCH.address(needed + PANEL_SLACK),
+            norms, x, *rotary, rows, *out, SCRATCH.address(kernel.batch_bytes(rows)),
         )  # fmt: skip
 
 
@@ -173,15 +178,16 @@ class LayersKernel:
     rows: Ints  # [L, NUM_WORDS], see layers.py
     layers: Sequence[tuple[AttentionKernel, Ints, RoutedKernel]]  # attention, norms around it, block
     shapes: Sequence[AttentionKernel]  # one of each
-    attended_floats: int
-    block_bytes: int  # scratch of the largest
+    blocks: Sequence[RoutedKernel]  # one of each
+    attended_floats: int  # a token
 
     @classmethod
     def of(cls, parts: Sequence[tuple[AttentionKernel, Ints, RoutedKernel]]) -> LayersKernel:
         rows = np.zeros((len(parts), layers.NUM_WORDS), dtype=np.int64)
         shapes: dict[tuple[int, ...], AttentionKernel] = {}
+        blocks: dict[tuple[int, ...], RoutedKernel] = {}
         for row, (kernel, norms, block) in zip(rows, parts, strict=True):
-            products = (kernel.part.fields, kernel.output.fields)
+            products = (kernel.queries.fields, kernel.part.fields, kernel.output.fields)
             experts = (block.layer.gate_up.fields, block.layer.down.fields, block.layer.gate.fields)
             row[: layers.WORDS] = np.concatenate(
                 (kernel.fields, *products, norms, block.fields, block.router.fields, *experts)
@@ -190,8 +196,10 @@ class LayersKernel:
             row[layers.OUTPUT_AT] = kernel.output_at
             sizes = kernel.fields[[attention.HEADS, attention.KV_HEADS, attention.DIM]]
             shapes[(*sizes.tolist(), *np.concatenate(products).tolist())] = kernel
+            matrices = (block.router.fields, *experts[:2])
+            blocks[(block.top_k, *np.concatenate(matrices).tolist())] = block
         attended = max(kernel.output.spec.columns for kernel in shapes.values())
-        return cls(rows, parts, list(shapes.values()), attended, max(block.scratch_bytes(1) for _, _, block in parts))
+        return cls(rows, parts, list(shapes.values()), list(blocks.values()), attended)
 
 
 def layers_at(
@@ -208,11 +216,30 @@ def layers_at(
     (layers.py); counts: bytes of each owner and ns as in ``routed_at``, added to, and what each layer used, written.
     rotary and length: as in ``attention_at``.
     """
+    needed = max(shape.step_bytes(length) for shape in kernel.shapes)
+    return _compute_layers(layers.layers_step, kernel, needed, 1, (first, *rotary, length, *work, *counts))
+
+
+def batch_layers_at(
+    kernel: LayersKernel,
+    first: int,
+    rotary: tuple[int, int, int],
+    caches: Ints,
+    work: tuple[Ints, int, int, int, tuple[int, int]],
+    counts: tuple[Ints, Ints, Ints],
+) -> int:
+    """``layers_at`` for T new tokens. caches: each layer's rows [L, T, NUM_ROW_FIELDS], as in attention_batch.py."""
+    needed, num_tokens = max(shape.batch_bytes(caches[0]) for shape in kernel.shapes), caches.shape[1]
+    return _compute_layers(layers.layers_batch, kernel, needed, num_tokens, (first, *rotary, caches, *work, *counts))
+
+
+def _compute_layers(
+    compute: Callable[..., int], kernel: LayersKernel, attention_bytes: int, num_tokens: int, given: Sequence[Any]
+) -> int:
     pool = current_pool()
     with pool.lock:
-        needed = max(kernel.block_bytes, *(shape.step_bytes(length) for shape in kernel.shapes))
+        needed = max(attention_bytes, *(block.scratch_bytes(num_tokens) for block in kernel.blocks))
+        *given, bytes_by_owner, times, uses = given
         return int(
-            layers.layers_step(
-                pool.address, FUNCTIONS, kernel.rows, first, *rotary, length, *work, SCRATCH.address(needed), *counts
-            )
+            compute(pool.address, FUNCTIONS, kernel.rows, *given, SCRATCH.address(needed), bytes_by_owner, times, uses)
         )

@@ -16,6 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moray.runtime.experts.source import LeaseTable
 from moray.runtime.generation.runner import Runner
 from moray.runtime.model import layer_run
+from moray.runtime.model.batch import BatchForward
 from moray.runtime.model.kv_layer import new_cache
 from moray.runtime.model.layer_run import LayerRun
 from moray.runtime.model.model_modules import FusedModel, fuse_model, fused_step
@@ -78,6 +79,35 @@ def test_layers_in_one_launch_have_the_bits_and_the_counts_of_single_ones(made: 
         assert made.stats().compute_s > 0
     for a, b in zip(mine.layers, its.layers, strict=True):
         assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+
+
+@pytest.mark.parametrize("missed", [None, 1])
+def test_a_batch_in_one_launch_has_the_bits_and_the_counts_of_its_layers(
+    made: Runner, missed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, model, launches = BatchForward(made.model, "fused"), made.model.base_model.forward, []
+    first, other = prefilled(made), new_cache(made.model.config)
+    made.model(input_ids=PROMPT[:, :5], past_key_values=other, use_cache=True)
+    its_first, its_other = copy.deepcopy(first), copy.deepcopy(other)
+    launch = layer_run.batch_layers_at
+    monkeypatch.setattr(layer_run, "batch_layers_at", lambda *given: (launches.append(1), launch(*given))[1])
+    before = counts(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_parts", list(made.model.base_model.layers))
+        expected = forward([7, 8, 9], [its_first, its_other, its_other])  # the last two are of one sequence
+    middle = counts(made)
+    assert not launches
+    if missed is not None:
+        table = run_of(made)._bindings[missed].source.table(missed)
+        assert table is not None
+        table.generations[:] += 2
+    assert torch.equal(forward([7, 8, 9], [first, other, other]), expected)
+    assert len(launches) == (1 if missed is None else 2)
+    for a, b, c in zip(before, middle, counts(made), strict=True):
+        assert np.array_equal(b - a, c - b)
+    for mine, its in ((first, its_first), (other, its_other)):
+        for a, b in zip(mine.layers, its.layers, strict=True):
+            assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
 
 
 @pytest.mark.parametrize("place", [0, 1, -1])
