@@ -143,8 +143,7 @@ class Loader:
                     self._work.wait(self._pause_s())
                     found = self._find()
                 job, piece = found
-                if self._may_find_more:
-                    self._work.notify()
+                self._wake_another()
                 lane = self._lane(job)
                 job.in_flight += 1
                 self._note_reading(lane, 1)
@@ -159,9 +158,10 @@ class Loader:
                     job.error = error
             self._advance(job)
 
-    @property
-    def _may_find_more(self) -> bool:
-        return self._manager.is_asked or self._manager.wants_to_fill or any(job.has_unread for job in self._jobs)
+    def _wake_another(self) -> None:
+        """If there may be something to read. (Waking a thread for nothing costs the computing beside it more.)"""
+        if self._manager.is_asked or self._manager.wants_to_fill or any(job.has_unread for job in self._jobs):
+            self._work.notify()
 
     def _find(self) -> tuple[Job, int] | None:
         """A piece to read: of the most urgent load that has one left, or of a new load if that is more urgent."""
@@ -324,7 +324,7 @@ class Loader:
             self._arena.end_write(slot, None)
         if not self._manager.has_demand:
             self._prefetch.demand_ended()
-        self._work.notify()  # its slot may have been waited for
+        self._wake_another()  # its slot may have been waited for
         self.lock.notify_all()
 
     def _bytes_of(self, job: Job) -> int:
@@ -366,4 +366,4 @@ class Loader:
         self.stats.depth = self._depth.depth
         lane.reading += change
         if change < 0:
-            self._work.notify()  # this one may have to hash first
+            self._wake_another()  # this one may have to hash first
