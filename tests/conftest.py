@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("moray", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moray")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads: those that spin take cores from other processes
 os.environ.pop("COLUMNS", None)  # readline gives it to child processes, and rich keeps what it finds first
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="moray-tests-")  # engines of tests keep their traffic there
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
