@@ -29,7 +29,7 @@ from moray.runtime.kernels.memory import (
     NUM_COLUMNS,
     SLOT_BYTES,
     all_equal,
-    look_up_all,
+    look_up_each,
 )
 from moray.runtime.layout.packed import LAYOUT_ID, Bytes
 from moray.runtime.layout.shard import ExpertKey
@@ -76,7 +76,7 @@ class _Layer:
         self.leases.columns[GENERATION] = -1
 
     def look_up(self, experts: Ints) -> Bools:
-        found: Bools = look_up_all(self.leases.columns, experts)
+        found: Bools = look_up_each(self.leases.columns, experts)
         return found
 
 

@@ -42,7 +42,7 @@ def look_up(leases, expert):
 
 
 @njit(cache=True)
-def look_up_all(leases, experts):
+def look_up_each(leases, experts):
     """As ``look_up``, for some: bool [E], which of them are there."""
     found = np.empty(experts.shape[0], np.bool_)
     for i in range(experts.shape[0]):

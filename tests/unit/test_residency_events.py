@@ -124,7 +124,7 @@ class Watcher:
 
     def check_shards(self) -> None:
         """What a reader's two looks let pass is the store's."""
-        memory.look_up_all(self._leases, np.arange(len(self._shards)))
+        memory.look_up_each(self._leases, np.arange(len(self._shards)))
         addresses, counters, generations = self._leases[:3]
         for expert in np.flatnonzero(generations >= 0).tolist():
             shard = self._shards[expert]

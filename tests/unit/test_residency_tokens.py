@@ -150,8 +150,8 @@ class Meddler:
         return _MeddledFetch(self, layer, experts, self._source.fetch(layer, experts))
 
     def table(self, layer: int) -> Any:
-        self.restore()
         """Looked up by the kernel, or before, and then perhaps overwritten."""
+        self.restore()
         table = self._source.table(layer)
         if self._random.random() < 0.5:
             self.meddle(layer, [])
