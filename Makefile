@@ -14,6 +14,8 @@ demo: $(BASE)
 	$(BIN)/python -m moray.deploy.cli demo
 
 test: $(DEV)
+	# Else each of the test processes would compile the kernels for itself.
+	$(BIN)/python -m moray.runtime.kernels.compile deploy/demo/store int8
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(DEV)

@@ -28,4 +28,4 @@ def compile_for(store: Path, numerics: Numerics, console: Console) -> None:
             assert child.stdout is not None
             for line in child.stdout:
                 done, total, what = line.split(maxsplit=2)
-                progress.update(task, completed=int(done), total=int(total), description=what.strip())
+                progress.update(task, completed=int(done), total=int(total), description=what.strip(), refresh=True)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from numba import cfunc, njit
 
+from moray.runtime.kernels.atomics import word
 from moray.runtime.kernels.gates import INTERLEAVED
-from moray.runtime.kernels.matmul import ITEMS, tile_of, word
+from moray.runtime.kernels.matmul import ITEMS, tile_of
 from moray.runtime.kernels.rows import (
     add_row,
     add_scaled_row,
@@ -34,13 +35,13 @@ N_X, N_WEIGHT, N_OUT, N_COLUMNS, N_EPSILON = range(5)
 SLICE = 1024  # columns in an item, about
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def slice_columns(group):
     """Columns in one item: whole groups of about 1024 columns."""
     return group * max(1, SLICE // group) if group else SLICE
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def num_slices(columns, group):
     each = slice_columns(group)
     return (columns + each - 1) // each

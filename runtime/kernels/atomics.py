@@ -72,6 +72,10 @@ def _store_atomic(builder: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return args[1]
 
 
+def _word(builder: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
+    return builder.load(_pointer(builder, builder.add(args[0], builder.mul(args[1], I64(8)))))
+
+
 def _external(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
@@ -109,9 +113,20 @@ def _call(builder: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return I64(0)
 
 
+@intrinsic
+def address_of(typingctx: Any, array: Any) -> Any:
+    """Of an array's first element. (``.ctypes.data`` takes Numba longer to compile, and is unsigned.)"""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.ptrtoint(context.make_array(array)(context, builder, args[0]).data, I64)
+
+    return _i64(array), codegen
+
+
 # Plain accesses, for memory that no other thread writes at the time.
 load_int64 = _on_int64s(1, lambda builder, args: builder.load(_pointer(builder, args[0])))
 store_int64 = _on_int64s(2, _store)
+word = _on_int64s(2, _word)  # word(params, index): of an int64 array by its address
 
 # Sequentially consistent ones. add_atomic(address, value) returns what was there before.
 load_atomic = _on_int64s(1, lambda builder, args: builder.load_atomic(_pointer(builder, args[0]), "seq_cst", 8))

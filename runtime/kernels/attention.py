@@ -11,6 +11,7 @@ from numba import cfunc, njit
 
 from moray.runtime.kernels import activation as act
 from moray.runtime.kernels import matmul as mm
+from moray.runtime.kernels.atomics import address_of, word
 from moray.runtime.kernels.attention_rows import (
     PADDING,
     copy_row,
@@ -20,7 +21,7 @@ from moray.runtime.kernels.attention_rows import (
     softmax_row,
     store_float,
 )
-from moray.runtime.kernels.matmul import ITEMS, word
+from moray.runtime.kernels.matmul import ITEMS
 from moray.runtime.kernels.pool import PHASE_FIELDS
 from moray.runtime.kernels.programs import (
     F_ATTEND,
@@ -41,6 +42,7 @@ from moray.runtime.kernels.programs import (
     set_rows,
 )
 from moray.runtime.kernels.rows import add_row, rms_row
+from moray.runtime.kernels.setup import entry
 
 # What a layer's attention is, int64: ops_fused.AttentionKernel.
 HEADS, KV_HEADS, DIM, SCALE, EPSILON, Q_NORM, K_NORM, Q_BIAS, K_BIAS, V_BIAS, O_BIAS = range(11)
@@ -55,7 +57,7 @@ NUM_NORMS = 4
 _PADDING_BITS = int(np.float32(PADDING).view(np.int32))
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def score_bytes(length):
     """Scratch of a head: scores, padded to 16 of them, and a line for their sum."""
     return (length + 15) // 16 * 64 + 64
@@ -124,7 +126,7 @@ def attend(params, first, last):
         attend_head(query, keys, values, scores, out, length, dim, word(params, SCALE))
 
 
-@njit(nogil=True, cache=True)
+@entry("functions fields qkv weights output norms")
 def attention_step(
     pool, functions, fields, qkv, weights, output, output_weight, norms, x, cosines, sines, rotary, keys, values,
     head_bytes, length, attended, y, z, scratch,
@@ -151,32 +153,36 @@ def attention_step(
     params = np.empty((5, max(act.NUM_PARAMS, NUM_PARAMS, mm.NUM_PARAMS)), np.int64)
     phases = np.empty((6, PHASE_FIELDS), np.int64)
     # Each part of the projections is an "expert" of one pair, and each pair is the same row of x.
-    starts, same_row, one = np.arange(num_parts + 1), np.zeros(num_parts, np.int64), np.arange(2)
-    part_of_pair, only = expert_of_pair(starts), np.zeros(1, np.int64)
-    output_at = np.empty(1, np.int64)
+    starts, same_row = np.empty(num_parts + 1, np.int64), np.zeros(num_parts, np.int64)
+    for part in range(num_parts + 1):
+        starts[part] = part
+    part_of_pair = expert_of_pair(starts)
+    # Of the output there is one "expert", number 0, whose pair is the only row.
+    one_row, output_at = np.int64(1), np.empty(1, np.int64)
     output_at[0] = output_weight
 
     items = set_rows(
-        params[0], qkv, source, same_row.ctypes.data, columns, columns, x_panels, num_parts, starts.ctypes.data,
-        part_of_pair.ctypes.data,
+        params[0], qkv, source, address_of(same_row), columns, columns, x_panels, num_parts, address_of(starts),
+        address_of(part_of_pair),
     )  # fmt: skip
-    set_phase(phases, 0, functions[F_PACK], params[0].ctypes.data, items, 1)
-    items = set_product(params[1], qkv, params[0], weights.ctypes.data, starts.ctypes.data, num_parts, projected)
-    set_phase(phases, 1, qkv[K_ITEMS], params[1].ctypes.data, items, chunk_of(qkv[K_BLOCK_BYTES]))
+    set_phase(phases, 0, functions[F_PACK], address_of(params[0]), items, 1)
+    items = set_product(params[1], qkv, params[0], address_of(weights), address_of(starts), num_parts, projected)
+    set_phase(phases, 1, qkv[K_ITEMS], address_of(params[1]), items, chunk_of(qkv[K_BLOCK_BYTES]))
     num_bytes = items * qkv[K_BLOCK_BYTES] + 8 * kv_heads * length * dim
-    params[2, :NUM_FIELDS] = fields
+    for field in range(NUM_FIELDS):
+        params[2, field] = fields[field]
     params[2, PROJECTED], params[2, COSINES], params[2, SINES], params[2, ROTARY] = projected, cosines, sines, rotary
     params[2, KEYS], params[2, VALUES], params[2, HEAD_BYTES], params[2, LENGTH] = keys, values, head_bytes, length
     params[2, SCORES], params[2, ATTENDED] = scores, attended
-    set_phase(phases, 2, functions[F_PREPARE_HEADS], params[2].ctypes.data, heads + 2 * kv_heads, 4)
-    set_phase(phases, 3, functions[F_ATTEND], params[2].ctypes.data, heads, 1)
+    set_phase(phases, 2, functions[F_PREPARE_HEADS], address_of(params[2]), heads + 2 * kv_heads, 4)
+    set_phase(phases, 3, functions[F_ATTEND], address_of(params[2]), heads, 1)
     items = set_rows(
-        params[3], output, attended, 0, output[K_SOURCE_COLUMNS], output[K_SOURCE_COLUMNS], o_panels, 1,
-        one.ctypes.data, only.ctypes.data,
+        params[3], output, attended, np.int64(0), output[K_SOURCE_COLUMNS], output[K_SOURCE_COLUMNS], o_panels,
+        one_row, address_of(starts), address_of(same_row),
     )  # fmt: skip
-    set_phase(phases, 4, functions[F_PACK], params[3].ctypes.data, items, 1)
-    items = set_product(params[4], output, params[3], output_at.ctypes.data, one.ctypes.data, 1, y)
-    set_phase(phases, 5, output[K_ITEMS], params[4].ctypes.data, items, chunk_of(output[K_BLOCK_BYTES]))
+    set_phase(phases, 4, functions[F_PACK], address_of(params[3]), items, 1)
+    items = set_product(params[4], output, params[3], address_of(output_at), address_of(starts), one_row, y)
+    set_phase(phases, 5, output[K_ITEMS], address_of(params[4]), items, chunk_of(output[K_BLOCK_BYTES]))
     num_bytes += items * output[K_BLOCK_BYTES]
     carry_out(pool, phases, num_bytes, num_parts * qkv[K_ROWS] * qkv[K_COLUMNS] + 2 * heads * dim * length)
     if fields[O_BIAS]:
@@ -185,10 +191,10 @@ def attention_step(
         add_row(y, x, columns)
         rms_row(y, norms[AFTER], z, columns, norms[AFTER_EPSILON])
     # Alive until here: phases know only their addresses.
-    return params[0, 0] + starts[0] + same_row[0] + part_of_pair[0] + one[0] + only[0] + output_at[0]
+    return params[0, 0] + starts[0] + same_row[0] + part_of_pair[0] + output_at[0]
 
 
-@njit(nogil=True, cache=True)
+@entry("fields qkv output")
 def step_bytes(fields, qkv, output, num_parts, length):
     """Scratch of ``attention_step``."""
     heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]

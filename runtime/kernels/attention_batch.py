@@ -7,8 +7,9 @@ rows; each row's heads are computed as ``attention_step`` does it, in the same o
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc, njit
+from numba import cfunc
 
+from moray.runtime.kernels.atomics import address_of, word
 from moray.runtime.kernels.attention import (
     BEFORE,
     DIM,
@@ -29,7 +30,7 @@ from moray.runtime.kernels.attention_prompt import (
     set_layer,
 )
 from moray.runtime.kernels.attention_rows import copy_row
-from moray.runtime.kernels.matmul import ITEMS, word
+from moray.runtime.kernels.matmul import ITEMS
 from moray.runtime.kernels.programs import (
     F_ATTEND_BATCH,
     F_PREPARE_BATCH,
@@ -38,6 +39,7 @@ from moray.runtime.kernels.programs import (
     carry_out,
     set_phase,
 )
+from moray.runtime.kernels.setup import TABLE, entry
 
 # A row's cache, int64 [T, NUM_ROW_FIELDS]: addresses of keys and of values float32 [V, ., D], bytes from head to head,
 # and the tokens that the row sees, itself the last.
@@ -87,7 +89,7 @@ def attend_batch(params, first, last):
         attend_head(query, keys, values, scores, out, length, dim, word(params, SCALE))
 
 
-@njit(nogil=True, cache=True)
+@entry("functions fields query part weights output norms", rows=TABLE)
 def attention_batch(
     pool, functions, fields, query, part, weights, output, output_weight, norms, x, cosines, sines, rotary, rows,
     attended, y, z, scratch,
@@ -115,10 +117,10 @@ def attention_batch(
         num_keys += rows[row, ROW_LENGTH]
     middle = params[5]
     middle[BATCH_COSINES], middle[BATCH_SINES], middle[BATCH_ROTARY] = cosines, sines, rotary
-    middle[ROWS], middle[ROW_SCORES] = rows.ctypes.data, scores.ctypes.data
+    middle[ROWS], middle[ROW_SCORES] = address_of(rows), address_of(scores)
     items = num_rows * (heads + 2 * kv_heads)
-    set_phase(phases, 5, functions[F_PREPARE_BATCH], middle.ctypes.data, items, _PREPARED_AT_ONCE)
-    set_phase(phases, 6, functions[F_ATTEND_BATCH], middle.ctypes.data, num_rows * heads, 1)
+    set_phase(phases, 5, functions[F_PREPARE_BATCH], address_of(middle), items, _PREPARED_AT_ONCE)
+    set_phase(phases, 6, functions[F_ATTEND_BATCH], address_of(middle), num_rows * heads, 1)
     num_bytes += 8 * kv_heads * num_keys * dim
     products = num_rows * (heads + 2 * kv_heads) * dim * query[K_SOURCE_COLUMNS] + 2 * heads * dim * num_keys
     carry_out(pool, phases[0 if norms[BEFORE] else 1 :], num_bytes, products)
@@ -126,7 +128,7 @@ def attention_batch(
     return params[0, 0] + starts[0] + expert[0] + at[0, 0] + ends[0] + rows[0, 0] + scores[0]
 
 
-@njit(nogil=True, cache=True)
+@entry("fields query output", rows=TABLE)
 def batch_bytes(fields, query, output, rows):
     """Scratch of ``attention_batch``."""
     needed = aligned(prompt_bytes(fields, query, output, rows.shape[0]))

@@ -15,7 +15,7 @@ from numba import cfunc, njit
 
 from moray.runtime.kernels import activation as act
 from moray.runtime.kernels import matmul as mm
-from moray.runtime.kernels.atomics import store_int64
+from moray.runtime.kernels.atomics import address_of, store_int64, word
 from moray.runtime.kernels.attention import (
     AFTER,
     AFTER_EPSILON,
@@ -43,7 +43,7 @@ from moray.runtime.kernels.attention_tiles import (
     store_int32,
     store_tile,
 )
-from moray.runtime.kernels.matmul import ITEMS, word
+from moray.runtime.kernels.matmul import ITEMS
 from moray.runtime.kernels.pool import PHASE_FIELDS
 from moray.runtime.kernels.programs import (
     F_ATTEND_TILES,
@@ -64,6 +64,7 @@ from moray.runtime.kernels.programs import (
     set_rows,
 )
 from moray.runtime.kernels.rows import add_row, rms_row
+from moray.runtime.kernels.setup import entry
 
 # Words of the params of ``prepare_rows`` and ``attend_tiles``: a layer's fields (attention.py), then these.
 QUERIES, NEW_KEYS, NEW_VALUES, NUM_TOKENS, ATTENDED, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH = range(
@@ -154,20 +155,20 @@ def finish_rows(params, first, last):
             rms_row(y, word(params, SUM_NORM), word(params, SUM_Z) + at, columns, word(params, SUM_EPSILON))
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _set_pack(phases, p, functions, params, kernel, source, panels, starts, expert):
     """Phase p: all rows at ``source`` into panels."""
     width, num_rows = kernel[K_SOURCE_COLUMNS], expert.shape[0]
-    at = (starts.ctypes.data, expert.ctypes.data)
-    items = set_rows(params, kernel, source, 0, width, width, panels, num_rows, *at)
-    set_phase(phases, p, functions[F_PACK], params.ctypes.data, items, 1)
+    at = (address_of(starts), address_of(expert))
+    items = set_rows(params, kernel, source, np.int64(0), width, width, panels, num_rows, *at)
+    set_phase(phases, p, functions[F_PACK], address_of(params), items, 1)
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _set_matrix(phases, p, params, kernel, packed, weights, starts, y):
     """Phase p: y = the panels that ``packed`` names, times one matrix. Returns the bytes of the matrix."""
-    items = set_product(params, kernel, packed, weights.ctypes.data, starts.ctypes.data, 1, y)
-    set_phase(phases, p, kernel[K_ITEMS], params.ctypes.data, items, chunk_of(kernel[K_BLOCK_BYTES]))
+    items = set_product(params, kernel, packed, address_of(weights), address_of(starts), np.int64(1), y)
+    set_phase(phases, p, kernel[K_ITEMS], address_of(params), items, chunk_of(kernel[K_BLOCK_BYTES]))
     return items * kernel[K_BLOCK_BYTES]
 
 
@@ -204,31 +205,32 @@ def set_layer(
         source = scratch
         params[0, act.N_X], params[0, act.N_WEIGHT], params[0, act.N_OUT] = x, norms[BEFORE], source
         params[0, act.N_COLUMNS], params[0, act.N_EPSILON] = columns, norms[BEFORE_EPSILON]
-        set_phase(phases, 0, functions[F_NORMALIZE], params[0].ctypes.data, num_tokens, _SUMMED_AT_ONCE)
+        set_phase(phases, 0, functions[F_NORMALIZE], address_of(params[0]), num_tokens, _SUMMED_AT_ONCE)
     _set_pack(phases, 1, functions, params[1], query, source, panels, starts, expert)
     num_bytes = _set_matrix(phases, 2, params[2], query, params[1], at[0], starts, queries)
     num_bytes += _set_matrix(phases, 3, params[3], part, params[1], at[1], starts, new_keys)
     num_bytes += _set_matrix(phases, 4, params[4], part, params[1], at[2], starts, new_values)
     middle = params[5]
-    middle[:NUM_FIELDS] = fields
+    for field in range(NUM_FIELDS):
+        middle[field] = fields[field]
     middle[QUERIES], middle[NEW_KEYS], middle[NEW_VALUES] = queries, new_keys, new_values
     middle[NUM_TOKENS], middle[ATTENDED] = num_tokens, attended
     _set_pack(phases, 7, functions, params[6], output, attended, panels, starts, expert)
     num_bytes += _set_matrix(phases, 8, params[7], output, params[6], at[3], starts, y)
     ends[SUM_Y], ends[SUM_X], ends[SUM_BIAS], ends[SUM_Z] = y, x * has_norms, fields[O_BIAS], z
     ends[SUM_NORM], ends[SUM_EPSILON], ends[SUM_COLUMNS] = norms[AFTER], norms[AFTER_EPSILON], output[K_ROWS]
-    set_phase(phases, 9, functions[F_FINISH_ROWS], ends.ctypes.data, num_tokens, _SUMMED_AT_ONCE)
+    set_phase(phases, 9, functions[F_FINISH_ROWS], address_of(ends), num_tokens, _SUMMED_AT_ONCE)
     return num_bytes
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def num_attend_items(fields, num_tokens):
     """Items of ``attend_tiles``."""
     heads, kv_heads = fields[HEADS], fields[KV_HEADS]
     return kv_heads * ((num_tokens * (heads // kv_heads) + ROWS - 1) // ROWS)
 
 
-@njit(nogil=True, cache=True)
+@entry("functions fields query part weights output norms")
 def attention_prompt(
     pool, functions, fields, query, part, weights, output, output_weight, norms, x, num_tokens, cosines, sines,
     rotary, keys, values, head_bytes, length, attended, y, z, scratch,
@@ -253,16 +255,16 @@ def attention_prompt(
     middle[COSINES], middle[SINES], middle[ROTARY] = cosines, sines, rotary
     middle[KEYS], middle[VALUES], middle[HEAD_BYTES], middle[LENGTH] = keys, values, head_bytes, length
     rows = (heads + 2 * kv_heads) * num_tokens
-    set_phase(phases, 5, functions[F_PREPARE_ROWS], middle.ctypes.data, rows, _PREPARED_AT_ONCE)
+    set_phase(phases, 5, functions[F_PREPARE_ROWS], address_of(middle), rows, _PREPARED_AT_ONCE)
     items = num_attend_items(fields, num_tokens)
-    set_phase(phases, 6, functions[F_ATTEND_TILES], middle.ctypes.data, items, 1)
+    set_phase(phases, 6, functions[F_ATTEND_TILES], address_of(middle), items, 1)
     products = num_tokens * ((heads + 2 * kv_heads) * dim * query[K_SOURCE_COLUMNS] + 2 * heads * dim * length)
     carry_out(pool, phases[0 if norms[BEFORE] else 1 :], num_bytes, products)
     # Alive until here: phases know only their addresses.
     return params[0, 0] + starts[0] + expert[0] + at[0, 0] + ends[0]
 
 
-@njit(nogil=True, cache=True)
+@entry("fields query output")
 def prompt_bytes(fields, query, output, num_tokens):
     """Scratch of ``attention_prompt``."""
     heads, kv_heads, dim = fields[HEADS], fields[KV_HEADS], fields[DIM]

@@ -6,15 +6,16 @@ Between launches Python runs with cold caches: the weights of a layer are more t
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray, njit, types
 
 from moray.runtime.kernels import attention, routed
 from moray.runtime.kernels.attention import attention_step
 from moray.runtime.kernels.attention_batch import attention_batch
 from moray.runtime.kernels.programs import K_FIELDS, K_ROWS
-from moray.runtime.kernels.routed import routed_layer
+from moray.runtime.kernels.routed import CHOSEN, routed_layer
 from moray.runtime.kernels.router import pointer
 from moray.runtime.kernels.rows import add_row
+from moray.runtime.kernels.setup import TABLE, entry
 
 # A layer's row, int64: the fields of its parts one after the other, then single words.
 NUM_GATE_FIELDS = 3
@@ -34,12 +35,12 @@ PARTS_AT, NUM_PARTS, OUTPUT_AT, LEASES, LEASE_COLUMNS, OWNERS, TOKENS, KEYS, VAL
 NUM_WORDS = WORDS + 10
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _array(address, count):
     return carray(pointer(address, np.int64(0)), (count,))
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _compute_block(
     pool, functions, row, z, num_tokens, chosen, out, scratch, bytes_by_owner, times, used, its_uses
 ):  # fmt: skip
@@ -52,11 +53,12 @@ def _compute_block(
         _array(row[TOKENS], experts), bytes_by_owner, z, num_tokens, chosen, out, scratch, times, used,
     )  # fmt: skip
     if done:
-        its_uses[: 1 + used[0]] = used[: 1 + used[0]]
+        for i in range(1 + used[0]):
+            its_uses[i] = used[i]
     return done
 
 
-@njit(nogil=True, cache=True)
+@entry("functions states bytes_by_owner times", rows=TABLE, chosen=CHOSEN, uses=TABLE)
 def layers_step(
     pool, functions, rows, first, cosines, sines, rotary, length, states, attended, z, out, chosen, scratch,
     bytes_by_owner, times, uses,
@@ -70,7 +72,7 @@ def layers_step(
     length: of the cache, the token included. out float32 [H], attended and scratch are for its own use. Added to:
     bytes_by_owner, times (as in routed_layer). uses int64 [L, 1 + E], written: how many experts each layer used, which.
     """
-    used = np.empty(1 + 2 * rows[:, BLOCK + routed.NUM_EXPERTS].max(), np.int64)
+    used = np.empty(2 * uses.shape[1], np.int64)
     for index in range(first, rows.shape[0]):
         row, x, y = rows[index], states[index % 2], states[(index + 1) % 2]
         attention_step(
@@ -79,14 +81,14 @@ def layers_step(
             row[HEAD_BYTES], length, attended, y, z, scratch,
         )  # fmt: skip
         if not _compute_block(
-            pool, functions, row, z, 1, chosen, out, scratch, bytes_by_owner, times, used, uses[index]
+            pool, functions, row, z, np.int64(1), chosen, out, scratch, bytes_by_owner, times, used, uses[index]
         ):  # fmt: skip
             return index
         add_row(y, out, row[DOWN + K_ROWS])
     return rows.shape[0]
 
 
-@njit(nogil=True, cache=True)
+@entry("functions states bytes_by_owner times", rows=TABLE, caches=types.int64[:, :, ::1], chosen=CHOSEN, uses=TABLE)
 def layers_batch(
     pool, functions, rows, first, cosines, sines, rotary, caches, states, attended, z, out, chosen, scratch,
     bytes_by_owner, times, uses,
@@ -95,7 +97,7 @@ def layers_batch(
 
     caches: int64 [L, T, NUM_ROW_FIELDS], as in attention_batch.py.
     """
-    used = np.empty(1 + 2 * rows[:, BLOCK + routed.NUM_EXPERTS].max(), np.int64)
+    used = np.empty(2 * uses.shape[1], np.int64)
     num_tokens = caches.shape[1]
     for index in range(first, rows.shape[0]):
         row, x, y = rows[index], states[index % 2], states[(index + 1) % 2]

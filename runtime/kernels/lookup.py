@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from moray.runtime.kernels import setup as _setup  # noqa: F401  (before any njit)
+from moray.runtime.kernels.setup import FLOATS, entry
 from moray.runtime.kernels.vectors import F32, I32
 from moray.runtime.layout import fp4, second_level
 from moray.runtime.layout.packed import METAS, PLANES, SCALE_FACTOR, Bytes, PackedSpec
@@ -84,7 +84,10 @@ def _quantized_row(block, lane, columns, group, planes, code_bytes, meta, step, 
             out[g * group + c] = value * scale
 
 
-@njit(nogil=True, cache=True)
+@entry(
+    "rows planes",
+    packed=types.uint8[:, ::1], is_half=types.boolean, step=types.float32, lowest=types.float32, out=FLOATS,
+)  # fmt: skip
 def _lookup(packed, rows, columns, is_half, width, group, planes, code_bytes, meta, step, lowest, out):
     for i in range(rows.shape[0]):
         block, lane = packed[rows[i] // 16], rows[i] % 16

@@ -18,7 +18,7 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 from moray.runtime.kernels import vectors
-from moray.runtime.kernels.atomics import load_int64
+from moray.runtime.kernels.atomics import word
 from moray.runtime.kernels.block import Operands, Variant, emit_blocks
 from moray.runtime.kernels.vectors import I64
 
@@ -95,13 +95,7 @@ def _tile_function(module: ir.Module, variant: Variant, blocks: int, tokens: int
     return function
 
 
-@njit(nogil=True, cache=True, forceinline=True)
-def word(params, index):
-    """Word ``index`` of an int64 array by its address."""
-    return load_int64(params + 8 * index)
-
-
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def tile_of(pair, start, end):
     """Of a pair of an expert whose pairs are start..end-1: the first pair of its tile, and the tile's width."""
     first = pair - (pair - start) % MAX_WIDTH

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from moray.runtime.kernels.atomics import load_atomic
+from moray.runtime.kernels.setup import TABLE, entry
 
 # Columns of a layer's leases (experts/source.py). Those that never move have only the first three.
 ADDRESS, COUNTER, GENERATION, ENTRY, FIRST_SLOT, SLOT_BYTES, FIRST_COUNTER = range(7)
 NUM_COLUMNS = 7
 
 
-@njit(cache=True)
+@entry("addresses expected")
 def all_equal(addresses, expected):
     """Whether the int64 at every address has its expected value."""
     for i in range(addresses.shape[0]):  # noqa: SIM110  (compiled: a loop is the plain form)
@@ -21,7 +21,7 @@ def all_equal(addresses, expected):
     return True
 
 
-@njit(cache=True)
+@entry(leases=TABLE)
 def look_up(leases, expert):
     """Read the directory of an arena (runtime/arena.py) for one expert. Returns whether it is there.
 
@@ -41,7 +41,7 @@ def look_up(leases, expert):
     return False
 
 
-@njit(cache=True)
+@entry("experts", leases=TABLE)
 def look_up_each(leases, experts):
     """As ``look_up``, for some: bool [E], which of them are there."""
     found = np.empty(experts.shape[0], np.bool_)

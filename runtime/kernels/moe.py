@@ -6,10 +6,11 @@ Shapes: T tokens, K experts a token, P = pairs actually computed, E active exper
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from moray.runtime.kernels import activation as act
 from moray.runtime.kernels import matmul as mm
+from moray.runtime.kernels.atomics import address_of
 from moray.runtime.kernels.pool import PHASE_FIELDS
 from moray.runtime.kernels.programs import (
     F_ACTIVATE,
@@ -28,9 +29,12 @@ from moray.runtime.kernels.programs import (
     set_product,
     set_rows,
 )
+from moray.runtime.kernels.setup import TABLE, entry
+
+GATE = types.UniTuple(types.int64, 3)  # the fields of a Gate
 
 
-@njit(nogil=True, cache=True)
+@entry(ids=TABLE)
 def group_by_expert(ids, num_experts):
     """Sort the (token, k) pairs of a layer by expert, keeping token order within an expert.
 
@@ -40,11 +44,15 @@ def group_by_expert(ids, num_experts):
     """
     counts = np.zeros(num_experts, np.int64)
     num_active, num_pairs = 0, 0
-    for e in ids.flat:
-        if 0 <= e < num_experts:
-            num_active += counts[e] == 0
-            counts[e] += 1
-            num_pairs += 1
+    positions = np.empty(ids.shape, np.int64)
+    for t in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            e = ids[t, k]
+            positions[t, k] = -1
+            if 0 <= e < num_experts:
+                num_active += counts[e] == 0
+                counts[e] += 1
+                num_pairs += 1
     active, starts = np.empty(num_active, np.int64), np.zeros(num_active + 1, np.int64)
     token_of_pair = np.empty(num_pairs, np.int64)
     i = 0
@@ -54,7 +62,6 @@ def group_by_expert(ids, num_experts):
             starts[i + 1] = starts[i] + counts[e]
             counts[e] = starts[i]  # from now on: where its next pair goes
             i += 1
-    positions = np.full(ids.shape, -1, np.int64)
     for t in range(ids.shape[0]):
         for k in range(ids.shape[1]):
             e = ids[t, k]
@@ -65,7 +72,7 @@ def group_by_expert(ids, num_experts):
     return active, starts, token_of_pair, positions
 
 
-@njit(nogil=True, cache=True)
+@entry("experts starts token_of_pair")
 def pairs_of(experts, starts, token_of_pair):
     """The pairs of some of the active experts, by their positions int64 [E'], ascending, as a grouping of their own.
 
@@ -84,7 +91,7 @@ def pairs_of(experts, starts, token_of_pair):
     return rows, own_starts, token_of_pair[rows]
 
 
-@njit(nogil=True, cache=True)
+@entry("active starts owners tokens bytes_by_owner")
 def count_use(active, starts, shard_bytes, owners, tokens, bytes_by_owner):
     """Add a layer's use to ``tokens`` [E] and ``bytes_by_owner``; ``owners`` [E]. All int64."""
     for i in range(active.shape[0]):
@@ -97,13 +104,16 @@ def count_use(active, starts, shard_bytes, owners, tokens, bytes_by_owner):
 def _set_sum(params, y, positions, weights, columns, out):
     """Params of the weighted sum, without biases. Returns its items."""
     slices = act.num_slices(columns, 0)
-    params[act.C_Y], params[act.C_POSITIONS], params[act.C_WEIGHTS] = y, positions.ctypes.data, weights
+    params[act.C_Y], params[act.C_POSITIONS], params[act.C_WEIGHTS] = y, address_of(positions), weights
     params[act.C_OUT], params[act.C_TOP_K] = out, positions.shape[1]
     params[act.C_COLUMNS], params[act.C_SLICES] = columns, slices
     return positions.shape[0] * slices
 
 
-@njit(nogil=True, cache=True)
+@entry(
+    "functions gate_up gate_up_at gate_up_biases down down_at down_biases starts token_of_pair",
+    gate=GATE, positions=TABLE,
+)  # fmt: skip
 def moe_layer(
     pool, functions, gate, gate_up, gate_up_at, gate_up_biases, down, down_at, down_biases, starts, token_of_pair,
     positions, x, weights, out, scratch,
@@ -125,38 +135,38 @@ def moe_layer(
     params = np.empty((5, max(act.NUM_PARAMS, mm.NUM_PARAMS)), np.int64)
     phases = np.empty((5, PHASE_FIELDS), np.int64)
     experts = expert_of_pair(starts)
-    starts_at, expert_at = starts.ctypes.data, experts.ctypes.data
+    starts_at, expert_at = address_of(starts), address_of(experts)
 
     items = set_rows(
-        params[0], gate_up, x, token_of_pair.ctypes.data, gate_up[K_SOURCE_COLUMNS], gate_up[K_SOURCE_COLUMNS],
+        params[0], gate_up, x, address_of(token_of_pair), gate_up[K_SOURCE_COLUMNS], gate_up[K_SOURCE_COLUMNS],
         x_panels, num_pairs, starts_at, expert_at,
     )  # fmt: skip
-    set_phase(phases, 0, functions[F_PACK], params[0].ctypes.data, items, 1)
-    up_items = set_product(params[1], gate_up, params[0], gate_up_at.ctypes.data, starts_at, num_experts, y_gate_up)
-    set_phase(phases, 1, gate_up[K_ITEMS], params[1].ctypes.data, up_items, chunk_of(gate_up[K_BLOCK_BYTES]))
-    items = set_rows(params[2], down, h, 0, width, width, h_panels, num_pairs, starts_at, expert_at)
+    set_phase(phases, 0, functions[F_PACK], address_of(params[0]), items, 1)
+    up_items = set_product(params[1], gate_up, params[0], address_of(gate_up_at), starts_at, num_experts, y_gate_up)
+    set_phase(phases, 1, gate_up[K_ITEMS], address_of(params[1]), up_items, chunk_of(gate_up[K_BLOCK_BYTES]))
+    items = set_rows(params[2], down, h, np.int64(0), width, width, h_panels, num_pairs, starts_at, expert_at)
     params[2, act.GATE_UP] = y_gate_up
-    params[2, act.BIASES] = gate_up_biases.ctypes.data if gate_up_biases.shape[0] else 0
+    params[2, act.BIASES] = address_of(gate_up_biases) if gate_up_biases.shape[0] else 0
     params[2, act.KIND], params[2, act.LIMIT], params[2, act.ALPHA] = gate
-    set_phase(phases, 2, functions[F_ACTIVATE], params[2].ctypes.data, items, 1)
-    down_items = set_product(params[3], down, params[2], down_at.ctypes.data, starts_at, num_experts, y)
-    set_phase(phases, 3, down[K_ITEMS], params[3].ctypes.data, down_items, chunk_of(down[K_BLOCK_BYTES]))
+    set_phase(phases, 2, functions[F_ACTIVATE], address_of(params[2]), items, 1)
+    down_items = set_product(params[3], down, params[2], address_of(down_at), starts_at, num_experts, y)
+    set_phase(phases, 3, down[K_ITEMS], address_of(params[3]), down_items, chunk_of(down[K_BLOCK_BYTES]))
     items = _set_sum(params[4], y, positions, weights, hidden, out)
-    params[4, act.C_BIASES] = down_biases.ctypes.data if down_biases.shape[0] else 0
+    params[4, act.C_BIASES] = address_of(down_biases) if down_biases.shape[0] else 0
     params[4, act.C_EXPERT] = expert_at
-    set_phase(phases, 4, functions[F_COMBINE], params[4].ctypes.data, items, 1)
+    set_phase(phases, 4, functions[F_COMBINE], address_of(params[4]), items, 1)
 
     num_bytes = up_items * gate_up[K_BLOCK_BYTES] + down_items * down[K_BLOCK_BYTES]
     carry_out(pool, phases, num_bytes, num_pairs * 3 * width * hidden)
     return params[0, 0] + experts.shape[0]  # alive until here: phases know only their addresses
 
 
-@njit(nogil=True, cache=True)
+@entry("functions", positions=TABLE)
 def combine_pairs(pool, functions, y, positions, weights, columns, out):
     """out[t] = sum over k of weights[t, k] * y[positions[t, k]]: the last phase of ``moe_layer`` alone."""
     params, phases = np.empty(act.NUM_PARAMS, np.int64), np.empty((1, PHASE_FIELDS), np.int64)
     items = _set_sum(params, y, positions, weights, columns, out)
     params[act.C_BIASES] = params[act.C_EXPERT] = 0
-    set_phase(phases, 0, functions[F_COMBINE], params.ctypes.data, items, 1)
-    carry_out(pool, phases, 4 * positions.size * columns, 0)
+    set_phase(phases, 0, functions[F_COMBINE], address_of(params), items, 1)
+    carry_out(pool, phases, 4 * positions.size * columns, np.int64(0))
     return params[0]

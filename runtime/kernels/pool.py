@@ -33,6 +33,7 @@ from moray.runtime.kernels.atomics import (
     store_atomic,
     store_int64,
 )
+from moray.runtime.kernels.setup import TABLE, entry
 
 MAX_PHASES = 10
 PHASE_FIELDS = 4  # function, params, items, chunk
@@ -46,17 +47,17 @@ _SPINS = 4000  # looks before a thread sleeps: a few hundred microseconds
 _SPINS_ALONE = 500  # looks before it offers its core to others between them
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _phase_at(state, phase):
     return state + _HEADER + phase * (_NEXT + load_int64(state + _THREADS) * _LINE)
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _range_start(items, thread, threads):
     return items * thread // threads
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _wait_a_little(looks):
     if looks > _SPINS_ALONE:
         sched_yield()
@@ -87,7 +88,7 @@ def _take_part(state, thread):
             looks += 1
 
 
-@njit(nogil=True, cache=True)
+@entry()
 def _serve(state, thread):
     """A thread of the pool: take part in every program, until the pool ends."""
     seen, looks = 0, 0
@@ -109,7 +110,7 @@ def _serve(state, thread):
             looks = 0
 
 
-@njit(nogil=True, cache=True)
+@entry(phases=TABLE)
 def run(state, phases):
     """Carry out a program and return when it is done.
 
@@ -129,7 +130,7 @@ def run(state, phases):
     store_atomic(state + _EPOCH, epoch)
     if load_atomic(state + _SLEEPERS) > 0:
         futex_wake(state + _EPOCH)
-    _take_part(state, 0)
+    _take_part(state, np.int64(0))
     store_atomic(state + _EPOCH, epoch + 1)
     looks = 0
     while load_atomic(state + _ACTIVE) > 0:  # they still read the state, though all work is done
@@ -144,7 +145,7 @@ def run_alone(phases):
         call_items(phases[p, 0], phases[p, 1], 0, phases[p, 2])
 
 
-@njit(nogil=True, cache=True)
+@entry()
 def _wake(state):
     futex_wake(state + _EPOCH)
 

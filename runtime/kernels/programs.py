@@ -10,7 +10,9 @@ from numba import njit
 
 from moray.runtime.kernels import activation as act
 from moray.runtime.kernels import matmul as mm
+from moray.runtime.kernels.atomics import address_of
 from moray.runtime.kernels.pool import PHASE_FIELDS, run, run_alone
+from moray.runtime.kernels.setup import entry
 
 # Fields of a matrix kernel, int64 (ops.MatrixKernel).
 K_ITEMS, K_INTEGER, K_GROUP, K_ROWS, K_COLUMNS, K_BLOCK_BYTES, K_SOURCE_COLUMNS = range(7)
@@ -31,16 +33,17 @@ def expert_of_pair(starts):
     """int64 [P]: the index among the active experts of each pair's."""
     experts = np.empty(starts[-1], np.int64)
     for e in range(starts.shape[0] - 1):
-        experts[starts[e] : starts[e + 1]] = e
+        for pair in range(starts[e], starts[e + 1]):
+            experts[pair] = e
     return experts
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def aligned(num_bytes):
     return (num_bytes + _ALIGN - 1) // _ALIGN * _ALIGN
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def panel_bytes(kernel, num_pairs):
     """Scratch for the panels of a product's activations."""
     columns = kernel[K_COLUMNS]
@@ -49,7 +52,7 @@ def panel_bytes(kernel, num_pairs):
     return aligned(num_pairs * columns) + 2 * aligned(4 * num_pairs * (columns // kernel[K_GROUP]))
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def set_phase(phases, p, function, params, items, chunk):
     phases[p, 0], phases[p, 1], phases[p, 2], phases[p, 3] = function, params, items, chunk
 
@@ -85,7 +88,7 @@ def set_product(params, kernel, rows_params, weights, starts, num_experts, y):
     return num_blocks * num_experts
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def chunk_of(block_bytes):
     return max(1, _CHUNK_BYTES // (mm.MOST_BLOCKS * block_bytes)) * mm.MOST_BLOCKS
 
@@ -98,7 +101,7 @@ def carry_out(pool, phases, num_bytes, num_products):
         run(pool, phases)
 
 
-@njit(nogil=True, cache=True)
+@entry("functions kernel weights starts index")
 def project(pool, functions, kernel, weights, starts, index, x, source_columns, num_pairs, y, scratch):
     """y[p] = x[index[p]] @ W_e^T for the pairs starts[e]..starts[e + 1] of each expert e.
 
@@ -111,17 +114,17 @@ def project(pool, functions, kernel, weights, starts, index, x, source_columns, 
     expert = expert_of_pair(starts)
     phases = np.empty((2, PHASE_FIELDS), np.int64)
     items = set_rows(
-        params[0], kernel, x, index.ctypes.data if index.shape[0] else 0, source_columns, source_columns, scratch,
-        num_pairs, starts.ctypes.data, expert.ctypes.data,
+        params[0], kernel, x, address_of(index) if index.shape[0] else 0, source_columns, source_columns, scratch,
+        num_pairs, address_of(starts), address_of(expert),
     )  # fmt: skip
-    set_phase(phases, 0, functions[F_PACK], params[0].ctypes.data, items, 1)
-    items = set_product(params[1], kernel, params[0], weights.ctypes.data, starts.ctypes.data, num_experts, y)
-    set_phase(phases, 1, kernel[K_ITEMS], params[1].ctypes.data, items, chunk_of(kernel[K_BLOCK_BYTES]))
+    set_phase(phases, 0, functions[F_PACK], address_of(params[0]), items, 1)
+    items = set_product(params[1], kernel, params[0], address_of(weights), address_of(starts), num_experts, y)
+    set_phase(phases, 1, kernel[K_ITEMS], address_of(params[1]), items, chunk_of(kernel[K_BLOCK_BYTES]))
     carry_out(pool, phases, items * kernel[K_BLOCK_BYTES], num_pairs * kernel[K_ROWS] * kernel[K_COLUMNS])
     return params[0, 0] + params[1, 0] + expert.shape[0]  # alive until here: phases know only their addresses
 
 
-@njit(nogil=True, cache=True)
+@entry("functions kernel")
 def linear(pool, functions, kernel, weight, x, num_rows, y, scratch):
     """y = x @ W^T for one packed matrix, by addresses: x float32 [num_rows, C], y float32 [num_rows, R], written."""
     weights, starts = np.empty(1, np.int64), np.zeros(2, np.int64)
@@ -130,13 +133,13 @@ def linear(pool, functions, kernel, weight, x, num_rows, y, scratch):
     project(pool, functions, kernel, weights, starts, every_row, x, kernel[K_SOURCE_COLUMNS], num_rows, y, scratch)
 
 
-@njit(nogil=True, cache=True)
+@entry("functions")
 def rms_norm(pool, functions, x, weight, num_rows, columns, epsilon, out):
     """out = weight * x / rms(x) for every row of x float32 [num_rows, columns], by addresses."""
     params, phases = np.empty(act.NUM_PARAMS, np.int64), np.empty((1, PHASE_FIELDS), np.int64)
     params[act.N_X], params[act.N_WEIGHT], params[act.N_OUT] = x, weight, out
     params[act.N_COLUMNS], params[act.N_EPSILON] = columns, epsilon
     chunk = max(1, _CHUNK_BYTES // (4 * columns))
-    set_phase(phases, 0, functions[F_NORMALIZE], params.ctypes.data, num_rows, chunk)
-    carry_out(pool, phases, 4 * num_rows * columns, 0)
+    set_phase(phases, 0, functions[F_NORMALIZE], address_of(params), num_rows, chunk)
+    carry_out(pool, phases, 4 * num_rows * columns, np.int64(0))
     return params[0]

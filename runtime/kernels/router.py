@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import carray, njit
-from numba.core import types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from moray.runtime.kernels.programs import linear
+from moray.runtime.kernels.setup import entry
 
 # What the weights are: the K best probabilities, or the softmax of the K best logits.
 PROBABILITIES, NORMALIZED, OF_BEST = range(3)
@@ -31,7 +31,9 @@ def pointer(typingctx, address, like):
 
 @njit(nogil=True, cache=True)
 def _softmax(values, out):
-    largest = values.max()
+    largest = values[0]
+    for value in values:
+        largest = max(largest, value)
     total = 0.0
     for i in range(values.shape[0]):
         out[i] = np.float32(math.exp(np.float64(values[i]) - np.float64(largest)))
@@ -46,7 +48,9 @@ def _choose(logits, kind, ids, weights):
     probabilities = np.empty(logits.shape[0], np.float32)
     if kind != OF_BEST:
         _softmax(logits, probabilities)
-    left = logits.copy()
+    left = np.empty(logits.shape[0], np.float32)
+    for e in range(logits.shape[0]):
+        left[e] = logits[e]
     for k in range(ids.shape[0]):
         best = 0
         for e in range(1, left.shape[0]):
@@ -55,7 +59,7 @@ def _choose(logits, kind, ids, weights):
         ids[k], weights[k] = best, logits[best] if kind == OF_BEST else probabilities[best]
         left[best] = -np.inf
     if kind == OF_BEST:
-        _softmax(weights.copy(), weights)
+        _softmax(weights, weights)
     elif kind == NORMALIZED:
         total = np.float32(0.0)
         for k in range(weights.shape[0]):
@@ -64,7 +68,7 @@ def _choose(logits, kind, ids, weights):
             weights[k] /= total
 
 
-@njit(nogil=True, cache=True)
+@entry("functions kernel", shape=types.UniTuple(types.int64, 2))
 def route(pool, functions, kernel, weight, bias, kind, x, num_tokens, shape, logits, ids, weights, scratch):
     """logits = x @ W^T + bias; ids and weights of the K best experts of each token.
 
