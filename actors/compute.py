@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from moray.runtime.generation.vocabulary import Vocabulary
 
 _JOIN_S, _REJOIN_S = 30.0, 300.0  # for hosts to answer: at first they are there, later they may be restarting too
-_PREFETCH_DEPTH = 2  # MoE layers ahead
 EVENT_INTERVAL_S = 0.04  # an event costs both processes half a millisecond; nobody reads more than 25 a second
 
 
@@ -120,9 +119,10 @@ class ComputeActor:
             on_change=self._note_change,
             report=lambda event: self._home.note([event]),
         )
-        depth = 0 if config.caching.prefetch == "off" and config.caching.trace is None else _PREFETCH_DEPTH
-        is_auto = config.caching.prefetch == "auto"
-        watch = WatchOptions(depth, is_auto, self._trace(), config.num_slots, config.caching.policy)
+        prefetch = config.caching.prefetch
+        watch = WatchOptions(
+            prefetch != "off", prefetch == "auto", self._trace(), config.num_slots, config.caching.policy
+        )
         with on_cores(self._cores.cpus):  # and the step loop's, which torch's come from
             tier = self._device_tier()
             self._runner = Runner(self._store, self._source, self._model, config.numerics, config.limits, watch, tier)

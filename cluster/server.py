@@ -270,7 +270,7 @@ class DataPlaneServer:
         form = WireFormat.of(gate_up.spec, request.numerics)
         x_TH, row_of_pair = form.decode(buffers[0], request.num_rows, sum(request.counts))
         if absent := self._host.absent(layer, request.experts):
-            self._host.hint(layer, absent)
+            self._host.hint(layer, absent, is_prediction=False)
             return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), []
         y = self._host.compute(layer, request.experts, request.counts, x_TH, row_of_pair, request.numerics, gate)
         self.stats.pairs_computed += len(y)

@@ -60,13 +60,13 @@ def _host_rows(host: HostStats) -> list[tuple[str, str]]:
                 f"{format_bytes(loader.bytes_read)} read, {rate}/s while busy, {loader.depth} reads at once{repeated}",
             )
         )
-    if prefetch.num_begun or prefetch.num_refused:
+    if prefetch.num_begun or prefetch.num_refused or prefetch.num_unlikely:
         rows.append(
             (
                 "prefetch",
                 f"{prefetch.num_used} used, {prefetch.num_late} late, {prefetch.num_wasted} wasted, "
-                f"{prefetch.num_refused} without budget; precision {prefetch.precision:.1%}, "
-                f"recall {prefetch.recall:.1%}",
+                f"{prefetch.num_unlikely} unlikely, {prefetch.num_refused} without budget; "
+                f"precision {prefetch.precision:.1%}, recall {prefetch.recall:.1%}",
             )
         )
         rows.append(("prefetch is", prefetch.reason))

@@ -39,6 +39,7 @@ def totals(stats: EngineStats) -> dict[Series, float]:
             ("late", prefetch.num_late),
             ("wasted", prefetch.num_wasted),
             ("refused", prefetch.num_refused),
+            ("unlikely", prefetch.num_unlikely),
         ):
             found[Series("moray_prefetches", fate, part)] = count
     for remote in stats.remote:

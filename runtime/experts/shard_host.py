@@ -169,11 +169,13 @@ class ShardHost:
             if indices:
                 self._prefetch.used(indices)
 
-    def hint(self, layer: int, experts: Sequence[int]) -> None:
-        """These will probably be needed, the likeliest first."""
+    def hint(self, layer: int, experts: Sequence[int], *, is_prediction: bool = True) -> None:
+        """These will probably be needed, the likeliest first; or certainly, if it is no prediction."""
         with self._loader.lock:
-            self._prefetch.hinted()
-            self._manager.hint(self._indices(layer, experts))
+            indices = self._indices(layer, experts)
+            absent = [index for index in indices if self._manager.state(index) is State.ABSENT]
+            self._prefetch.hinted(absent if is_prediction else [])
+            self._manager.hint(indices)
             self._tell_whether_hints_help()
             self._loader.wake()
 
@@ -318,6 +320,8 @@ class ShardHost:
                         raise self._loader.errors[index]
                 if not self._loader.lock.wait(deadline - monotonic()):
                     raise HostLostError(f"experts {list(experts)} of MoE layer {layer} did not come from the disk")
+            self._manager.used(indices)
+            self._prefetch.used(indices)
             return self.arena.directory[indices]
 
     def _let_go(self) -> None:

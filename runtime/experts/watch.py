@@ -20,12 +20,16 @@ from moray.runtime.trace.format import TraceHeader
 from moray.runtime.trace.recorder import TraceRecorder
 from moray.runtime.trace.traffic import TrafficRecorder
 
+# MoE layers ahead. What is predicted earlier is right less often, and no less late: the disk is what takes the time.
+_HINTED_AHEAD = 1
+_TRACED_AHEAD = 2
+
 
 @dataclass(frozen=True, slots=True)
 class WatchOptions:
     """What to predict and record."""
 
-    prefetch_depth: int = 0  # MoE layers ahead; 0: predict nothing
+    hints: bool = False
     tries_prefetch: bool = False  # hint only while that makes steps shorter
     trace: str | None = None  # file to record into
     num_slots: int | None = None  # of all hosts together, and their policy: noted in the trace
@@ -79,8 +83,8 @@ class LayerWatch:
             return
         for prediction in self._predictor.predict(layer, x_TH):
             experts = prediction.ids.tolist()
-            self._predicted[prediction.layer - layer] = experts
-            if wants_hints:
+            self._predicted[ahead := prediction.layer - layer] = experts
+            if wants_hints and ahead <= _HINTED_AHEAD:
                 self._source.hint(prediction.layer, experts)
 
     def after(self, call: LayerCall) -> None:
@@ -134,8 +138,8 @@ def watch_layers(model: nn.Module, store: Store, source: ExpertSource, options: 
     """
     manifest = store.manifest
     num_experts = tuple(layer.num_experts for layer in manifest.layers)
-    wants_predictions = options.prefetch_depth > 0 and (source.wants_uses or options.trace is not None)
-    predictor = _make_predictor(model, options.prefetch_depth) if wants_predictions else None
+    ahead = _TRACED_AHEAD if options.trace is not None else _HINTED_AHEAD if options.hints and source.wants_uses else 0
+    predictor = _make_predictor(model, ahead) if ahead else None
     traffic = TrafficRecorder(store.fingerprint, num_experts) if source.wants_uses else None
     if predictor is None and traffic is None and options.trace is None:
         return None

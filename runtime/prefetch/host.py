@@ -1,6 +1,6 @@
 """Prefetch on a host: which hints become loads, and what became of them. Told of everything that touches the disk.
 
-Glue between the loader's events and the budget and payoff, which decide. Called with the loader's lock held.
+Glue between the loader's events and the budget, odds and payoff, which decide. Called with the loader's lock held.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Literal
 
 from moray.runtime.prefetch.budget import PrefetchBudget, RateMeter
+from moray.runtime.prefetch.odds import PredictionOdds
 from moray.runtime.prefetch.payoff import PayoffTracker, PrefetchStats
 
 PrefetchMode = Literal["auto", "on", "off"]
@@ -29,6 +30,7 @@ class HostPrefetch:
         self._mode, self._layer_of, self._bytes_of, self._clock = mode, layer_of, bytes_of, clock
         self._meter = RateMeter()
         self._budget, self._payoff = PrefetchBudget(self._meter), PayoffTracker(self._meter)
+        self._odds = PredictionOdds(layer_of)
         self._loaded: dict[int, set[int]] = {}  # layer -> experts loaded for a hint to it, not yet needed
         self._in_demand = False
 
@@ -56,18 +58,23 @@ class HostPrefetch:
             self._budget.need_arrived(self._clock())
 
     def used(self, experts: Sequence[int]) -> None:
-        """A layer found these in memory."""
+        """A layer call used these: it found them in memory, or they were loaded for it."""
+        self._odds.used(experts)
         for expert in experts:
             self._payoff.needed(expert, self._bytes_of[expert], self._bytes_of[expert])
         self._contradict(experts)
 
-    def hinted(self) -> None:
-        """A layer has begun that hints at the next ones."""
+    def hinted(self, predicted: Sequence[int]) -> None:
+        """A layer has begun that hints at the next ones: at these of one layer, which are not in memory."""
+        self._odds.predicted(predicted)
         if not self._in_demand:
             self._budget.layer_passed(self._clock())
 
     def admit(self, expert: int) -> bool:
         """Whether a hint may become a load, in place of another expert, now."""
+        if not self._odds.are_good(expert):
+            self._payoff.unlikely()
+            return False
         admitted = self.is_on and self._budget.admit(self._bytes_of[expert])
         if not admitted:
             self._payoff.refused()

@@ -29,7 +29,8 @@ Fate = Literal["used", "late", "wasted"]
 _WINDOW = 512  # prefetches, and hints, that a decision looks back on
 _LEAST = 128  # before the first decision
 _PROBE = 64
-_WASTE_WEIGHT = 0.4  # it pays from 29 % needed on: routers that choose 2 of 8 reach 25 % by chance
+_WASTE_WEIGHT = 0.4
+PAYS_FROM = _WASTE_WEIGHT / (1 + _WASTE_WEIGHT)  # 29 % needed; routers that choose 2 of 8 reach 25 % by chance
 _MARGIN = 1.25  # saved over cost that turns it on again
 _LEAST_ADMITTED = 0.02  # of hints: below that the disk has no time for them
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 64.0
@@ -47,7 +48,8 @@ class PrefetchStats:
     num_wasted: int
     num_used_after: int  # of the wasted: contradicted, but used in the end
     num_missed: int
-    num_refused: int
+    num_refused: int  # within no budget
+    num_unlikely: int  # predictions of a kind that seldom comes true
     used_bytes: int
     late_bytes: int
     wasted_bytes: int
@@ -96,7 +98,7 @@ class PayoffTracker:
         self._admissions: deque[bool] = deque(maxlen=_WINDOW)
         self._counts: dict[Fate, int] = {"used": 0, "late": 0, "wasted": 0}
         self._bytes: dict[Fate, int] = {"used": 0, "late": 0, "wasted": 0}
-        self._num_begun = self._num_missed = self._num_refused = self._num_used_after = 0
+        self._num_begun = self._num_missed = self._num_refused = self._num_unlikely = self._num_used_after = 0
         self._saved_s = self._cost_s = 0.0
         self._pause_s, self._resume_s = _FIRST_PAUSE_S, 0.0
 
@@ -113,8 +115,8 @@ class PayoffTracker:
         counts, read = self._counts, self._bytes
         return PrefetchStats(
             self._state, self._reason, self._num_begun, counts["used"], counts["late"], counts["wasted"],
-            self._num_used_after, self._num_missed, self._num_refused, read["used"], read["late"], read["wasted"],
-            self._saved_s, self._cost_s,
+            self._num_used_after, self._num_missed, self._num_refused, self._num_unlikely,
+            read["used"], read["late"], read["wasted"], self._saved_s, self._cost_s,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- events
@@ -137,6 +139,10 @@ class PayoffTracker:
         """A hint was within no budget."""
         self._num_refused += 1
         self._admissions.append(False)
+
+    def unlikely(self) -> None:
+        """A hint was not acted on, because its kind seldom comes true."""
+        self._num_unlikely += 1
 
     def needed(self, expert: int, num_bytes: int, loaded_bytes: int) -> None:
         """A layer needs an expert, of whose ``num_bytes`` so many are in memory. For hits and misses alike."""

@@ -138,7 +138,7 @@ def test_who_leaves_is_told_from_what_fails() -> None:
 
 
 def host(number: int, evictions: int, used: int) -> HostStats:
-    prefetch = PrefetchStats("on", "", 0, used, 2, 3, 0, 0, 4, 0, 0, 0, 0.0, 0.0)
+    prefetch = PrefetchStats("on", "", 0, used, 2, 3, 0, 0, 4, 5, 0, 0, 0, 0.0, 0.0)
     loader = LoaderStats(bytes_read=1000 * evictions, peer_bytes=10)
     residency = ResidencyStats(evictions=evictions)
     return HostStats(8, 4, 4, 4096, "lru", residency, loader, prefetch, host_id=f"host-{number}")
