@@ -1,8 +1,8 @@
 """How often predictions come true, and so which of them are worth a load.
 
 What is often needed is mostly in memory. So of what is predicted and absent, much comes from a router that is right in
-general and wrong here; what was not used for long, and what is ranked low, seldom comes true. Predictions are counted
-by both, whether they were acted on or not.
+general and wrong here; what was not used for long, and what is ranked low, seldom comes true, unless it is for a
+prompt, which needs most of what is predicted. Predictions are counted by these three, acted on or not.
 
 Pure. Experts are numbers, as in ``residency/policy.py``.
 """
@@ -18,7 +18,7 @@ _KEPT = 0.98  # what is left of a prediction's weight after the next one of its 
 _NEVER = 16  # the age of what has not been used yet, and of what is older than 2^15 calls
 _LOWEST_RANK = 3  # and all below
 
-Kind = tuple[int, int]  # age, rank
+Kind = tuple[int, int, int]  # age, rank, and how many were predicted at once, as a power of two
 
 
 @dataclass(slots=True)
@@ -46,8 +46,9 @@ class PredictionOdds:
     def predicted(self, experts: Sequence[int]) -> None:
         """For one layer's next call, the likeliest first; those that are not in memory."""
         if experts:
-            kinds = {expert: (self._age(expert), min(rank, _LOWEST_RANK)) for rank, expert in enumerate(experts)}
-            self._open.setdefault(self._layer_of[experts[0]], {}).update(kinds)
+            found, breadth = self._open.setdefault(self._layer_of[experts[0]], {}), len(experts).bit_length()
+            for rank, expert in enumerate(experts):
+                found[expert] = self._age(expert), min(rank, _LOWEST_RANK), breadth
 
     def used(self, experts: Sequence[int]) -> None:
         """A call of a layer used these. Not empty."""

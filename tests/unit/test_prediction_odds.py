@@ -26,11 +26,22 @@ def test_ranks_are_told_apart() -> None:
     """Of experts that were used just now, which the likeliest never was."""
     odds = PredictionOdds(LAYER_OF)
     for _ in range(40):
-        odds.predicted([0, 1, 2, 3])
+        odds.predicted([0, 1, 2])
         odds.used([0])
-        odds.used([1, 2, 3])  # all are as old
-    odds.predicted([3, 2, 1])
-    assert [odds.are_good(expert) for expert in (3, 2, 1)] == [True, False, False]
+        odds.used([1, 2])
+    odds.predicted([2, 1])
+    assert [odds.are_good(expert) for expert in (2, 1)] == [True, False]
+
+
+def test_decoding_says_nothing_about_prompts() -> None:
+    odds = PredictionOdds([0] * 64)
+    for _ in range(100):
+        odds.predicted([1])
+        odds.used([0])
+    odds.predicted([1])
+    assert not odds.are_good(1)
+    odds.predicted(list(range(1, 64)))  # a prompt's
+    assert odds.are_good(1) and odds.are_good(63)
 
 
 def test_what_was_not_predicted_and_what_is_new_is_good() -> None:
