@@ -164,10 +164,7 @@ class ShardHost:
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """A client's layer call used these, found in memory or loaded for it."""
         with self._loader.lock:
-            indices = self._indices(layer, experts)
-            self._manager.used(indices)
-            if indices:
-                self._prefetch.used(indices)
+            self._note_used(self._indices(layer, experts))
 
     def hint(self, layer: int, experts: Sequence[int], *, is_prediction: bool = True) -> None:
         """These will probably be needed, the likeliest first; or certainly, if it is no prediction."""
@@ -291,6 +288,12 @@ class ShardHost:
         self._loader.close()
         self.arena.close()
 
+    def _note_used(self, indices: list[int]) -> None:
+        """A layer call used these. With the loader's lock held."""
+        self._manager.used(indices)
+        if indices:
+            self._prefetch.used(indices)
+
     def _tell_whether_hints_help(self) -> None:
         wants = self._prefetch.is_on and not self.holds_all
         if wants != self.arena.wants_hints:
@@ -306,8 +309,7 @@ class ShardHost:
             if all(self._manager.state(index) is State.RESIDENT for index in indices):
                 # The loader's threads are not woken: they would compete with what is to be computed now.
                 self._manager.claim(_SELF, indices)
-                self._manager.used(indices)
-                self._prefetch.used(indices)
+                self._note_used(indices)
                 return self.arena.directory[indices]
         if len(set(indices)) > self.arena.num_slots:
             raise ProtocolError(f"{len(indices)} experts at once, this host has memory for {self.arena.num_slots}")
@@ -320,8 +322,7 @@ class ShardHost:
                         raise self._loader.errors[index]
                 if not self._loader.lock.wait(deadline - monotonic()):
                     raise HostLostError(f"experts {list(experts)} of MoE layer {layer} did not come from the disk")
-            self._manager.used(indices)
-            self._prefetch.used(indices)
+            self._note_used(indices)
             return self.arena.directory[indices]
 
     def _let_go(self) -> None:

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moray.runtime.experts.watch import LayerWatch
 from moray.runtime.prefetch.host import HostPrefetch
 from moray.runtime.prefetch.odds import PredictionOdds
+from moray.runtime.prefetch.predictor import Prediction
 
 LAYER_OF = [0, 0, 0, 0, 1, 1, 1, 1]
 
@@ -98,3 +104,23 @@ def test_a_host_loads_what_is_likely_and_counts_the_rest() -> None:
     assert prefetch.stats().num_unlikely > 40
     prefetch.hinted([])
     assert prefetch.admit(3)  # asked for, not predicted
+
+
+def test_hints_are_for_the_next_layer_only() -> None:
+    """What is predicted for later ones, for a trace, is no hint."""
+
+    class Ahead:
+        def predict(self, layer: int, x_TH: torch.Tensor) -> list[Prediction]:
+            return [Prediction(layer + ahead, np.array([ahead])) for ahead in (1, 2)]
+
+    class Source:
+        wants_hints = True
+
+        def hint(self, layer: int, experts: list[int]) -> None:
+            hints.append((layer, experts))
+
+    hints: list[tuple[int, list[int]]] = []
+    source: Any = Source()
+    predictor: Any = Ahead()
+    LayerWatch(source, predictor).before(3, torch.zeros(1, 4))
+    assert hints == [(4, [1])]
