@@ -167,12 +167,12 @@ class ShardHost:
             self._note_used(self._indices(layer, experts))
 
     def hint(self, layer: int, experts: Sequence[int], *, is_prediction: bool = True) -> None:
-        """These will probably be needed, the likeliest first; or certainly, if it is no prediction."""
+        """These will probably be needed, the likeliest first; or, if it is no prediction, will be asked for again."""
         with self._loader.lock:
             indices = self._indices(layer, experts)
             absent = [index for index in indices if self._manager.state(index) is State.ABSENT]
             self._prefetch.hinted(absent if is_prediction else [])
-            self._manager.hint(indices)
+            self._manager.hint(indices, is_prediction=is_prediction)
             self._tell_whether_hints_help()
             self._loader.wake()
 

@@ -75,9 +75,9 @@ class ResidencyManager:
         self._claims: dict[str, set[int]] = {}
         self._claimed: Counter[int] = Counter()
         self._demands: list[int] = []
-        self._hints: dict[int, None] = {}  # in order
+        self._hints: dict[int, bool] = {}  # in order; whether it is a prediction
         self._replicas: dict[int, None] = {}  # in order
-        self._unused_hints: set[int] = set()  # loaded or loading by a hint, not yet used
+        self._unused_hints: set[int] = set()  # loaded or loading because predicted, not yet used
         self._contradicted: dict[int, None] = {}  # of these, those that their layer did not need when it came
         self._fills = self._in_turn(list(layer_of))[::-1]
         self._failed: set[int] = set()  # left alone until somebody needs them again
@@ -130,19 +130,14 @@ class ResidencyManager:
         self._policy.loaded(expert)
 
     def need(self, client: str, experts: Sequence[int]) -> None:
-        """A client's layer needs these, and no longer what it needed before. Hints that it contradicts are dropped."""
+        """A client's layer needs these, and no longer what it needed before. Predictions of others are dropped."""
         self._claim(client, set(experts))
         self._fills += self._failed.intersection(experts)
         self._failed.difference_update(experts)
-        layers = {self._layer_of[e] for e in experts}
-        self._contradict(experts)
-        for e in [e for e in self._hints if self._layer_of[e] in layers]:
-            del self._hints[e]
-        for e, urgency in list(self._urgency.items()):
+        for e in self._urgency:
             if self._claimed[e]:
                 self._promote(e)
-            elif urgency is Urgency.HINT and self._layer_of[e] in layers:
-                self._given_up.add(e)
+        self._contradict(experts)
         waiting = [e for e in self._demands if self._claimed[e] and e not in experts]
         self._demands = waiting + [e for e in experts if self._state[e] in _OUT]
 
@@ -159,17 +154,23 @@ class ResidencyManager:
         self._claim(client, set())
 
     def used(self, experts: list[int]) -> None:
-        """A layer call used these."""
+        """A layer call used these. Predictions of others are dropped."""
         self._policy.used(experts)
         self._contradict(experts)
         for e in experts:
             self._contradicted.pop(e, None)
             self._unused_hints.discard(e)
 
-    def hint(self, experts: Sequence[int]) -> list[int]:
-        """These are predicted to be needed, likeliest first. Returns those that a load was not asked for already."""
+    def hint(self, experts: Sequence[int], *, is_prediction: bool = True) -> list[int]:
+        """These are predicted to be needed, likeliest first; or somebody will ask for them again, whatever others need.
+
+        Returns those that a load was not asked for already.
+        """
         new = [e for e in experts if self._is_loadable(e) and e not in self._hints]
-        self._hints.update(dict.fromkeys(new))
+        self._hints.update(dict.fromkeys(new, is_prediction))
+        if not is_prediction:
+            self._hints.update(dict.fromkeys(self._hints.keys() & set(experts), False))
+            self._unused_hints.difference_update(experts)
         for e in experts:
             self._given_up.discard(e)
             self._contradicted.pop(e, None)
@@ -204,10 +205,12 @@ class ResidencyManager:
             return load
         if least >= Urgency.HINT:
             for e in list(self._hints):
-                del self._hints[e]
+                is_prediction = self._hints.pop(e)
                 if self._is_loadable(e) and (self._free or admit(e)):
                     load = self._begin(e, Urgency.HINT)
                     if load is not None:
+                        if is_prediction:
+                            self._unused_hints.add(e)
                         return load
         if least >= Urgency.REPLICA and may_replicate:
             for e in list(self._replicas):
@@ -290,12 +293,15 @@ class ResidencyManager:
             del self._claims[client]
 
     def _contradict(self, experts: Sequence[int]) -> None:
-        """A layer needs these: what else was loaded for it by hints takes the place of nothing better any longer.
+        """A layer needs these: what else was predicted for it is not loaded, or takes the place of nothing better.
 
         (The paper keeps what it loads speculatively apart from the cache until it is used, section 3.2.)
         """
         layers = {self._layer_of[e] for e in experts}
-        wrong = (e for e in self._unused_hints if self._layer_of[e] in layers and e not in experts)
+        for e in [e for e, is_prediction in self._hints.items() if is_prediction and self._layer_of[e] in layers]:
+            del self._hints[e]
+        wrong = [e for e in self._unused_hints if self._layer_of[e] in layers and e not in experts]
+        self._given_up.update(e for e in wrong if self._state[e] is State.LOADING)
         self._contradicted |= dict.fromkeys(wrong)
 
     def _promote(self, expert: int) -> None:
@@ -337,7 +343,6 @@ class ResidencyManager:
 
     def _count(self, expert: int, urgency: Urgency) -> None:
         if urgency is Urgency.HINT:
-            self._unused_hints.add(expert)
             self.stats.hint_loads += 1
         elif urgency is Urgency.DEMAND:
             self.stats.demand_loads += 1

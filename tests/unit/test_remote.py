@@ -19,16 +19,18 @@ import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.hosts import TOKEN, make_host, new_address, serving
 from helpers.reference import greedy, runner
-from helpers.remote import host_process, net, pairs_computed
+from helpers.remote import host_process, net, pairs_computed, serve
 from helpers.waiting import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moray.cluster.client import HostAddress
+from moray.cluster.activations import WireFormat
+from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.cluster_source import ClusterSource
 from moray.cluster.keys import CurveKeys
+from moray.cluster.messages import Compute, Computed
 from moray.runtime.convert.converter import convert
-from moray.runtime.errors import ClusterError, ConfigError
+from moray.runtime.errors import ClusterError, ConfigError, ProtocolError
 from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
@@ -281,6 +283,31 @@ def test_a_host_that_is_passed_over_for_long_is_measured_again(demo_case: Case) 
         until(lambda: host.link.round_trip_s < 1 and not host._trials)
         demo_case.check(run)
         assert host.is_up and host.stats.joined == 1 and host.passed_over < 10**6
+
+
+def test_a_host_that_is_asked_for_what_it_lacks_says_so_and_loads_it(demo_case: Case) -> None:
+    """Whatever it has learned of predictions: it will be asked again."""
+    store, client, hints = demo_case.store, CurveKeys.make(), []
+    experts = [ExpertKey(0, expert) for expert in range(3)]
+    remote = serve(store, "far", experts[:2], client, num_slots=3)
+    hint = remote.host.hint
+    form = WireFormat.of(store.manifest.layers[0].layout["gate_up_proj"].spec, "float")
+    activations = form.encode(np.zeros((1, form.columns), np.float32), np.arange(1))
+    asked = Compute(layer=0, experts=[2], counts=[1], num_rows=1, numerics="float")
+    asking = HostClient(remote.address, "tester", curve=client)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(remote.host, "hint", lambda *a, **b: (hints.append((a, b)), hint(*a, **b)))
+            asking.greet()
+            with pytest.raises(ProtocolError, match=r"experts \[2\] of layer 0 are not in memory yet"):
+                asking.request(asked, memoryview(activations))
+        assert hints == [((0, [2]), {"is_prediction": False})]
+        until(lambda: remote.host.absent(0, [2]) == [])
+        assert isinstance(asking.request(asked, memoryview(activations))[0], Computed)
+    finally:
+        asking.close()
+        remote.server.close()
+        remote.host.close()
 
 
 def test_a_host_that_moved_and_one_that_left(demo_case: Case) -> None:

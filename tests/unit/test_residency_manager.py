@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -122,6 +123,39 @@ def test_a_hint_that_its_layer_contradicts_is_evicted_before_what_was_used_long_
     manager.need("a", [4])
     load = manager.next_load()
     assert load is not None and load.victim == 3
+
+
+def test_a_prediction_ends_with_the_call_that_it_was_for() -> None:
+    """Whether its layer had to ask for anything or not: it is neither begun later nor loaded to its end."""
+    manager = manager_of([3, 3], 6)
+    manager.hint([4, 5, 0])
+    begun = manager.next_load(Urgency.HINT)
+    assert begun is not None and begun.expert == 4
+    manager.used([3])
+    assert manager.is_given_up(4)
+    manager.failed(4)
+    load = manager.next_load(Urgency.HINT)
+    assert load is not None and load.expert == 0  # another layer's
+    assert manager.next_load(Urgency.HINT) is None
+    manager.validate()
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_what_somebody_will_ask_for_again_is_no_prediction(is_found: bool) -> None:
+    """It is loaded whatever other clients' calls of its layer need, also if it was predicted before."""
+    manager = manager_of([6], 6)
+    manager.hint([3, 4, 5])
+    manager.hint([3, 4], is_prediction=False)
+    begun = manager.next_load(Urgency.HINT)
+    assert begun is not None and begun.expert == 3
+    if is_found:
+        manager.used([0])
+    else:
+        manager.need("a", [0])
+    assert not manager.is_given_up(3)
+    loads = [manager.next_load(), manager.next_load(Urgency.HINT)]
+    assert [load.expert for load in loads if load is not None] == ([4] if is_found else [0, 4])
+    manager.validate()
 
 
 def test_a_given_up_load_that_is_needed_after_all_goes_on() -> None:
@@ -259,6 +293,8 @@ class Residency(RuleBasedStateMachine):
         self.claims: dict[str, set[int]] = {"a": set(), "b": set()}
         self.owed: set[int] = set()  # demanded, and neither here nor failed since
         self.failures: set[int] = set()
+        self.predicted: set[int] = set()  # for the next call of its layer
+        self.certain: set[int] = set()
 
     def experts(self, data: st.DataObject) -> list[int]:
         """Some of one layer, as a router gives them."""
@@ -273,6 +309,7 @@ class Residency(RuleBasedStateMachine):
     def need(self, data: st.DataObject, client: str) -> None:
         experts = self.experts(data)
         self.manager.need(client, experts)
+        self.predicted -= self.layer_of(experts)
         self.claims[client] = set(experts)
         self.failures -= set(experts)
         self.owed |= {e for e in experts if self.manager.state(e) in (State.ABSENT, State.EVICTING)}
@@ -294,18 +331,26 @@ class Residency(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def use(self, data: st.DataObject) -> None:
-        self.manager.used(self.experts(data))
+        experts = self.experts(data)
+        self.manager.used(experts)
+        self.predicted -= self.layer_of(experts)
 
-    @rule(data=st.data())
-    def hint(self, data: st.DataObject) -> None:
-        self.predict(self.experts(data))
+    @rule(data=st.data(), is_prediction=st.booleans())
+    def hint(self, data: st.DataObject, is_prediction: bool) -> None:
+        self.predict(self.experts(data), is_prediction)
 
     @rule(data=st.data())
     def replicate(self, data: st.DataObject) -> None:
         self.manager.replicate(self.experts(data))
 
-    def predict(self, experts: list[int]) -> None:
-        new = self.manager.hint(experts)
+    def layer_of(self, experts: list[int]) -> set[int]:
+        """All experts of the layer of these."""
+        layers = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        return set(np.flatnonzero(layers == layers[experts[0]]).tolist())
+
+    def predict(self, experts: list[int], is_prediction: bool = True) -> None:
+        new = self.manager.hint(experts, is_prediction=is_prediction)
+        (self.predicted if is_prediction else self.certain).update(experts)
         assert set(new) <= set(experts) - self.failures
         assert all(self.manager.state(e) is State.ABSENT for e in new)
 
@@ -322,6 +367,7 @@ class Residency(RuleBasedStateMachine):
         assert may_replicate or load.urgency is not Urgency.REPLICA
         assert load.urgency <= least and before[load.expert] is State.ABSENT
         assert load.urgency is Urgency.DEMAND or not waiting
+        assert load.urgency is not Urgency.HINT or load.expert in self.predicted | self.certain
         assert (load.urgency is Urgency.DEMAND) == (load.expert in waiting)
         if load.victim is None:
             assert load.slot not in self.holders
@@ -333,7 +379,8 @@ class Residency(RuleBasedStateMachine):
             self.untold.add(load.victim)
         self.holders[load.slot] = load.expert
         self.loads[load.expert] = load
-        self.owed.discard(load.expert)
+        for waits in (self.owed, self.predicted, self.certain):
+            waits.discard(load.expert)
         assert load.expert not in self.failures
         if is_told and load.victim is not None:
             self.tell(load.victim)

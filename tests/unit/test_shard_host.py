@@ -283,6 +283,20 @@ def test_a_host_computes_what_the_kernels_compute_here(host: ShardHost, demo: St
     assert_same_bits(y, ops.moe_layer(x, ones, grouping, LayerKernel(*kernels), at + up.offset, at + down.offset))
 
 
+def test_what_a_host_computes_counts_as_used_whether_it_was_there_or_not(demo: Store) -> None:
+    made, used = make_host(demo, [ExpertKey(0, expert) for expert in range(4)], num_slots=2, policy="lfu"), []
+    note = made._manager._policy.used
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(made._manager._policy, "used", lambda experts: (used.extend(experts), note(experts)))
+            for expert in (3, 3, 2, 0):
+                made.compute(0, [expert], [1], np.zeros((1, 256), np.float32), np.arange(1), "int8", SWIGLU)
+        assert made.stats().residency.demand_loads >= 2
+        assert used == [3, 3, 2, 0]
+    finally:
+        made.close()
+
+
 def test_a_host_computes_nothing_for_others(host: ShardHost) -> None:
     with pytest.raises(KeyError):
         host.compute(0, [1], [1], np.zeros((1, 256), np.float32), np.arange(1), "int8", SWIGLU)
