@@ -28,12 +28,12 @@ from planted import HEAD_UNIT, UNIT, Levels, Planted, RowsOf, role_of
 from replay import Replay
 from routing import add_routing, replay_of
 
+from moray.runtime.arrays import Bytes
+
 _POOL = 8 << 20  # values in a random block
 _SLICE = 1 << 20  # values written at a time
 _ROWS_AT_ONCE = 1024  # of a matrix with planted values
 RANDOM_TYPES = ("Q4_0", "BF16", "F16", "F32")
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import numpy as np
 from geometry import Geometry
 from replay import Choices, Replay, Trace, replay_random, replay_traces
 
-from moray.runtime.trace.format import Ints, read_trace
+from moray.runtime.arrays import Ints
+from moray.runtime.trace.format import read_trace
 
 
 def add_routing(parser: argparse.ArgumentParser) -> None:

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moray.runtime.arrays import Floats, Ints
 from moray.runtime.errors import ProtocolError
 from moray.runtime.kernels.wire import quantize_rows, restore_rows
 from moray.runtime.layout.packed import Numerics, PackedSpec
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import numpy as np
-import numpy.typing as npt
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.host_link import HostLink
 from moray.cluster.messages import Ask, Hint, Need, Release, Welcome
 from moray.runtime import futex
 from moray.runtime.arena import FAILED, Arena, ArenaRef
+from moray.runtime.arrays import Bools, Bytes, Ints
 from moray.runtime.errors import ClusterError, HostLostError
 from moray.runtime.events import Event
-from moray.runtime.experts.source import Fetch, Ints, Lease, LeaseTable, SourceInfo, SourceStats
+from moray.runtime.experts.source import Fetch, Lease, LeaseTable, SourceInfo, SourceStats
 from moray.runtime.kernels.memory import (
     ENTRY,
     FIRST_COUNTER,
@@ -31,11 +31,9 @@ from moray.runtime.kernels.memory import (
     all_equal,
     look_up_each,
 )
-from moray.runtime.layout.packed import LAYOUT_ID, Bytes
+from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
-
-Bools = npt.NDArray[np.bool_]
 
 _CLIENT = "compute"  # an engine has one: a new one takes the place of one that died, whose claims are dropped
 _SLICE_S = 0.005  # of a wait, when shards may come from several hosts: one can only sleep on one

@@ -20,9 +20,10 @@ from moray.cluster.remote import RemoteCall, RemoteLanes
 from moray.cluster.remote_host import OnChange, RemoteStats
 from moray.cluster.residency import Place, Residency
 from moray.runtime.arena import Arena, ArenaRef
+from moray.runtime.arrays import Bools, Ints
 from moray.runtime.errors import ConfigError
 from moray.runtime.events import Event
-from moray.runtime.experts.source import Fetch, Ints, LeaseTable, SourceInfo, SourceStats
+from moray.runtime.experts.source import Fetch, LeaseTable, SourceInfo, SourceStats
 from moray.runtime.kernels.gates import Gate
 from moray.runtime.kernels.ops import Grouping
 from moray.runtime.lanes.lane import Lane
@@ -31,7 +32,6 @@ from moray.runtime.store.store import Store
 
 FORCED: dict[str, Lane | None] = {"auto": None, "local": Lane.HOST_CPU, "remote": Lane.REMOTE_COMPUTE}
 _JOIN_S = 30.0
-Bools = npt.NDArray[np.bool_]
 _log = logging.getLogger(__name__)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from moray.cluster.topology import ComputeSpeed, LinkReport
+from moray.runtime.arrays import Doubles
 from moray.runtime.lanes.cost import Assignment, Work, predict_s
 from moray.runtime.lanes.lane import Lane, Resource, network, remote_cpu
 from moray.runtime.lanes.rates import Rate, Rates
@@ -22,7 +22,6 @@ from moray.runtime.store.manifest import Manifest
 
 _NO_DISK = Rate(0.0, 1e-12, 0.0)
 _REQUEST_S = 2e-4  # of a layer's request, beyond an Echo of its bytes and the kernels (benchmarks/remote_round_trip.py)
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ class TokenCost:
         #: [worker][level, n]: whether n experts take it no longer than that
         self._within = [np.array(table) <= self._levels[:, None] for table in self.tables]
 
-    def expected_s(self, odds: Sequence[Floats]) -> float:
+    def expected_s(self, odds: Sequence[Doubles]) -> float:
         """``odds``: of the experts at each worker, up to a common factor."""
         return self._expected_s([symmetric_polynomials(each, self._top_k) for each in odds])
 
@@ -137,7 +136,7 @@ class TokenCost:
         """If all experts are chosen equally often; ``counts``: experts at each worker."""
         return self._expected_s([_binomials(count, self._top_k) for count in counts])
 
-    def _expected_s(self, polynomials: list[Floats]) -> float:
+    def _expected_s(self, polynomials: list[Doubles]) -> float:
         k = self._top_k
         product = np.zeros((len(self._levels), k + 1))  # weights of choices that no worker takes longer for
         product[:, 0] = 1.0
@@ -150,7 +149,7 @@ class TokenCost:
         return float(np.diff(weights, prepend=0.0) @ self._levels / weights[-1])
 
 
-def symmetric_polynomials(odds: Floats, degree: int) -> Floats:
+def symmetric_polynomials(odds: Doubles, degree: int) -> Doubles:
     """The elementary symmetric polynomials of ``odds``, of degree 0 to ``degree``."""
     values = np.zeros(degree + 1)
     values[0] = 1.0
@@ -160,14 +159,14 @@ def symmetric_polynomials(odds: Floats, degree: int) -> Floats:
 
 
 @lru_cache(maxsize=4096)
-def _binomials(count: int, degree: int) -> Floats:
+def _binomials(count: int, degree: int) -> Doubles:
     return symmetric_polynomials(np.ones(count), degree)
 
 
-def odds_of(heat: Floats, top_k: int) -> Floats:
+def odds_of(heat: Doubles, top_k: int) -> Doubles:
     """Odds of being chosen, from how often each expert is: shares of a layer's uses, or anything proportional."""
     share = np.minimum(top_k * heat / heat.sum(), 0.98) if heat.sum() > 0 else np.full(len(heat), top_k / len(heat))
     share = np.clip(share, 1e-4, 0.98)
-    odds: Floats = share / (1 - share)
-    even: Floats = odds / odds.mean()
+    odds: Doubles = share / (1 - share)
+    even: Doubles = odds / odds.mean()
     return even

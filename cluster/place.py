@@ -21,9 +21,10 @@ from itertools import permutations
 
 import numpy as np
 
-from moray.cluster.layer_cost import Floats, LayerGeometry, TokenCost, Worker, odds_of
+from moray.cluster.layer_cost import LayerGeometry, TokenCost, Worker, odds_of
 from moray.cluster.placement import Heat, HostSpec, Placement, all_keys, deal, keys_of, uniform_heat
 from moray.cluster.topology import ComputeSpeed
+from moray.runtime.arrays import Doubles
 from moray.runtime.errors import ConfigError
 from moray.runtime.layout.shard import ExpertKey
 
@@ -349,7 +350,7 @@ def _best_split(cost: TokenCost, count: int, speeds: Sequence[ComputeSpeed]) -> 
     return tuple(min(found)[1])
 
 
-def _improve(workers: list[int], left: list[int], odds: Floats, cost: TokenCost) -> None:
+def _improve(workers: list[int], left: list[int], odds: Doubles, cost: TokenCost) -> None:
     """Move or exchange experts as long as that shortens the layer. Changes ``workers`` and ``left``."""
 
     def seconds(trial: list[int]) -> float:

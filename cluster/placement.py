@@ -13,13 +13,14 @@ from functools import cached_property
 
 import numpy as np
 
-from moray.cluster.layer_cost import Floats, LayerGeometry
+from moray.cluster.layer_cost import LayerGeometry
 from moray.cluster.topology import ComputeSpeed, LinkReport
+from moray.runtime.arrays import Doubles
 from moray.runtime.errors import ConfigError
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.manifest import Manifest
 
-Heat = Sequence[Floats]  # [layer][expert]: how often each is used, in any unit
+Heat = Sequence[Doubles]  # [layer][expert]: how often each is used, in any unit
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,16 +15,14 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from moray.cluster.layer_cost import Floats, LayerGeometry, Worker, layer_s, make_rates
+from moray.cluster.layer_cost import LayerGeometry, Worker, layer_s, make_rates
 from moray.cluster.placement import Heat, HostSpec, Placement, heat_of, uniform_heat
+from moray.runtime.arrays import Doubles, Ints
 from moray.runtime.lanes.places import choose_places
 from moray.runtime.lanes.rates import Rate, Rates
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.trace.simulate import hit_rates
-
-Ints = npt.NDArray[np.int64]
 
 _DRAWN_CALLS = 64  # a layer
 _MOST_CALLS = 256  # a layer, of those recorded
@@ -159,7 +157,7 @@ class _Predictor:
         rates = make_rates(layer, self._workers, self._disk, rows_per_pair=rows / elsewhere if elsewhere else 0.0)
         return layer_s(rates, layer, loads, self._missed(places, self._holders[index], used))
 
-    def _missed(self, places: Ints, holders: Sequence[tuple[int, ...]], used: Floats) -> float:
+    def _missed(self, places: Ints, holders: Sequence[tuple[int, ...]], used: Doubles) -> float:
         """Experts that the compute node reads from its disk: those it does not hold, and misses of those it does."""
         chances = np.where([0 in each for each in holders], 1 - self._hit_rate, 1.0)
         return float((chances * used)[places == 0].sum())

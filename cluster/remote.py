@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from time import monotonic
 
 import numpy as np
-import numpy.typing as npt
 import zmq
 
 from moray.cluster.activations import WireFormat
@@ -20,6 +19,7 @@ from moray.cluster.health import LONGEST_S
 from moray.cluster.keys import CurveKeys
 from moray.cluster.messages import Compute, GateSpec
 from moray.cluster.remote_host import OnChange, RemoteHost, RemoteStats, Request
+from moray.runtime.arrays import Bools, Floats, Ints
 from moray.runtime.cpu import usable_cores
 from moray.runtime.kernels.gates import Gate
 from moray.runtime.kernels.ops import Grouping
@@ -29,10 +29,6 @@ from moray.runtime.lanes.rates import Rates
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout
 from moray.runtime.store.store import Store
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 _TEND_S = 0.5  # between looks after hosts that are all up
 _HURRY_S = 0.05  # while one is not

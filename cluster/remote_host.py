@@ -9,36 +9,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import numpy as np
-import numpy.typing as npt
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.health import CAP_S, HostHealth, HostState, LinkRate, Probe
 from moray.cluster.keys import CurveKeys
 from moray.cluster.messages import Compute, Computed, Hello, Message, Ping, Pong, Refused, Welcome
+from moray.cluster.trials import HostTrials
+from moray.runtime.arrays import Floats, Ints
 from moray.runtime.errors import ClusterError, ProtocolError
 from moray.runtime.lanes.lane import network, remote_cpu
 from moray.runtime.lanes.rates import Rate, Rates
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.store.store import Store
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 OnChange = Callable[[str, HostState, HostState, str], None]
 """Told of each change of a host's state: host id, old state, new state, why."""
 
 _HELLO_S = 2.0  # before a greeting is taken for lost; the answer may take longer, kernels may have to be compiled
-_FEW_ROWS, _MANY_ROWS, _NUM_FEW = 1, 16, 3
-# Rows of the computations that a host is measured with; the first of each kind warms up.
-_TRIALS = (*(1 + _NUM_FEW) * (_FEW_ROWS,), _MANY_ROWS, _MANY_ROWS)
-_TRIAL_MS = 20  # that the answer to one is awaited, so that its time is known
+_TRIAL_MS = 20  # that the answer to a trial is awaited, so that its time is known
 _NEWS_S = 0.2  # between questions to a host that has not yet loaded what is assigned to it
 _FORGOTTEN = 2000  # layer calls that go to others, before a host is measured again
 _MOST_ABANDONED = 256
-_LEAST_RATE = 1e-15  # s for a byte: what noise may not make zero or less
 _log = logging.getLogger(__name__)
 
 
@@ -78,19 +73,6 @@ class RemoteStats:
     joined: int = 0  # how often it was ready for work, after it had not been
 
 
-@dataclass(slots=True)
-class _Joining:
-    """Steps on the way to work."""
-
-    hello_id: int = -1
-    hello_sent_at: float = -1e9
-    num_bytes: int = 0  # of the expert that is computed
-    wire_bytes: int = 0  # of the last trial
-    is_check: bool = False  # it is in use already
-    trials_left: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-
 class RemoteHost:
     """Used with the lock of RemoteLanes held."""
 
@@ -112,8 +94,9 @@ class RemoteHost:
         self._last_reply_at = now
         self._abandoned: dict[int, Request] = {}
         self._pings: dict[int, float] = {}
-        self._trials: dict[int, float] = {}
-        self._joining = _Joining()
+        self._greeting: tuple[int, float] | None = None  # the request's id, and when it was sent
+        self._trials, self._is_check = HostTrials(store, numerics), False  # a check: of a host in use
+        self._trial: dict[int, float] = {}  # under way: its id, and when it was sent
         self._num_assigned, self._news_at = 0, now
         self._lessons: list[tuple[Request, float, float, bool]] = []  # see ``learn``
 
@@ -241,7 +224,7 @@ class RemoteHost:
         if self.is_up and self.passed_over > _FORGOTTEN:  # what is never asked would be thought slow for ever
             self.passed_over = 0
             self._measure_anew(now, is_check=True)
-        while self._trials and self.client.socket.poll(_TRIAL_MS):
+        while self._trial and self.client.socket.poll(_TRIAL_MS):
             self.receive(now := monotonic(), waited=True)
         old = self.health.state
         if self.is_up and any(now - sent_at > CAP_S for sent_at in self._pings.values()):
@@ -250,7 +233,7 @@ class RemoteHost:
             self._tell(old, "a ping was not answered")
         probe = self.health.probe(now)
         self._tell(old, "not heard for long")
-        if probe is Probe.HELLO and now - self._joining.hello_sent_at > _HELLO_S and self.failure is None:
+        if probe is Probe.HELLO and self.failure is None and not self._awaits_welcome(now):
             self._greet(now)
         elif probe is Probe.PING or (self.is_up and now >= self._news_at):
             self._ping(now)
@@ -258,7 +241,10 @@ class RemoteHost:
     def _greet(self, now: float) -> None:
         message = Hello(client=self._name, token=self.address.token, numerics=self._numerics)
         if (request_id := self.client.try_send(message)) is not None:
-            self._joining = _Joining(request_id, now)
+            self._greeting = request_id, now
+
+    def _awaits_welcome(self, now: float) -> bool:
+        return self._greeting is not None and now - self._greeting[1] <= _HELLO_S
 
     def _ping(self, now: float) -> None:
         lacks = self.stats.num_resident < self._num_assigned
@@ -278,15 +264,15 @@ class RemoteHost:
                 self._learn(late, message.compute_s, now, waited=True)
         if isinstance(message, Welcome):
             self._welcome(message, now)
-        elif isinstance(message, Computed) and request_id in self._trials:
+        elif isinstance(message, Computed) and request_id in self._trial:
             self._trial_done(message.compute_s, now)
         elif isinstance(message, Pong):
             if message.resident is not None:
-                self._note_resident(message.resident, now)
+                self._note_resident(message.resident)
             self._pings.pop(request_id, None)
-        elif isinstance(message, Refused) and (message.reason == "hello" or request_id in self._trials):
+        elif isinstance(message, Refused) and (message.reason == "hello" or request_id in self._trial):
             self._lose(now, message.message)
-        elif isinstance(message, Refused) and request_id == self._joining.hello_id:
+        elif isinstance(message, Refused) and self._greeting is not None and request_id == self._greeting[0]:
             self._refuse(ClusterError(f"expert host {self.address.host_id}: {message.message}"))
         old = self.health.state
         self.health.heard(now)
@@ -297,11 +283,11 @@ class RemoteHost:
     def _measure_anew(self, now: float, is_check: bool = False) -> None:
         """What was learned of a host that stood still would keep work from it for good."""
         self.link = LinkRate()
-        self._joining.trials_left, self._joining.seconds, self._joining.is_check = list(_TRIALS), [], is_check
+        self._trials, self._is_check = HostTrials(self._store, self._numerics), is_check
         self._next_trial(now)
 
     def _welcome(self, welcome: Welcome, now: float) -> None:
-        # Imported here and below: who only reads a host's statistics does not load Numba.
+        # Imported here: who only reads a host's statistics does not load Numba.
         from moray.cluster.arena_source import check_welcome
 
         try:
@@ -310,59 +296,39 @@ class RemoteHost:
             self._refuse(error)
             return
         self._num_assigned = self.stats.num_assigned = sum(map(len, welcome.assigned))
-        self._note_resident(welcome.resident, now)
+        self._note_resident(welcome.resident)
         self._measure_anew(now)
 
     def _next_trial(self, now: float) -> None:
-        """Measure how fast it computes, with an expert that it has in memory; then it is ready."""
-        from moray.cluster.activations import WireFormat
-
-        layer = max(range(len(self.resident)), key=lambda i: self.resident[i].sum())
-        gate_up = self._store.manifest.layers[layer].layout.get("gate_up_proj")
-        if not self._joining.trials_left or gate_up is None or gate_up.spec is None or not self.resident[layer].any():
+        """Measure how fast it computes; then it is ready."""
+        asked = self._trials.next(self.resident)
+        if asked is None:
             self._join(now)
             return
-        num_rows, expert = self._joining.trials_left.pop(0), int(self.resident[layer].argmax())
-        form, every = WireFormat.of(gate_up.spec, self._numerics), np.arange(num_rows, dtype=np.int64)
-        self._joining.num_bytes = self._store.manifest.layers[layer].layout.num_bytes
-        buffer = form.encode(np.ones((num_rows, form.columns), dtype=np.float32), every)
-        message = Compute(
-            layer=layer,
-            experts=[expert],
-            counts=[num_rows],
-            num_rows=num_rows,
-            numerics=self._numerics,
-        )
-        request_id = self.client.try_send(message, buffer.data)
-        self._joining.wire_bytes = len(buffer) + 4 * num_rows * form.columns
-        self._trials = {} if request_id is None else {request_id: monotonic()}
+        request_id = self.client.try_send(*asked)
+        self._trial = {} if request_id is None else {request_id: monotonic()}
 
     def _trial_done(self, compute_s: float, now: float) -> None:
-        joining, (sent_at,) = self._joining, self._trials.values()
-        self._trials = {}
-        joining.seconds.append(compute_s)
-        if len(joining.seconds) not in (1, len(_TRIALS) - 1):  # these warm up
-            self.link.observe(joining.wire_bytes, now - sent_at - compute_s)
+        (sent_at,) = self._trial.values()
+        self._trial = {}
+        if self._trials.done(compute_s):
+            self.link.observe(self._trials.wire_bytes, now - sent_at - compute_s)
         self._next_trial(now)
 
     def _join(self, now: float) -> None:
-        if len(self._joining.seconds) == len(_TRIALS):
-            one_s, many_s = min(self._joining.seconds[1 : 1 + _NUM_FEW]), self._joining.seconds[-1]
-            num_bytes = self._joining.num_bytes
-            pair_s = max((many_s - one_s) / (_MANY_ROWS - _FEW_ROWS), 1e-8)
-            rate = Rate(0.0, max(one_s - pair_s, num_bytes * _LEAST_RATE) / num_bytes, pair_s)
+        if (rate := self._trials.rate()) is not None:
             self._rates.seed(remote_cpu(self.number), rate, rate)
             self.link.settle()
             self._publish_link()
         old = self.health.state
         self.health.joined(now)
         self._pings.clear()
-        self._trials.clear()
+        self._trial.clear()
         self._news_at = now
-        self.stats.joined += not self._joining.is_check
+        self.stats.joined += not self._is_check
         self._tell(old, "it is ready")
 
-    def _note_resident(self, resident: list[list[int]], now: float) -> None:
+    def _note_resident(self, resident: list[list[int]]) -> None:
         for held, experts in zip(self.resident, resident, strict=False):
             held[:] = False
             held[[e for e in experts if 0 <= e < len(held)]] = True
@@ -387,10 +353,11 @@ class RemoteHost:
         old = self.health.state
         self.health.lost(now)
         self._pings.clear()
+        self._trial.clear()  # its answer would not make it ready
         for held in self.resident:
             held[:] = False
         self._count_resident()
-        self._joining = _Joining()
+        self._greeting, self._trials = None, HostTrials(self._store, self._numerics)
         self._tell(old, why)
 
     def _tell(self, old: HostState, why: str) -> None:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moray.cluster.layer_cost import Floats
+from moray.runtime.arrays import Bools, Doubles
 from moray.runtime.layout.shard import ExpertKey
 
 _HALF_LIFE_S = 60.0  # of a use
 _LEAST_USES = 8.0  # of what is copied
 _UNUSED = 0.5  # uses, below: what may go though no other node has it
 _DEVIATIONS = 3.0  # of the difference of two counts (Poisson)
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class RemoteHeat:
         """``owned``: the experts that each host of the compute node may hold; ``slots``: of its arena."""
         self._owned, self._slots = {host: sorted(keys) for host, keys in owned.items()}, slots
         self._before: npt.NDArray[np.int64] | None = None
-        self._heat: Floats | None = None
+        self._heat: Doubles | None = None
 
     def step(self, now: ExpertUse, passed_s: float) -> dict[str, list[ExpertKey]]:
         """What each host should copy now, the hottest first. ``passed_s``: since the last step."""
@@ -59,7 +58,7 @@ class RemoteHeat:
         return found
 
 
-def worth_copying(heat: Floats, is_here: Bools, is_elsewhere: Bools, num_slots: int) -> npt.NDArray[np.int64]:
+def worth_copying(heat: Doubles, is_here: Bools, is_elsewhere: Bools, num_slots: int) -> npt.NDArray[np.int64]:
     """Positions of a host's experts that should be copied to it, the hottest first, each in place of a colder one."""
     wanted = np.flatnonzero(is_elsewhere & ~is_here & (heat >= _LEAST_USES))
     wanted = wanted[np.argsort(-heat[wanted], kind="stable")]

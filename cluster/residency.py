@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moray.runtime.experts.source import Ints
+from moray.runtime.arrays import Ints
 
 
 @dataclass(frozen=True, slots=True)

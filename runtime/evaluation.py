@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moray.runtime.arrays import Floats
 from moray.runtime.errors import EvaluationError
 
 NUM_TOP_TOKENS = 64
 
-Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]  # halves what is kept of a reference
 
 

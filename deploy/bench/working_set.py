@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moray.runtime.arena import Arena
+from moray.runtime.arrays import Bytes
 from moray.runtime.layout import second_level
-from moray.runtime.layout.packed import ROWS, VECTOR_BYTES, Bytes, PackedSpec
+from moray.runtime.layout.packed import ROWS, VECTOR_BYTES, PackedSpec
 from moray.runtime.memory import format_bytes
 
 

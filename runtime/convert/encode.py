@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moray.runtime.arrays import Bytes
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.keep import keep, plan_kept
 from moray.runtime.convert.quantize import block_rows, quantize_rows
@@ -19,7 +20,6 @@ from moray.runtime.convert.sources import ModelShapes, Source, realize
 from moray.runtime.errors import CheckpointError
 from moray.runtime.layout.packed import (
     ROWS,
-    Bytes,
     Encoding,
     PackedSpec,
     choose_group,

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from moray.runtime.arrays import Bytes, Floats
 from moray.runtime.convert.checkpoint import Checkpoint
 from moray.runtime.convert.published.weight import Grid, OnGrid, row_chunks
 from moray.runtime.convert.sources import ModelShapes, Source, realize
@@ -21,8 +22,6 @@ from moray.runtime.layout import fp4
 from moray.runtime.layout.packed import (
     ROWS,
     SCALE_FACTOR,
-    Bytes,
-    Floats,
     PackedSpec,
     Quantized,
     pack_fp4,

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from moray.runtime.arrays import Floats, Ints
 from moray.runtime.device.cache import DeviceCache, Entry
 from moray.runtime.device.tier import DeviceTier
 from moray.runtime.device.transfer import bytes_at
-from moray.runtime.experts.source import FixedLease, Ints, Lease
+from moray.runtime.experts.source import FixedLease, Lease
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize
-from moray.runtime.kernels.ops import NO_BIASES, Floats, Grouping, LayerKernel, MatrixKernel
+from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
 from moray.runtime.lanes.calibrate import Load
 from moray.runtime.lanes.cost import Work, choose
 from moray.runtime.lanes.lane import Lane, Resource

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moray.runtime.experts.source import Fetch, FixedLease, Ints, Lease, ShardSource
+from moray.runtime.arrays import Ints
+from moray.runtime.experts.source import Fetch, FixedLease, Lease, ShardSource
 
 
 class _PartLease:

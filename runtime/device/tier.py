@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moray.runtime.arrays import Ints
 from moray.runtime.device.cache import DeviceCache
 from moray.runtime.device.stats import DeviceStats
-from moray.runtime.experts.source import Ints
 from moray.runtime.lanes.lane import AUTO, Lane, Resource, parse_lanes
 from moray.runtime.lanes.rates import Rates
 from moray.runtime.residency.policies.lru import LRU

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
+from moray.runtime.arrays import Ints
 from moray.runtime.device.experts import DeviceExperts, LayerParts
 from moray.runtime.device.fetch import DeviceFetch
 from moray.runtime.device.tier import DeviceTier
@@ -30,7 +31,7 @@ from moray.runtime.device.transfer import bytes_at
 from moray.runtime.experts.fused import FusedExperts
 from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.pairs import Pairs
-from moray.runtime.experts.source import Fetch, Ints, Lease, RemoteCall, ShardSource
+from moray.runtime.experts.source import Fetch, Lease, RemoteCall, ShardSource
 from moray.runtime.experts.watch import LayerCall, LayerWatch
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.ops import Grouping, MatrixKernel

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from moray.runtime.arrays import Floats, Ints
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.gates import Gate
-from moray.runtime.kernels.ops import NO_BIASES, Grouping, Ints, LayerKernel, MatrixKernel
+from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout, ShardTensor
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moray.runtime.experts.source import ExpertSource, Ints
+from moray.runtime.arrays import Ints
+from moray.runtime.experts.source import ExpertSource
 from moray.runtime.store.manifest import Manifest
 
 if TYPE_CHECKING:  # keeps Numba out of processes that only read statistics

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moray.runtime.experts.source import Ints
+from moray.runtime.arrays import Ints
 from moray.runtime.kernels import moe, ops
 from moray.runtime.kernels.ops import Grouping
 

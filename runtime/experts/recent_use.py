@@ -8,7 +8,7 @@ from math import exp
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.experts.source import Ints
+from moray.runtime.arrays import Ints
 
 _MEMORY_S = 3.0  # what is longer ago counts less than 1/e
 _LEAST_SCALE = 8.0  # tokens that the brightest expert stands for, at least: a few do not look like many

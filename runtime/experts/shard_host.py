@@ -8,12 +8,11 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from moray.runtime.arena import NOWHERE, Arena
+from moray.runtime.arrays import Floats, Ints
 from moray.runtime.errors import HostLostError, MorayError, ProtocolError
-from moray.runtime.experts.source import Ints
 from moray.runtime.kernels.gates import Gate
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey
@@ -30,7 +29,6 @@ from moray.runtime.store.store import Store
 if TYPE_CHECKING:
     from moray.runtime.experts.fused import FusedExperts
 
-Floats = npt.NDArray[np.float32]
 
 _SELF = "compute"  # who claims the experts that this host computes with
 _STALL_S = 30.0  # without any progress: as long as a client waits

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.layout.packed import VECTOR_BYTES, Bytes
+from moray.runtime.arrays import Bytes, Ints
+from moray.runtime.layout.packed import VECTOR_BYTES
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.memory import require_memory
 from moray.runtime.store.manifest import Manifest
@@ -17,8 +18,6 @@ from moray.runtime.store.store import Store
 if TYPE_CHECKING:
     from moray.runtime.kernels.gates import Gate
     from moray.runtime.kernels.ops import Grouping
-
-Ints = npt.NDArray[np.int64]
 
 
 class Lease(Protocol):

@@ -10,10 +10,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from moray.runtime.arrays import Bytes
 from moray.runtime.kernels.setup import FLOATS, entry
 from moray.runtime.kernels.vectors import F32, I32
 from moray.runtime.layout import fp4, second_level
-from moray.runtime.layout.packed import METAS, PLANES, SCALE_FACTOR, Bytes, PackedSpec
+from moray.runtime.layout.packed import METAS, PLANES, SCALE_FACTOR, PackedSpec
 
 _HALF_TO_FLOAT = np.float32(2.0**112)  # moves float16's exponent field to float32's place
 _SECOND_LEVEL, _POWERS = METAS.index("u8"), METAS.index("e8m0")

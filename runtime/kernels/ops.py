@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
+from moray.runtime.arrays import Bytes, Floats, Ints
 from moray.runtime.kernels import activation, attention, attention_batch, attention_prompt, moe, programs, reference
 from moray.runtime.kernels.block import Variant
 from moray.runtime.kernels.gates import SWIGLU, Gate
 from moray.runtime.kernels.isa import INSTRUCTION_SET, PORTABLE
 from moray.runtime.kernels.matmul import MAX_WIDTH, MOST_BLOCKS, compile_items
 from moray.runtime.kernels.pool import Pool, current_pool
-from moray.runtime.layout.packed import Bytes, Numerics, PackedSpec
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+from moray.runtime.layout.packed import Numerics, PackedSpec
 
 PANEL_SLACK = 3 * 64  # three arrays, each aligned to a cache line
 EVERY_ROW: Ints = np.empty(0, dtype=np.int64)

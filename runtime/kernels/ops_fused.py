@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from moray.runtime.arrays import Ints
 from moray.runtime.kernels import attention, attention_batch, attention_prompt, layers, routed, router
-from moray.runtime.kernels.ops import FUNCTIONS, PANEL_SLACK, SCRATCH, Ints, LayerKernel, MatrixKernel
+from moray.runtime.kernels.ops import FUNCTIONS, PANEL_SLACK, SCRATCH, LayerKernel, MatrixKernel
 from moray.runtime.kernels.pool import current_pool
 
 NO_NORMS: Ints = np.zeros(attention.NUM_NORMS, dtype=np.int64)

@@ -24,10 +24,9 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from moray.runtime.arrays import Bytes
 from moray.runtime.kernels import pool
 from moray.runtime.kernels.atomics import add_atomic, load_int64
-
-Bytes = npt.NDArray[np.uint8]
 
 _ACCUMULATORS = 8
 _STEP_BYTES = 64 * _ACCUMULATORS

@@ -8,11 +8,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from moray.runtime.arrays import Bytes, Floats
 from moray.runtime.kernels import rows
 from moray.runtime.layout import fp4
-from moray.runtime.layout.packed import Bytes, PackedSpec, unpack_fp4, unpack_plain, unpack_quantized
-
-Floats = npt.NDArray[np.float32]
+from moray.runtime.layout.packed import PackedSpec, unpack_fp4, unpack_plain, unpack_quantized
 
 
 def dequantize(packed: Bytes, spec: PackedSpec) -> Floats:

@@ -13,10 +13,8 @@ a multiple of 64 bytes.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
+from moray.runtime.arrays import Bytes, Floats
 
 GROUP = 32  # columns that share a scale in MXFP4
 ZERO = 12

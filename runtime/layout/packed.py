@@ -35,6 +35,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from moray.runtime.arrays import Bytes, Floats
 from moray.runtime.layout import fp4, second_level
 
 Encoding = Literal["f32", "bf16", "f16", "q8", "q4", "q3", "q2", "fp4"]
@@ -56,9 +57,6 @@ SCALE_FACTOR = 2.0**-8
 _BITS: dict[Encoding, int] = {"f32": 32, "bf16": 16, "f16": 16, "q8": 8, "q4": 4, "q3": 3, "q2": 2, "fp4": 4}
 PLANES: dict[Encoding, tuple[int, ...]] = {"q8": (8,), "q4": (4,), "q3": (2, 1), "q2": (2,), "fp4": (4,)}
 SECOND_LEVEL_ENCODINGS: tuple[Encoding, ...] = ("q4", "q3", "q2")
-
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

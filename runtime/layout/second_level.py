@@ -18,9 +18,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
-Halves = npt.NDArray[np.float16]
+from moray.runtime.arrays import Bytes, Floats, Halves
 
 GROUPS = 16  # groups of a row that share a super-scale
 MAX_CODE = 255

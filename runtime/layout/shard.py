@@ -22,8 +22,9 @@ import msgpack
 import numpy as np
 import xxhash
 
+from moray.runtime.arrays import Bytes
 from moray.runtime.errors import CorruptShardError
-from moray.runtime.layout.packed import VECTOR_BYTES, Bytes, PackedSpec
+from moray.runtime.layout.packed import VECTOR_BYTES, PackedSpec
 
 MAGIC = b"MORAYSH1"
 ALIGNMENT = 4096

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from moray.runtime.experts.source import Ints
+from moray.runtime.arrays import Ints
 from moray.runtime.kernels import attention as kernels
 from moray.runtime.kernels.ops import MatrixKernel
 from moray.runtime.kernels.ops_fused import (

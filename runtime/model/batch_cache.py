@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from moray.runtime.experts.source import Ints
+from moray.runtime.arrays import Ints
 from moray.runtime.model.kv_layer import GrowingLayer
 
 #: What a layer of linear attention notes of each of its states.

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moray.runtime.arrays import Ints
 from moray.runtime.experts.function import ExpertsBinding
-from moray.runtime.experts.source import Ints
 from moray.runtime.kernels import attention as kernels
 from moray.runtime.kernels.ops_fused import RoutedKernel
 from moray.runtime.model.attention_modules import (

@@ -8,9 +8,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from moray.runtime.arrays import Ints
 from moray.runtime.experts.function import ExpertsBinding
 from moray.runtime.experts.meter import ExpertsMeter
-from moray.runtime.experts.source import Ints, LeaseTable
+from moray.runtime.experts.source import LeaseTable
 from moray.runtime.kernels import layers as kernels
 from moray.runtime.kernels.ops_fused import LayersKernel, batch_layers_at, layers_at
 from moray.runtime.model.attention_modules import Rotation

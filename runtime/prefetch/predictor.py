@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moray.runtime.experts.source import Ints
+from moray.runtime.arrays import Ints
 from moray.runtime.prefetch.discover import LayerRouting, discover
 from moray.runtime.prefetch.norms import IDENTITY, Affine, find_affine
 from moray.runtime.prefetch.routers import Extra, Router

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
+from moray.runtime.arrays import Bytes, Floats
 from moray.runtime.convert.quantize import dequantize_rows
 from moray.runtime.errors import StoreError
-from moray.runtime.layout.packed import Bytes, PackedSpec, unpack_plain, unpack_quantized
+from moray.runtime.layout.packed import PackedSpec, unpack_plain, unpack_quantized
 from moray.runtime.layout.shard import ExpertKey, ShardLayout
 from moray.runtime.store.store import Store
 
-Floats = npt.NDArray[np.float32]
 _PACKED = ".packed"
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from moray.runtime.arrays import Bytes
 from moray.runtime.errors import StoreError
-from moray.runtime.layout.packed import VECTOR_BYTES, Bytes
+from moray.runtime.layout.packed import VECTOR_BYTES
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.manifest import MANIFEST_NAME, TRUNK_NAME, Manifest, decode_manifest
 from moray.runtime.store.presence import PRESENT_NAME, read_presence

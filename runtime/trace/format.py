@@ -22,14 +22,13 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from moray.runtime.arrays import Ints
 from moray.runtime.errors import TraceError
 from moray.runtime.store.manifest import Manifest
 
 FORMAT_VERSION = 1
 KIND = "moray-trace"
 RECORD_FIELDS = 11
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

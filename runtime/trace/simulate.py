@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moray.runtime.arrays import Ints
 from moray.runtime.errors import TraceError
 from moray.runtime.residency.policies import POLICIES, make_policy
 from moray.runtime.residency.policies.belady import Belady
 from moray.runtime.residency.policy import Policy
-from moray.runtime.trace.format import Ints, Trace
+from moray.runtime.trace.format import Trace
 from moray.runtime.trace.recall import Foresight
 
 BELADY = "belady"

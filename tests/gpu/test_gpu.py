@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 import torch
 
+from moray.runtime.arrays import Bytes
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels import reference
 from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
 from moray.runtime.layout import second_level
-from moray.runtime.layout.packed import Bytes, PackedSpec, Quantized, pack_plain, pack_quantized
+from moray.runtime.layout.packed import PackedSpec, Quantized, pack_plain, pack_quantized
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 
 pytestmark = [

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from moray.runtime.experts.source import Ints
+from moray.runtime.arrays import Ints
 from moray.runtime.kernels import attention, ops_fused
 from moray.runtime.kernels.ops import MatrixKernel
 from moray.runtime.kernels.ops_fused import AttentionKernel, attention_at, batch_attention_at, prompt_attention_at

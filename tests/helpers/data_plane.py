@@ -9,11 +9,11 @@ from typing import Any
 import msgpack
 import numpy as np
 import zmq
-from helpers.matrices import Floats
 
 from moray.cluster.activations import WireFormat
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.messages import PROTOCOL_VERSION, Ask, Hello, Message, Welcome, decode, encode
+from moray.runtime.arrays import Floats
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
 

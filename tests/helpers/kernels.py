@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from helpers.matrices import COMPILED_GROUPS, Floats, specs
+from helpers.matrices import COMPILED_GROUPS, specs
 from hypothesis import strategies as st
 
-from moray.runtime.layout.packed import ENCODINGS, Bytes, PackedSpec
-
-Ints = npt.NDArray[np.int64]
+from moray.runtime.arrays import Bytes, Floats, Ints
+from moray.runtime.layout.packed import ENCODINGS, PackedSpec
 
 # One matrix of every encoding, with several groups, a row tail and, in 16 bits, an odd row.
 SPECS = [

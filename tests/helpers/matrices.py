@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
+from moray.runtime.arrays import Floats
 from moray.runtime.layout import second_level
 from moray.runtime.layout.packed import (
     ENCODINGS,
@@ -22,8 +23,6 @@ from moray.runtime.layout.packed import (
     pack_plain,
     pack_quantized,
 )
-
-Floats = npt.NDArray[np.float32]
 
 BITS = {"q8": 8, "q4": 4, "q3": 3, "q2": 2, "fp4": 4}
 

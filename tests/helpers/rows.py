@@ -6,10 +6,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from moray.runtime.arrays import Floats
 from moray.runtime.kernels.gates import SWIGLU, Gate
 from moray.runtime.kernels.rows import gated_row, quantize_group
-
-Floats = npt.NDArray[np.float32]
 
 
 @njit

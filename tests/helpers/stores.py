@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from moray.runtime.arrays import Bytes
 from moray.runtime.convert.quantize import dequantize_rows
 from moray.runtime.kernels import reference
-from moray.runtime.layout.packed import Bytes, PackedSpec, unpack_plain, unpack_quantized
+from moray.runtime.layout.packed import PackedSpec, unpack_plain, unpack_quantized
 from moray.runtime.layout.shard import ExpertKey, read_header
 from moray.runtime.model.families import expert_modules
 from moray.runtime.store.store import Store

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.kernels import normal
-from helpers.matrices import Floats, assert_same_bits
+from helpers.matrices import assert_same_bits
 from helpers.rows import gated, quantize_rows, swiglu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from moray.runtime.arrays import Floats
 from moray.runtime.kernels import reference
 from moray.runtime.kernels.gates import Gate
 from moray.runtime.model.expert_gates import apply_gate

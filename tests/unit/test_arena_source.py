@@ -21,9 +21,10 @@ from moray.cluster.client import HostAddress
 from moray.cluster.messages import Ask
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena
+from moray.runtime.arrays import Ints
 from moray.runtime.errors import ClusterError, HostLostError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
-from moray.runtime.experts.source import ExpertSource, Fetch, InProcessSource, Ints, Lease, SourceInfo, SourceStats
+from moray.runtime.experts.source import ExpertSource, Fetch, InProcessSource, Lease, SourceInfo, SourceStats
 from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.model.loader import load_model

@@ -18,12 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from moray.deploy.config import demo_store
 from moray.runtime.arena import Arena
+from moray.runtime.arrays import Ints
 from moray.runtime.device.cache import DeviceCache, Entry
 from moray.runtime.device.experts import DeviceExperts
 from moray.runtime.device.tier import DeviceTier
 from moray.runtime.errors import ConfigError
 from moray.runtime.experts.function import ExpertsBinding
-from moray.runtime.experts.source import FixedLease, InProcessSource, Ints
+from moray.runtime.experts.source import FixedLease, InProcessSource
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels import ops
 from moray.runtime.lanes.calibrate import calibrate

@@ -16,8 +16,9 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from moray.deploy.evaluation_report import Report, StoreResult, Text, print_report, short_names
+from moray.runtime.arrays import Floats
 from moray.runtime.errors import EvaluationError
-from moray.runtime.evaluation import Evaluation, Floats, TokenScores, cut_windows, kl_divergences
+from moray.runtime.evaluation import Evaluation, TokenScores, cut_windows, kl_divergences
 from moray.runtime.generation.scoring import score_logits
 from moray.runtime.store.store import Store
 

@@ -16,11 +16,12 @@ from helpers.kernels import (
     normal,
     seeds,
 )
-from helpers.matrices import Floats, assert_same_bits, random_matrix, specs
+from helpers.matrices import assert_same_bits, random_matrix, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from moray.runtime.arrays import Floats
 from moray.runtime.kernels import ops, reference
 from moray.runtime.kernels.ops import MatrixKernel
 from moray.runtime.kernels.pool import set_num_threads

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.kernels import Ints, addresses_of, normal, seeds
-from helpers.matrices import Floats, assert_same_bits, random_matrix
+from helpers.kernels import addresses_of, normal, seeds
+from helpers.matrices import assert_same_bits, random_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.runtime.arrays import Bytes, Floats, Ints
 from moray.runtime.kernels import ops, reference
 from moray.runtime.kernels.activation import SLICE
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.kernels.pool import set_num_threads
 from moray.runtime.kernels.programs import SERIAL_BYTES
-from moray.runtime.layout.packed import Bytes, PackedSpec
+from moray.runtime.layout.packed import PackedSpec
 
 pytestmark = pytest.mark.usefixtures("same_threads_after")
 

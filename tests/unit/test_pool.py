@@ -8,17 +8,15 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import cfunc
 
+from moray.runtime.arrays import Ints
 from moray.runtime.kernels.atomics import add_atomic, load_int64, store_int64
 from moray.runtime.kernels.matmul import ITEMS
 from moray.runtime.kernels.pool import Pool, current_pool, run, run_alone
-
-Ints = npt.NDArray[np.int64]
 
 
 @cfunc(ITEMS)

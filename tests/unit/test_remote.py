@@ -280,7 +280,7 @@ def test_a_host_that_is_passed_over_for_long_is_measured_again(demo_case: Case) 
         assert host.passed_over == 0  # it had nothing to offer
         host.resident = had
         host.passed_over = 10**6
-        until(lambda: host.link.round_trip_s < 1 and not host._trials)
+        until(lambda: host.link.round_trip_s < 1 and not host._trial)
         demo_case.check(run)
         assert host.is_up and host.stats.joined == 1 and host.passed_over < 10**6
 

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moray.cluster.arena_source import ArenaSource
+from moray.runtime.arrays import Ints
 from moray.runtime.convert.converter import convert
 from moray.runtime.experts.shard_host import ShardHost
-from moray.runtime.experts.source import Fetch, Ints, Lease, LeaseTable
+from moray.runtime.experts.source import Fetch, Lease, LeaseTable
 from moray.runtime.generation.runner import Runner
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ExpertKey

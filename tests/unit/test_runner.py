@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.reference import greedy
 
+from moray.runtime.arrays import Ints
 from moray.runtime.errors import HostLostError, MorayError, RequestError, StoreError
-from moray.runtime.experts.source import Fetch, InProcessSource, Ints, SourceInfo
+from moray.runtime.experts.source import Fetch, InProcessSource, SourceInfo
 from moray.runtime.generation.request import GenerationRequest, SamplingParams, TokenEvent
 from moray.runtime.generation.runner import Runner
 from moray.runtime.model.loader import load_model

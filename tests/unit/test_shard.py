@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moray.runtime.arrays import Bytes
 from moray.runtime.errors import CorruptShardError
-from moray.runtime.layout.packed import Bytes, PackedSpec
+from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, ShardLayout, build_shard, plan_layout, read_header
 
 KEY = ExpertKey(3, 17)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from helpers.data_plane import HIDDEN, KEYS, ROW, connected, rows, wire
 from helpers.hosts import make_host, new_address, serving
-from helpers.matrices import Floats, assert_same_bits
+from helpers.matrices import assert_same_bits
 
 from moray.cluster.activations import WireFormat
 from moray.cluster.client import HostClient
 from moray.cluster.messages import Compute, Computed, GateSpec, Ping, Pong
 from moray.cluster.server import DataPlaneServer
+from moray.runtime.arrays import Floats
 from moray.runtime.errors import ProtocolError
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
