@@ -12,7 +12,8 @@ process is a remote host with all experts; this one has none and asks it for ``-
 - *ping*: a Ping and its Pong; *echo*: an Echo with the same bytes there and back, which is what ZeroMQ, CURVE and the
   network take of it; *Ray call*: of an actor on this machine, likewise.
 
-Medians and 90th percentiles over ``--calls`` calls after 100 that are not counted. The veth pair is not shaped.
+Quantiles over ``--calls`` rounds of all of these in turn, but for the Ray calls, after 100 that are not counted. The
+veth pair is not shaped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -104,50 +105,53 @@ def host_process(store: Path, namespace: str | None, keys: CurveKeys, client: Cu
 
 def measure(store: Path, address: HostAddress, client: CurveKeys, num_experts: int, calls: int) -> list[list[float]]:
     """Seconds of each call: round trip, computing, beyond, ping, echo."""
-    x = np.random.default_rng(0).standard_normal((1, GEOMETRY.hidden)).astype(np.float32)
-    grouping = group_by_expert(np.arange(num_experts, dtype=np.int64)[None], GEOMETRY.experts)
-    nowhere, computed = np.zeros(num_experts, dtype=np.bool_), []
     with Store.open(store) as opened, ExitStack() as stack:
         lanes = RemoteLanes(opened, [address], client, "benchmark", "int8", forced=Lane.REMOTE_COMPUTE)
         stack.callback(lanes.close)
         if lanes.wait_joined(120):
             raise SystemExit(f"the host at {address.address} is not ready")
-        host = lanes.hosts[0]
-        accept = host._accept
-
-        def note(request: Any, message: Any, *rest: Any) -> Any:
-            if isinstance(message, Computed):
-                computed.append(message.compute_s)
-            return accept(request, message, *rest)
-
-        host._accept = note
-        trips: list[float] = []
-        while len(trips) < _WARM_UP + calls:
-            started = perf_counter()
-            call = lanes.begin(0, grouping, x, SWIGLU, nowhere)
-            if call is None:  # a deadline passed, on a busy machine: it is asked again soon
-                continue
-            arrived, lost = call.take()
-            took_s = perf_counter() - started
-            call.close()
-            if len(lost):
-                continue
-            assert call.is_over and len(arrived[0][1]) == num_experts
-            trips.append(took_s)
-        pings, echoes = [], []
-        data, echo = bytes(SENT_BYTES), Echo(reply_bytes=4 * num_experts * GEOMETRY.hidden)
         pinging = HostClient(address, "pinging", curve=client)
         stack.callback(pinging.close)
         pinging.greet()
+        data, echo = bytes(SENT_BYTES), Echo(reply_bytes=4 * num_experts * GEOMETRY.hidden)
+        trip, found = round_trips(lanes, num_experts), []
         for _ in range(_WARM_UP + calls):
+            took_s, compute_s = next(trip)
             started = perf_counter()
             pinging.receive(pinging.send(Ping()))
-            pings.append(perf_counter() - started)
-            started = perf_counter()
+            ping_s, started = perf_counter() - started, perf_counter()
             pinging.receive(pinging.send(echo, memoryview(data)))
-            echoes.append(perf_counter() - started)
-    beyond = [trip - computing for trip, computing in zip(trips, computed[: len(trips)], strict=True)]
-    return [times[_WARM_UP:] for times in (trips, computed, beyond, pings, echoes)]
+            found.append((took_s, compute_s, took_s - compute_s, ping_s, perf_counter() - started))
+    return [list(times) for times in zip(*found[_WARM_UP:], strict=True)]
+
+
+def round_trips(lanes: RemoteLanes, num_experts: int) -> Iterator[tuple[float, float]]:
+    """Seconds of a layer's call, and what computing took of it: of calls that were one request, answered in time."""
+    x = np.random.default_rng(0).standard_normal((1, GEOMETRY.hidden)).astype(np.float32)
+    grouping = group_by_expert(np.arange(num_experts, dtype=np.int64)[None], GEOMETRY.experts)
+    nowhere, computed = np.zeros(num_experts, dtype=np.bool_), []
+    host = lanes.hosts[0]
+    accept = host._accept
+
+    def note(request: Any, message: Any, *rest: Any) -> Any:
+        if isinstance(message, Computed):
+            computed.append(message.compute_s)
+        return accept(request, message, *rest)
+
+    host._accept = note
+    while True:
+        computed.clear()
+        started = perf_counter()
+        call = lanes.begin(0, grouping, x, SWIGLU, nowhere)
+        if call is None:  # a deadline passed, on a busy machine: it is asked again soon
+            sleep(0.01)
+            continue
+        call.take()
+        took_s = perf_counter() - started
+        is_whole = call.is_over and len(computed) == 1
+        call.close()
+        if is_whole:
+            yield took_s, computed[0]
 
 
 def ray_calls(num_experts: int, calls: int) -> list[float]:
