@@ -38,7 +38,7 @@ from transformers import DynamicCache
 from moray.runtime.convert.recipe import DEFAULT_RECIPE, Recipe
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels.readers import read_bandwidth
-from moray.runtime.model.batch import BatchForward, make_batch_forward
+from moray.runtime.model.batch import BatchForward, cache_kind_of, make_batch_forward
 from moray.runtime.model.families import build_model, load_config
 from moray.runtime.model.kv_layer import new_cache
 from moray.runtime.model.weights_read import trunk_bytes_read
@@ -141,7 +141,7 @@ def run(name: str, geometry: Geometry, root: Path, routing: str, rounds: int, st
     with in_process(path) as runner, torch.inference_mode(), Store.open(path) as store:
         trunk_bytes = trunk_bytes_read(build_model(load_config(path), torch.float32, "meta"), store.manifest)
         torch.set_num_threads(1)  # as the step loop does it
-        batch = make_batch_forward(runner.model)
+        batch = make_batch_forward(runner.model, cache_kind_of(runner.model))
         assert batch is not None and batch.kind == "fused"
         for number in range(-1, rounds):
             machines.append(Machine(read_bandwidth(buffer, len(os.sched_getaffinity(0)), passes=3), product_rate()))

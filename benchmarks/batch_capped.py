@@ -38,7 +38,7 @@ from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels.pool import set_num_threads
 from moray.runtime.memory import reuse_freed_memory
-from moray.runtime.model.batch import make_batch_forward
+from moray.runtime.model.batch import cache_kind_of, make_batch_forward
 from moray.runtime.store.store import Store
 
 BATCHES = (1, 2, 4, 8)
@@ -56,7 +56,7 @@ class Loads:
 
 def measure(runner: Runner, host: ShardHost, replay: Replay, size: int, steps: int, shard_bytes: int) -> Loads:
     """``steps`` steps of B sequences."""
-    batch = make_batch_forward(runner.model)
+    batch = make_batch_forward(runner.model, cache_kind_of(runner.model))
     assert batch is not None
     tokens, caches = prefill(runner.model, size)
     before, unions = host.stats().loader.bytes_read, []

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moray.runtime.device.stats import DeviceStats
 from moray.runtime.device.tier import DeviceTier, default_budget
@@ -34,7 +34,7 @@ from moray.runtime.generation.step_loop import StepLoop
 from moray.runtime.generation.text import encode_prompt, end_token_ids, load_tokenizer
 from moray.runtime.generation.vocabulary import Vocabulary, token_bytes
 from moray.runtime.layout.packed import Numerics
-from moray.runtime.model.batch import make_batch_forward
+from moray.runtime.model.batch import cache_kind_of, make_batch_forward
 from moray.runtime.model.loader import bind_experts, blank_experts
 from moray.runtime.planning.profile import GenerationLimits
 from moray.runtime.store.store import Store
@@ -111,8 +111,9 @@ class Runner:
         self._meter = bind_experts(model, store, source, numerics, tier)
         self.tokenizer = load_tokenizer(store.path)
         with blank_experts(model, store.manifest):
-            cache_kind = _warm_up(model)
-            batch = make_batch_forward(model)
+            # Touches everything that a first request would wait for, too: single tokens, prompts, a batch.
+            cache_kind = cache_kind_of(model)
+            batch = make_batch_forward(model, cache_kind)
             if tier is not None and tier.cache is not None:
                 tier.cache.clear()
         self._watch = watch_layers(model, store, source, watch or WatchOptions())
@@ -326,14 +327,3 @@ class Runner:
         self._overdue.clear()
         while self._outboxes:
             self._outboxes.popitem()[1].put(error)
-
-
-@torch.inference_mode()
-def _warm_up(model: PreTrainedModel) -> type[DynamicCache]:
-    """Compile or load every kernel now, not in the first request: single tokens and tiles of tokens.
-
-    Returns the kind of cache that the model makes for itself.
-    """
-    for length in (1, 5):
-        output = model(input_ids=torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=True)
-    return type(output.past_key_values)

@@ -74,18 +74,27 @@ class BatchForward:
 
 
 @torch.inference_mode()
-def make_batch_forward(model: Any) -> BatchForward | None:
-    """A batched forward pass of a loaded causal language model, its experts bound.
+def cache_kind_of(model: Any) -> type[DynamicCache]:
+    """The kind of cache that a model makes for itself. Computes a step of one token."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    return type(model(input_ids=ids, use_cache=True).past_key_values)
+
+
+@torch.inference_mode()
+def make_batch_forward(model: Any, cache_kind: type[DynamicCache]) -> BatchForward | None:
+    """A batched forward pass of a loaded causal language model, its experts bound. ``cache_kind``: ``cache_kind_of``.
 
     None: what was tried differs from the model's own single steps, or its caches are of other kinds than are known
     here; then sequences are to be served in turn. Computes a few steps: bind blank experts meanwhile
     (``loader.blank_experts``), or they are loaded and counted.
     """
+    if cache_kind is not DynamicCache:
+        return None
     try:
         caches = [_prefilled(model, prompt) for prompt in _TRIAL]
     except Exception:  # a model that is called in another way
         return None
-    if any(cache is None for cache in caches):
+    if not all(can_be_padded(cache) for cache in caches):
         return None
     kinds: list[BatchKind] = ["fused"] if model.device.type == "cpu" and is_all_fused(model) else []
     for kind in (*kinds, "padded"):
@@ -120,15 +129,11 @@ def _row_by_row(plain: Any, dim: int) -> Any:
     return forward
 
 
-def _prefilled(model: Any, prompt: list[int]) -> DynamicCache | None:
-    """A cache with a prompt in it, or None if it is of a kind that is not known here."""
-    ids = torch.tensor([prompt], device=model.device)
-    own = model(input_ids=ids[:, :1], use_cache=True).past_key_values
-    if type(own) is not DynamicCache:
-        return None
+def _prefilled(model: Any, prompt: list[int]) -> DynamicCache:
+    """A cache with a prompt in it."""
     cache = new_cache(model.config.get_text_config())
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return cache if can_be_padded(cache) else None
+    model(input_ids=torch.tensor([prompt], device=model.device), past_key_values=cache, use_cache=True)
+    return cache
 
 
 def _agrees(batch: BatchForward, model: Any, caches: Sequence[Any]) -> bool:

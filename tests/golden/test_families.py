@@ -10,7 +10,7 @@ import torch
 from helpers.batches import worst_difference
 from helpers.reference import greedy, runner, stock_greedy, stock_logits, stock_model
 
-from moray.runtime.model.batch import describe_batch, make_batch_forward
+from moray.runtime.model.batch import cache_kind_of, describe_batch, make_batch_forward
 from moray.runtime.model.catalog import SAMPLE
 from moray.runtime.planning.measure import measure_profile
 from moray.runtime.planning.profile import GenerationLimits
@@ -46,7 +46,7 @@ def test_logits_and_tokens_equal_transformers(
         ended = tokens[-1] == model.config.get_text_config().eos_token_id
         assert tokens == (wanted[: len(tokens)] if ended else wanted)
         assert made.stats().num_used > 0
-        batch = make_batch_forward(made.model)
+        batch = make_batch_forward(made.model, cache_kind_of(made.model))
         assert describe_batch(batch) == BATCHES.get(family, "padded")
         assert (batch is not None) == _could_batch(store(family, "none"))
         assert batch is None or worst_difference(made.model, batch) < 1e-5

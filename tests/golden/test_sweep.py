@@ -12,7 +12,7 @@ from helpers.reference import greedy, runner, stock_generate, stock_logits, stoc
 
 from moray.runtime.convert.converter import convert
 from moray.runtime.experts.function import ExpertsBinding
-from moray.runtime.model.batch import make_batch_forward
+from moray.runtime.model.batch import cache_kind_of, make_batch_forward
 from moray.runtime.model.catalog import EXCEPTIONS, list_families
 from moray.runtime.planning.profile import GenerationLimits
 
@@ -42,7 +42,7 @@ def test_logits_tokens_and_turns_equal_transformers(
             patch.setattr(ExpertsBinding, "_compute", lambda self, module, x, *args: torch.zeros_like(x))
             patch.setattr(ExpertsBinding, "compute_routed", lambda self, kernel, module, x: torch.zeros_like(x))
             assert (made.logits(PROMPT) - expected).abs().max() > 0.05
-        batch = make_batch_forward(made.model)
+        batch = make_batch_forward(made.model, cache_kind_of(made.model))
         assert batch is None or worst_difference(made.model, batch) < 1e-4
         # Through the step loop, over the family's own cache.
         assert greedy(made, PROMPT, 12) == stock_generate(model, PROMPT, 12)

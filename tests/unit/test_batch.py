@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from moray.runtime.kernels import ops_fused
 from moray.runtime.kernels.pool import Pool
-from moray.runtime.model.batch import make_batch_forward
+from moray.runtime.model.batch import cache_kind_of, make_batch_forward
 from moray.runtime.store.store import Store
 
 SHAPES = [(1, 1, 16, 16), (8, 2, 32, 32), (6, 3, 80, 40), (14, 2, 64, 64)]
@@ -70,7 +70,7 @@ SCHEDULE = st.lists(st.tuples(JOINS, st.integers(0, 9), STEP), min_size=1, max_s
 def test_batches_have_the_bits_of_single_steps(recipe: str, store: Callable[..., Path]) -> None:
     """Sequences of any lengths join, leave, and get one token or several in any order."""
     with runner(store("qwen3_moe", recipe), "int8") as made:
-        batch = make_batch_forward(made.model)
+        batch = make_batch_forward(made.model, cache_kind_of(made.model))
         assert batch is not None and batch.kind == "fused" and batch.takes_runs
 
         @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
@@ -97,7 +97,7 @@ def test_batches_have_the_bits_of_single_steps(recipe: str, store: Callable[...,
 def test_each_layer_is_one_call_of_the_experts(family: str, store: Callable[..., Path]) -> None:
     """And each expert is counted once, however many rows chose it."""
     with runner(store(family, "hqq4:32"), "int8") as made:
-        batch = make_batch_forward(made.model)
+        batch = make_batch_forward(made.model, cache_kind_of(made.model))
         assert batch is not None and batch.kind == "fused"
         sequences, rows = Sequences(made.model, batch), [0, 1, 2, 3, 4, 5]
         for length in (3, 9, 4, 1, 7, 5):
@@ -118,7 +118,9 @@ def test_experts_that_are_missing_are_loaded_once_for_the_batch(store: Callable[
     with Store.open(store("mixtral", "hqq4:32")) as opened:
         num_experts = len(opened.manifest.shards)
         with capped(opened, num_experts) as whole, capped(opened, 4) as cut:
-            wanted_batch, batch = (make_batch_forward(c.runner.model) for c in (whole, cut))
+            wanted_batch, batch = (
+                make_batch_forward(c.runner.model, cache_kind_of(c.runner.model)) for c in (whole, cut)
+            )
             assert wanted_batch is not None and batch is not None and batch.kind == "fused"
             wanted, got = (Sequences(c.runner.model, b) for c, b in ((whole, wanted_batch), (cut, batch)))
             for length in (3, 12, 5, 260, 8):
@@ -142,7 +144,7 @@ def test_rotations_that_depend_on_the_length_are_each_rows_own(tmp_path: Path, s
     config["rope_parameters"] |= factors | {"rope_type": "longrope", "original_max_position_embeddings": 32}
     (path / "config.json").write_text(json.dumps(config))
     with runner(path, "int8") as made:
-        batch = make_batch_forward(made.model)
+        batch = make_batch_forward(made.model, cache_kind_of(made.model))
         assert batch is not None and batch.kind == "fused"
         sequences = Sequences(made.model, batch)
         for length in (5, 40, 30):  # the last one grows beyond 32
@@ -155,7 +157,7 @@ def test_rotations_that_depend_on_the_length_are_each_rows_own(tmp_path: Path, s
 @torch.inference_mode()
 def test_a_padded_batch_takes_each_sequence_once(store: Callable[..., Path]) -> None:
     with runner(store("olmoe", "hqq4:32"), "int8") as made:
-        batch = make_batch_forward(made.model)
+        batch = make_batch_forward(made.model, cache_kind_of(made.model))
         assert batch is not None and batch.kind == "padded" and not batch.takes_runs
         sequences = Sequences(made.model, batch)
         sequences.join(4)
