@@ -54,8 +54,8 @@ class WireFormat:
                 f"found {len(data)} bytes, expected {num_rows} rows of {self.columns} activations in groups of "
                 f"{self.group} for {num_pairs} pairs"
             )
-        row_of_pair = np.frombuffer(data, dtype=np.int32, count=num_pairs).astype(np.int64)
-        if row_of_pair.min() < 0 or row_of_pair.max() >= num_rows:
+        row_of_pair = np.frombuffer(data, dtype=np.uint32, count=num_pairs).astype(np.int64)
+        if row_of_pair.max() >= num_rows:
             raise ProtocolError(f"a pair takes a row that is not one of the {num_rows}")
         # Arrays that may be written: for others Numba would compile everything anew.
         rest = np.frombuffer(data, dtype=np.uint8, offset=4 * num_pairs).copy()

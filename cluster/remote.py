@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from time import monotonic
 
 import numpy as np
@@ -24,7 +25,7 @@ from moray.runtime.cpu import usable_cores
 from moray.runtime.kernels.gates import Gate
 from moray.runtime.kernels.ops import Grouping
 from moray.runtime.lanes.lane import Lane, Resource
-from moray.runtime.lanes.places import HERE, choose_places, split_work
+from moray.runtime.lanes.places import HERE, Part, choose_places, split_work
 from moray.runtime.lanes.rates import Rates
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout
@@ -119,7 +120,7 @@ class RemoteLanes:
             return None
         offers = [tuple([host.number for host, has in held.items() if has[i]]) for i in range(len(is_here))]
         layout = self._store.manifest.layers[layer].layout
-        counts = np.diff(grouping.starts).tolist()
+        counts = [last - first for first, last in pairwise(grouping.starts.tolist())]
         places = choose_places(counts, is_here.tolist(), offers, layout.num_bytes, self.rates, self.forced)
         chosen = {number: [i for i, place in enumerate(places) if place == number] for number in set(places) - {HERE}}
         for host in held:
@@ -280,12 +281,9 @@ class RemoteCall:
     def _send(self, host: RemoteHost, positions: list[int]) -> None:
         """In several requests if the work is expected to take long: each has its own deadline."""
         self._tried |= {(position, host.number) for position in positions}
-        starts, layer = self._grouping.starts, self._layer
-        fixed_s, expert_s, pair_s = (
-            host.expected_s(*work) for work in ((0, 0, 0), (0, layer.num_bytes, 0), (layer.pair_bytes, 0, 1))
-        )
+        starts = self._grouping.starts
         counts = [int(starts[p + 1] - starts[p]) for p in positions]
-        parts = split_work(counts, fixed_s, expert_s - fixed_s, pair_s - fixed_s, LONGEST_S)
+        parts = self._parts(host, counts)
         for number, part in enumerate(parts):
             experts = np.array([positions[i] for i in part.experts], dtype=np.int64)
             counts = [last - first for first, last in zip(part.first, part.last, strict=True)]
@@ -296,6 +294,16 @@ class RemoteCall:
             if not self._send_part(host, experts, counts, pairs):
                 self._retry(sorted({positions[i] for later in parts[number:] for i in later.experts}))
                 return
+
+    def _parts(self, host: RemoteHost, counts: list[int]) -> list[Part]:
+        """Experts with so many pairs, as requests."""
+        layer, pairs = self._layer, sum(counts)
+        if host.expected_s(pairs * layer.pair_bytes, len(counts) * layer.num_bytes, pairs) <= LONGEST_S:
+            return [Part(list(range(len(counts))), [0] * len(counts), counts)]
+        fixed_s, expert_s, pair_s = (
+            host.expected_s(*work) for work in ((0, 0, 0), (0, layer.num_bytes, 0), (layer.pair_bytes, 0, 1))
+        )
+        return split_work(counts, fixed_s, expert_s - fixed_s, pair_s - fixed_s, LONGEST_S)
 
     def _send_part(self, host: RemoteHost, positions: Ints, counts: list[int], pairs: Ints) -> bool:
         layer, x_TH = self._layer, self._x_TH

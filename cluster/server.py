@@ -6,6 +6,7 @@ import hmac
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from time import perf_counter
 
 import zmq
@@ -277,6 +278,7 @@ class DataPlaneServer:
         return Computed(compute_s=perf_counter() - started), [y.data.cast("B")]
 
 
+@lru_cache(maxsize=64)  # a store has a few, and they are asked for with every layer
 def _gate(spec: GateSpec) -> Gate:
     for value in (spec.limit, spec.alpha):
         if value is not None and not abs(value) <= _LARGEST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -221,13 +222,13 @@ class ShardHost:
 
     def prepare(self, numerics: Numerics) -> None:
         """Make the kernels ready for ``compute``: compiled, or loaded, and checked. Idempotent."""
+        if numerics in self._prepared:
+            return
         # Imported here: a host that only lends its shards never loads Numba.
         from moray.runtime.experts.fused import FusedExperts
         from moray.runtime.kernels.gates import SWIGLU
         from moray.runtime.kernels.pool import set_num_threads
 
-        if numerics in self._prepared:
-            return
         set_num_threads(self._num_threads)
         for layout in {info.layout for info in self.store.manifest.layers if info.layout.get("gate_up_proj")}:
             fused, blank = FusedExperts.of(layout, numerics, SWIGLU), np.zeros(layout.num_bytes + 64, dtype=np.uint8)
@@ -261,8 +262,7 @@ class ShardHost:
         if fused is None or kind != (numerics, gate):
             fused = FusedExperts.of(layout, numerics, gate)
             self._fused[layer] = (numerics, gate), fused
-        starts: Ints = np.zeros(len(experts) + 1, dtype=np.int64)
-        np.cumsum(counts, out=starts[1:])
+        starts = np.array([0, *accumulate(counts)], dtype=np.int64)
         try:
             shards = self.arena.addresses(self._hold(layer, experts))
             return fused.compute_pairs(x_TH, np.asarray(experts, dtype=np.int64), starts, row_of_pair, shards)

@@ -73,7 +73,7 @@ class ResidencyManager:
         self._given_up: set[int] = set()  # LOADING experts whose load should stop
         self._free = list(range(num_slots))[::-1]
         self._claims: dict[str, set[int]] = {}
-        self._claimed: Counter[int] = Counter()
+        self._claimed: dict[int, int] = {}  # by how many clients, of those that are claimed
         self._demands: list[int] = []
         self._hints: dict[int, bool] = {}  # in order; whether it is a prediction
         self._replicas: dict[int, None] = {}  # in order
@@ -135,10 +135,10 @@ class ResidencyManager:
         self._fills += self._failed.intersection(experts)
         self._failed.difference_update(experts)
         for e in self._urgency:
-            if self._claimed[e]:
+            if e in self._claimed:
                 self._promote(e)
         self._contradict(experts)
-        waiting = [e for e in self._demands if self._claimed[e] and e not in experts]
+        waiting = [e for e in self._demands if e in self._claimed and e not in experts]
         self._demands = waiting + [e for e in experts if self._state[e] in _OUT]
 
     def claim(self, client: str, experts: Sequence[int]) -> None:
@@ -196,7 +196,7 @@ class ResidencyManager:
 
         ``admit``: whether an expert that is hinted at may take the place of another.
         """
-        self._demands = [e for e in self._demands if self._claimed[e] and self._state[e] in _OUT]
+        self._demands = [e for e in self._demands if e in self._claimed and self._state[e] in _OUT]
         demand = next((e for e in self._demands if self._state[e] is State.ABSENT), None)
         if demand is not None:
             load = self._begin(demand, Urgency.DEMAND)
@@ -264,7 +264,7 @@ class ResidencyManager:
             assert (e in self._urgency) == (state is State.LOADING), f"{e} is {state}"
         assert self._given_up <= self._urgency.keys()
         claims = Counter(e for claimed in self._claims.values() for e in claimed)
-        assert claims == +self._claimed, "claims do not add up"
+        assert claims == self._claimed, "claims do not add up"
         assert all(self._state[e] in (State.LOADING, State.RESIDENT) for e in self._unused_hints)
         assert self._contradicted.keys() <= self._unused_hints
 
@@ -284,13 +284,15 @@ class ResidencyManager:
         return self._state[expert] is State.ABSENT and expert not in self._failed
 
     def _claim(self, client: str, experts: set[int]) -> None:
-        before = self._claims.get(client, set())
-        self._claimed.subtract(before - experts)
-        self._claimed.update(experts - before)
-        self._claimed = +self._claimed
-        self._claims[client] = experts
-        if not experts:
-            del self._claims[client]
+        before = self._claims.pop(client, set())
+        for e in before - experts:
+            self._claimed[e] -= 1
+            if not self._claimed[e]:
+                del self._claimed[e]
+        for e in experts - before:
+            self._claimed[e] = self._claimed.get(e, 0) + 1
+        if experts:
+            self._claims[client] = experts
 
     def _contradict(self, experts: Sequence[int]) -> None:
         """A layer needs these: what else was predicted for it is not loaded, or takes the place of nothing better.
@@ -325,13 +327,14 @@ class ResidencyManager:
             self._waste(victim)
             self.stats.evictions += 1
         self._state[expert], self._slot[expert], self._urgency[expert] = State.LOADING, slot, urgency
+        self._hints.pop(expert, None)
         self._policy.loaded(expert)
         self._count(expert, urgency)
         return Load(expert, slot, victim, urgency)
 
     def _victim(self, incoming: int, urgency: Urgency) -> int | None:
         def may_evict(expert: int) -> bool:
-            return self._state[expert] is State.RESIDENT and not self._claimed[expert]
+            return self._state[expert] is State.RESIDENT and expert not in self._claimed
 
         victim = next((e for e in self._contradicted if may_evict(e)), None)
         if victim is None:
