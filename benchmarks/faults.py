@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                         # every fault, 50 times each
     python benchmarks/faults.py --times 5 --only "kill a host" "kill the compute actor"
-    python benchmarks/faults.py --nodes 2               # as root: another node, and the link to it
+    python benchmarks/faults.py --nodes 2 --gbit 10     # as root: another node, and the link to it (1 Gbit/s)
 
 One engine, one stream after the other; each is struck after a random one of its tokens.
 *stall*: the longest time between two events of the stream (which come every 40 ms) from the fault on. *same*: tokens
@@ -35,8 +35,10 @@ NOT_A_HOST = ("compute", "orchestrator")  # whose loss the bound is not for
 
 
 @contextmanager
-def launched(num_nodes: int, store: Path | None, host_memory: str) -> Iterator[tuple[Engine, Sequence[Fault]]]:
-    """An engine on one node or two, and the faults that there are."""
+def launched(
+    num_nodes: int, store: Path | None, host_memory: str, gbit: int = 1
+) -> Iterator[tuple[Engine, Sequence[Fault]]]:
+    """An engine on one node or two, with a link of so many Gbit/s, and the faults that there are."""
     with ExitStack() as stack:
         if num_nodes == 1:
             yield (
@@ -46,7 +48,7 @@ def launched(num_nodes: int, store: Path | None, host_memory: str) -> Iterator[t
             return
         from two_nodes import await_use, faults_of, two_nodes
 
-        nodes = stack.enter_context(two_nodes())
+        nodes = stack.enter_context(two_nodes(gbit))
         engine = stack.enter_context(nodes.launch(store, host_memory))
         await_use(engine, nodes)
         yield engine, faults_of(nodes)
@@ -87,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, help="a converted checkpoint; none: the demonstration model")
     parser.add_argument("--nodes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--gbit", type=int, default=1, help="of the link between two nodes")
     parser.add_argument("--times", type=int, default=50, help="of each fault")
     parser.add_argument("--only", nargs="*", help="names of faults")
     parser.add_argument("--tokens", type=int, default=1500)
@@ -95,7 +98,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for every single result")
     arguments = parser.parse_args()
     random, runs, rows = Random(arguments.seed), [], []
-    with launched(arguments.nodes, arguments.store, arguments.host_memory) as (engine, faults):
+    with launched(arguments.nodes, arguments.store, arguments.host_memory, arguments.gbit) as (engine, faults):
         names = [fault.name for fault in faults]
         if unknown := {*(arguments.only or ())}.difference(names):
             parser.error(f"no fault is called {', '.join(unknown)}; there are {', '.join(names)}")

@@ -1,7 +1,8 @@
 """An engine over two nodes of one machine, and what can befall the other node. What faults.py and soak.py use.
 
-The nodes are network namespaces with a link of 1 Gbit/s between them, made by `moray cluster` (root). This process is
-on the left one, with the compute actor; the right one holds all experts that its memory takes, and computes them.
+The nodes are network namespaces with a link of 1 Gbit/s, or more, between them, made by `moray cluster` (root). This
+process is on the left one, with the compute actor; the right one holds all experts that its memory takes, and computes
+them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from moray.deploy.engine import Engine
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.network import Machine, two_machines
 
-RATE, SLOW_RATE = "1gbit", "10mbit"
 SHORT_S = 3.0  # a node that is away for so long stays a member of Ray's cluster
 LONG_S = 20.0  # and for so long does not
 _POLL_S, _MOST_LOOKS = 0.2, 900  # not seconds: this process may stand still meanwhile, as the others do
@@ -38,8 +38,11 @@ _MORAY = (sys.executable, "-m", "moray.deploy.cli")
 
 @dataclass(frozen=True)
 class TwoNodes:
+    """``gbit``: the link's bandwidth, each way."""
+
     left: Machine
     right: Machine
+    gbit: int
 
     @property
     def head(self) -> str:
@@ -58,14 +61,14 @@ class TwoNodes:
 
 
 @contextmanager
-def two_nodes() -> Iterator[TwoNodes]:
+def two_nodes(gbit: int) -> Iterator[TwoNodes]:
     """Make them, and put this process on the left one. Whatever runs there at the end is killed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     source = str(Path(moray.__file__).parents[1])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moray-two-nodes-")))
-        left, right = stack.enter_context(two_machines(folder, RATE, PYTHONPATH=source, HF_HUB_OFFLINE="1"))
-        nodes = TwoNodes(left, right)
+        left, right = stack.enter_context(two_machines(folder, f"{gbit}gbit", PYTHONPATH=source, HF_HUB_OFFLINE="1"))
+        nodes = TwoNodes(left, right, gbit)
         left.run(*_MORAY, "cluster", "keys")
         token = Path(".ray", "auth_token")
         (right.home / token).parent.mkdir(mode=0o700)
@@ -189,11 +192,11 @@ class SlowLink(Passing):
 
     def begin(self, engine: Engine) -> None:
         for machine in (self.nodes.left, self.nodes.right):
-            machine.shape(SLOW_RATE, burst="16k")
+            machine.shape(f"{10 * self.nodes.gbit}mbit", burst="16k")
 
     def end(self) -> None:
         for machine in (self.nodes.left, self.nodes.right):
-            machine.shape(RATE)
+            machine.shape(f"{self.nodes.gbit}gbit")
 
 
 class KillNode:

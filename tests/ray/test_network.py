@@ -1,4 +1,4 @@
-"""Two machines on a link of 1 Gbit/s: `moray cluster` in namespaces of their own, with and without TLS."""
+"""Two machines on a link of 1 or 10 Gbit/s: `moray cluster` in namespaces of their own, with and without TLS."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["token", "tls"])
-def test_two_machines_from_keys_to_tokens(tls: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rate", "tls"), [("1gbit", False), ("10gbit", False), ("1gbit", True)])
+def test_two_machines_from_keys_to_tokens(rate: str, tls: bool, tmp_path: Path) -> None:
     expected = []
     with runner(demo_store(), "int8") as made:
         for prompt in (PROMPT, PROMPT + "import sys"):
             expected.append(greedy(made, list(made.encode(prompt)), 32))
     python_path = str(ROOT / "src")
-    with two_machines(tmp_path, "1gbit", PYTHONPATH=python_path, HF_HUB_OFFLINE="1") as (left, right):
+    with two_machines(tmp_path, rate, PYTHONPATH=python_path, HF_HUB_OFFLINE="1") as (left, right):
         copy = copied_store(left, right)
         options = keys(left, right, tls)
         left.run(*MORAY, "cluster", "up", "--address", left.address, *options(left))
