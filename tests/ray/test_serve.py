@@ -316,11 +316,19 @@ def _wait_until_idle(server: Server) -> None:
 
 
 def test_unkind_clients_get_what_they_deserve(server: Server, local: Runner) -> None:
-    """Twenty for some seconds: all answers are the engine's own, all refusals the right ones, and all places free."""
-    load = Load(server.url, server.key, make_questions(local, MODEL, 8, Random(1)), bad_requests(MODEL, 100_000), 1, 20)
-    found = asyncio.run(load.run(3))
-    assert found.wrong == []
-    assert {how for _, how in found.outcomes} >= {"right", "left", "429", "400"}
+    """Twenty for some seconds: all answers are the engine's own, all refusals the right ones, and all places free.
+
+    Where a busy machine lets so few of them ask at once that nobody is turned away, more.
+    """
+    questions, bad = make_questions(local, MODEL, 8, Random(1)), bad_requests(MODEL, 100_000)
+    seen: set[str] = set()
+    for num_clients in (20, 40, 80):
+        found = asyncio.run(Load(server.url, server.key, questions, bad, 1, num_clients).run(3))
+        assert found.wrong == []
+        seen |= {how for _, how in found.outcomes}
+        if "429" in seen:
+            break
+    assert seen >= {"right", "left", "429", "400"}
     _wait_until_idle(server)
     assert server.complete(max_tokens=1, n=MOST).status_code == 200
 
