@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                         # every fault, 50 times each
     python benchmarks/faults.py --times 5 --only "kill a host" "kill the compute actor"
-    python benchmarks/faults.py --nodes 2 --gbit 10     # as root: another node, and the link to it (1 Gbit/s)
+    python benchmarks/faults.py --nodes 2 --gbit 10     # as root: another node, and the link to it (else 1 Gbit/s)
 
 One engine, one stream after the other; each is struck after a random one of its tokens.
 *stall*: the longest time between two events of the stream (which come every 40 ms) from the fault on. *same*: tokens

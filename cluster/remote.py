@@ -298,6 +298,7 @@ class RemoteCall:
     def _parts(self, host: RemoteHost, counts: list[int]) -> list[Part]:
         """Experts with so many pairs, as requests."""
         layer, pairs = self._layer, sum(counts)
+        # Decoding: what split_work would find, for a quarter of the questions.
         if host.expected_s(pairs * layer.pair_bytes, len(counts) * layer.num_bytes, pairs) <= LONGEST_S:
             return [Part(list(range(len(counts))), [0] * len(counts), counts)]
         fixed_s, expert_s, pair_s = (

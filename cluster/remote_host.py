@@ -357,7 +357,7 @@ class RemoteHost:
         for held in self.resident:
             held[:] = False
         self._count_resident()
-        self._greeting, self._trials = None, HostTrials(self._store, self._numerics)
+        self._greeting = None
         self._tell(old, why)
 
     def _tell(self, old: HostState, why: str) -> None:

@@ -24,6 +24,7 @@ from helpers.waiting import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moray.cluster import remote
 from moray.cluster.activations import WireFormat
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.cluster_source import ClusterSource
@@ -141,6 +142,18 @@ def test_forced_local_asks_nobody(demo_case: Case) -> None:
     with net(demo_case.store, every[::2], [every], lanes="local") as made, generating(demo_case, made.source) as run:
         demo_case.check(run)
         assert made.source.remote_stats()[0].requests == 0 and run.stats().bytes_by_source["remote"] == 0
+
+
+def test_work_that_would_take_too_long_goes_in_several_requests(
+    demo_case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request for every pair, and the same bits."""
+    monkeypatch.setattr(remote, "LONGEST_S", 0.0)
+    every = list(demo_case.store.manifest.shards)
+    with net(demo_case.store, [], [every], lanes="remote") as made, generating(demo_case, made.source) as run:
+        demo_case.check(run)
+        (stats,) = made.source.remote_stats()
+        assert 0 < stats.pairs <= stats.requests
 
 
 @pytest.mark.long  # kernels of other instruction sets are compiled
@@ -289,25 +302,25 @@ def test_a_host_that_is_asked_for_what_it_lacks_says_so_and_loads_it(demo_case: 
     """Whatever it has learned of predictions: it will be asked again."""
     store, client, hints = demo_case.store, CurveKeys.make(), []
     experts = [ExpertKey(0, expert) for expert in range(3)]
-    remote = serve(store, "far", experts[:2], client, num_slots=3)
-    hint = remote.host.hint
+    far = serve(store, "far", experts[:2], client, num_slots=3)
+    hint = far.host.hint
     form = WireFormat.of(store.manifest.layers[0].layout["gate_up_proj"].spec, "float")
     activations = form.encode(np.zeros((1, form.columns), np.float32), np.arange(1))
     asked = Compute(layer=0, experts=[2], counts=[1], num_rows=1, numerics="float")
-    asking = HostClient(remote.address, "tester", curve=client)
+    asking = HostClient(far.address, "tester", curve=client)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(remote.host, "hint", lambda *a, **b: (hints.append((a, b)), hint(*a, **b)))
+            patch.setattr(far.host, "hint", lambda *a, **b: (hints.append((a, b)), hint(*a, **b)))
             asking.greet()
             with pytest.raises(ProtocolError, match=r"experts \[2\] of layer 0 are not in memory yet"):
                 asking.request(asked, memoryview(activations))
         assert hints == [((0, [2]), {"is_prediction": False})]
-        until(lambda: remote.host.absent(0, [2]) == [])
+        until(lambda: far.host.absent(0, [2]) == [])
         assert isinstance(asking.request(asked, memoryview(activations))[0], Computed)
     finally:
         asking.close()
-        remote.server.close()
-        remote.host.close()
+        far.server.close()
+        far.host.close()
 
 
 def test_a_host_that_moved_and_one_that_left(demo_case: Case) -> None:

@@ -158,6 +158,19 @@ def test_what_somebody_will_ask_for_again_is_no_prediction(is_found: bool) -> No
     manager.validate()
 
 
+def test_a_wish_that_a_demand_fulfilled_is_not_loaded_again_after_its_eviction() -> None:
+    manager = manager_of([3], 1)
+    manager.hint([1], is_prediction=False)
+    for expert in (1, 0):
+        manager.need("a", [expert])
+        load = manager.next_load()
+        assert load is not None and (load.expert, load.urgency) == (expert, Urgency.DEMAND)
+        finish(manager, load)
+        manager.release("a", [expert])
+    assert manager.state(1) is State.ABSENT
+    assert manager.next_load(Urgency.HINT) is None
+
+
 def test_a_given_up_load_that_is_needed_after_all_goes_on() -> None:
     manager = manager_of([4], 2)
     manager.hint([3])
