@@ -14,7 +14,7 @@ from moray.actors.ledger import COMPUTE
 from moray.actors.messages import ComputeConfig, ComputeReport, ComputeStats, EngineView, StartTimes
 from moray.cluster.client import HostAddress
 from moray.cluster.health import HostState
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.remote_host import RemoteStats
 from moray.cluster.replicas import ExpertUse
 from moray.cluster.residency import Place
@@ -56,7 +56,7 @@ class ComputeActor:
         threading.Thread(target=_import_libraries, name="moray-imports", daemon=True).start()
         self._config, self._home = config, home
         self._times = [time()]
-        self._keys = CurveKeys.make()
+        self._keys = KeyPair.make()
         self._report: ComputeReport | None = None
         self._failure: MorayError | None = None
         self._num_restarts, self._cause = 0, ""

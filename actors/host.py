@@ -12,7 +12,7 @@ from moray.actors.guard import exit_with
 from moray.actors.home import Home
 from moray.actors.messages import HostConfig, HostReport
 from moray.cluster.client import HostAddress
-from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.keys import Admission, KeyPair
 from moray.cluster.peers import Peers
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena, ArenaRef
@@ -31,7 +31,7 @@ class ExpertHost:
     def __init__(self, config: HostConfig, home: Home) -> None:
         exit_with(config.owner)
         self._host_id = config.address.host_id
-        self._curve: CurveServer | None = None  # None: no other node is part of the engine
+        self._admission: Admission | None = None  # None: no other node is part of the engine
         self._peers: Peers | None = None
         self._outcome: HostReport | MorayError
         try:
@@ -48,15 +48,15 @@ class ExpertHost:
 
     def admit(self, client_key: str) -> None:
         """Let the holder of this public key connect."""
-        if self._curve is not None:
-            self._curve.allow(client_key)
+        if self._admission is not None:
+            self._admission.allow(client_key)
 
     def set_peers(self, hosts: Sequence[HostAddress]) -> None:
         """The other hosts now: they may read here, and what this node's disk lacks or has damaged comes from them."""
-        if self._curve is None or self._peers is None:
+        if self._admission is None or self._peers is None:
             return
         for host in hosts:
-            self._curve.allow(host.server_key)
+            self._admission.allow(host.server_key)
         self._peers.set_hosts(hosts)
         self._host.assign(self._host.assigned)  # somebody may have what could not be loaded
 
@@ -83,7 +83,7 @@ class ExpertHost:
         caching, address = config.caching, config.address
         is_remote = address.address.startswith("tcp://")
         network = address.address if is_remote else config.network
-        keys = CurveKeys.make() if network else None
+        keys = KeyPair.make() if network else None
         self._peers = Peers(store.manifest, [], keys) if keys else None
         arena = None if is_remote else _take_back(orders.survivor)
         options: dict[str, Any] = {"policy": caching.policy, "prefetch": caching.prefetch}
@@ -102,8 +102,8 @@ class ExpertHost:
         if not is_remote:
             self._server = DataPlaneServer(address.host_id, self._host, address.address, address.token)
         if network and keys:
-            self._curve = CurveServer(keys, home.client_keys())
-            self._network = DataPlaneServer(address.host_id, self._host, network, address.token, self._curve)
+            self._admission = Admission(keys, home.client_keys())
+            self._network = DataPlaneServer(address.host_id, self._host, network, address.token, self._admission)
             reached = replace(address, address=self._network.address, server_key=keys.public)
             address = reached if is_remote else address
             part = home.announce(reached)

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 
 from moray.cluster.client import HostAddress, HostClient
-from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.keys import Admission, KeyPair
 from moray.cluster.server import DataPlaneServer
 from moray.cluster.topology import LinkReport, NodeReport, measure_link, measure_node
 from moray.runtime.errors import StoreError
@@ -20,7 +20,7 @@ class NodeProbe:
     def __init__(self, name: str, address: str, store_path: str) -> None:
         """``address``: the node's own IP address."""
         self._name, self._address, self._path = name, address, Path(store_path)
-        self._keys = CurveKeys.make()
+        self._keys = KeyPair.make()
 
     def measure(self) -> NodeReport:
         """Raises StoreError."""
@@ -33,8 +33,8 @@ class NodeProbe:
         """Raises StoreError, ConfigError."""
         store, token = Store.open(self._path), secrets.token_hex(16)
         host = ShardHost(store, [min(store.manifest.shards)], 1)
-        curve = CurveServer(self._keys, [client_key])
-        self._server = DataPlaneServer(self._name, host, f"tcp://{self._address}:0", token, curve)
+        admission = Admission(self._keys, [client_key])
+        self._server = DataPlaneServer(self._name, host, f"tcp://{self._address}:0", token, admission)
         return HostAddress(self._name, self._server.address, token, self._name, self._keys.public)
 
     def client_key(self) -> str:
@@ -42,7 +42,7 @@ class NodeProbe:
 
     def link_to(self, host: HostAddress) -> LinkReport:
         """Raises HostLostError."""
-        client = HostClient(host, f"probe-{self._name}", curve=self._keys)
+        client = HostClient(host, f"probe-{self._name}", keys=self._keys)
         try:
             client.greet()
             return measure_link(client)

@@ -28,7 +28,7 @@ from make_store import write_store
 from memory_group import memory_group
 from two_machines import Worker
 
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.layer_cost import LayerGeometry, geometry_of
 from moray.cluster.place import place
 from moray.cluster.placement import HostSpec, Placement, all_keys
@@ -87,7 +87,7 @@ class Machine:
     """A worker process in its groups."""
 
     def __init__(
-        self, stack: ExitStack, name: str, store: Path, cores: float, slots: int, keys: CurveKeys, admitted: str
+        self, stack: ExitStack, name: str, store: Path, cores: float, slots: int, keys: KeyPair, admitted: str
     ) -> None:
         self.server_key = keys.public
         cpu = stack.enter_context(cpu_group(name, cores))
@@ -109,7 +109,7 @@ class Pair:
     """The compute node and the other machine."""
 
     def __init__(self, stack: ExitStack, store: Path, setting: Setting, slots: tuple[int, int]) -> None:
-        keys = CurveKeys.make(), CurveKeys.make()
+        keys = KeyPair.make(), KeyPair.make()
         self.here, self.there = (
             Machine(stack, name, store, cores, count, own, other.public)
             for name, cores, count, own, other in zip(

@@ -12,7 +12,7 @@ import torch
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.cluster_source import ClusterSource
-from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.keys import Admission, KeyPair
 from moray.cluster.server import DataPlaneServer
 from moray.cluster.topology import measure_link, measure_node
 from moray.runtime.experts.shard_host import ShardHost
@@ -29,9 +29,9 @@ TOKEN = "placement"
 class Machine:
     """A host that listens; the compute node also generates, with its own host's experts and the other machine's."""
 
-    def __init__(self, store: str, threads: int, slots: int, keys: CurveKeys, admitted: str) -> None:
+    def __init__(self, store: str, threads: int, slots: int, keys: KeyPair, admitted: str) -> None:
         self._store, self._threads, self._slots = Store.open(store), threads, slots
-        self._curve, self._keys = CurveServer(keys, [admitted]), keys
+        self._admission, self._keys = Admission(keys, [admitted]), keys
         self._host: ShardHost | None = None
         self._server: DataPlaneServer | None = None
         self._model: Any = None
@@ -48,12 +48,12 @@ class Machine:
         known = sorted(self._store.manifest.shards) if address.startswith("ipc") else mine
         self._host = ShardHost(self._store, known, self._threads, num_slots=self._slots, assigned=mine)
         self._host.wait_filled()
-        curve = None if address.startswith("ipc") else self._curve
-        self._server = DataPlaneServer(address, self._host, address, TOKEN, curve)
+        admission = None if address.startswith("ipc") else self._admission
+        self._server = DataPlaneServer(address, self._host, address, TOKEN, admission)
         return {"address": self._server.address}
 
     def link(self, address: str, server_key: str) -> dict[str, Any]:
-        client = HostClient(self._other(address, server_key), "measure", curve=self._keys)
+        client = HostClient(self._other(address, server_key), "measure", keys=self._keys)
         client.greet()
         found = measure_link(client)
         client.close()
@@ -93,7 +93,7 @@ class Machine:
 
 def main() -> None:
     first = json.loads(sys.stdin.readline())  # by then this process is in its groups
-    keys = CurveKeys(*first["keys"])
+    keys = KeyPair(*first["keys"])
     machine = Machine(first["store"], first["threads"], first["slots"], keys, first["admitted"])
     print(json.dumps({}), flush=True)
     for line in sys.stdin:

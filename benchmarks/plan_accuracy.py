@@ -29,7 +29,7 @@ from make_store import write_store
 from routing import replay_of
 from two_machines import Worker, namespaces
 
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.layer_cost import geometry_of
 from moray.cluster.placement import HostSpec, Placement, all_keys
 from moray.cluster.predict import Prediction, Trunk, predict
@@ -70,7 +70,7 @@ def measure(store: Path, gbit: float, tokens: int, runs: int) -> Found:
         manifest = opened.manifest
     layers = geometry_of(manifest, profile.top_k)
     placement = Placement({key: ("here", "there")[key.expert % 2] for key in all_keys(layers)})
-    slots, keys = len(manifest.shards) // 2, (CurveKeys.make(), CurveKeys.make())
+    slots, keys = len(manifest.shards) // 2, (KeyPair.make(), KeyPair.make())
     with ExitStack() as stack:
         sides = stack.enter_context(namespaces(gbit))
         workers = []

@@ -35,7 +35,7 @@ from geometry import Geometry
 from make_store import write_store
 
 from moray.cluster.client import HostAddress, HostClient
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.messages import Computed, Echo, Ping
 from moray.cluster.remote import RemoteLanes
 from moray.runtime.convert.recipe import Recipe
@@ -52,7 +52,7 @@ _WARM_UP = 100
 
 HOST = """
 import sys
-from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.keys import KeyPair, Admission
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.store.store import Store
@@ -61,7 +61,7 @@ path, ip, token, public, secret, client = sys.argv[1:]
 store = Store.open(path)
 host = ShardHost(store, list(store.manifest.shards), 1)
 host.wait_filled()
-print(DataPlaneServer("far", host, f"tcp://{ip}:0", token, CurveServer(CurveKeys(public, secret), [client])).address)
+print(DataPlaneServer("far", host, f"tcp://{ip}:0", token, Admission(KeyPair(public, secret), [client])).address)
 sys.stdout.flush()
 sys.stdin.read()
 """
@@ -89,7 +89,7 @@ def _ip(*words: str) -> None:
 
 
 @contextmanager
-def host_process(store: Path, namespace: str | None, keys: CurveKeys, client: CurveKeys) -> Iterator[HostAddress]:
+def host_process(store: Path, namespace: str | None, keys: KeyPair, client: KeyPair) -> Iterator[HostAddress]:
     ip = "10.213.0.2" if namespace else "127.0.0.1"
     words = [sys.executable, "-c", HOST, str(store), ip, TOKEN, keys.public, keys.secret, client.public]
     prefix = ["ip", "netns", "exec", namespace] if namespace else []
@@ -103,14 +103,14 @@ def host_process(store: Path, namespace: str | None, keys: CurveKeys, client: Cu
         process.stdout.close()
 
 
-def measure(store: Path, address: HostAddress, client: CurveKeys, num_experts: int, calls: int) -> list[list[float]]:
+def measure(store: Path, address: HostAddress, client: KeyPair, num_experts: int, calls: int) -> list[list[float]]:
     """Seconds of each call: round trip, computing, beyond, ping, echo."""
     with Store.open(store) as opened, ExitStack() as stack:
         lanes = RemoteLanes(opened, [address], client, "benchmark", "int8", forced=Lane.REMOTE_COMPUTE)
         stack.callback(lanes.close)
         if lanes.wait_joined(120):
             raise SystemExit(f"the host at {address.address} is not ready")
-        pinging = HostClient(address, "pinging", curve=client)
+        pinging = HostClient(address, "pinging", keys=client)
         stack.callback(pinging.close)
         pinging.greet()
         data, echo = bytes(SENT_BYTES), Echo(reply_bytes=4 * num_experts * GEOMETRY.hidden)
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--loopback", action="store_true")
     parser.add_argument("--no-ray", action="store_true", help="leave out the Ray call")
     args = parser.parse_args()
-    keys, client = CurveKeys.make(), CurveKeys.make()
+    keys, client = KeyPair.make(), KeyPair.make()
     with working_directory(64 << 20) as directory, ExitStack() as stack:
         store = write_store(directory / "store", GEOMETRY, Recipe.parse("experts=hqq4:64"))
         far = None if args.loopback else stack.enter_context(namespace())

@@ -47,7 +47,7 @@ class WireFormat:
             rest.view(np.float32).reshape(x_TH.shape)[:] = x_TH
         return buffer
 
-    def decode(self, data: bytes, num_rows: int, num_pairs: int) -> tuple[Floats, Ints]:
+    def decode(self, data: bytes | memoryview, num_rows: int, num_pairs: int) -> tuple[Floats, Ints]:
         """Rows [T, H] and ``row_of_pair`` [P]. Raises ProtocolError unless the buffer is exactly that."""
         if num_rows < 1 or num_pairs < 1 or len(data) != self.num_bytes(num_rows, num_pairs):
             raise ProtocolError(

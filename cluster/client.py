@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import select
 from dataclasses import dataclass
 from time import monotonic
 
-import zmq
-
-from moray.cluster.keys import CurveKeys
-from moray.cluster.messages import MAX_MESSAGE_BYTES, Hello, Message, Refused, Welcome, decode, encode
+from moray.cluster.connection import Connection
+from moray.cluster.keys import KeyPair
+from moray.cluster.messages import Hello, Message, Refused, Welcome, decode, encode
+from moray.cluster.tls import client_context
+from moray.cluster.wire import Frames, is_local
 from moray.runtime.errors import ConfigError, CorruptShardError, HostLostError, ProtocolError
 
-# A connection that died is noticed and made again, and nothing is queued for one that is not there.
-_TCP_OPTIONS = (
-    (zmq.IMMEDIATE, 1),
-    (zmq.HEARTBEAT_IVL, 1000),
-    (zmq.HEARTBEAT_TIMEOUT, 3000),
-    (zmq.CONNECT_TIMEOUT, 2000),
-    (zmq.RECONNECT_IVL, 100),
-    (zmq.RECONNECT_IVL_MAX, 1000),
-)
 _ATTEMPT_S = 1.0  # before a message is taken for lost
-
-
-def copies(buffers: Sequence[memoryview]) -> bool:
-    """Whether to copy what is sent: for a token's activations that costs less than to keep track of the memory."""
-    return sum(buffer.nbytes for buffer in buffers) < zmq.COPY_THRESHOLD
+_MOST_UNSENT_BYTES = 64 << 20  # of what a host does not take
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,32 +25,22 @@ class HostAddress:
     address: str  # ipc://... or tcp://...
     token: str
     node: str = ""  # which machine it is on
-    server_key: str = ""  # its CURVE public key in Z85; empty: no CURVE, ipc:// only
+    server_key: str = ""  # its public key; empty: no TLS, ipc:// only
 
 
 class HostClient:
     """Sends requests and matches replies. Used by one thread at a time."""
 
-    def __init__(
-        self, host: HostAddress, client: str, *, curve: CurveKeys | None = None, timeout_s: float = 30.0
-    ) -> None:
-        """``curve``: this process's keys, for a host that has one. Raises ConfigError for tcp:// without keys."""
-        if not host.address.startswith("ipc://") and (curve is None or not host.server_key):
-            raise ConfigError(f"host {host.host_id} at {host.address} has no CURVE keys; only ipc:// goes without")
+    def __init__(self, host: HostAddress, client: str, *, keys: KeyPair | None = None, timeout_s: float = 30.0) -> None:
+        """``keys``: this process's, for a host that has some. Raises ConfigError for tcp:// without keys."""
+        if not is_local(host.address) and (keys is None or not host.server_key):
+            raise ConfigError(f"host {host.host_id} at {host.address} has no keys; only ipc:// goes without")
         self.host = host
         self.name, self._timeout_s = client, timeout_s
         self._next_id = 0
-        self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        if curve is not None and host.server_key:
-            self._socket.curve_serverkey = host.server_key.encode()
-            self._socket.curve_publickey, self._socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
-            for option, value in _TCP_OPTIONS:
-                self._socket.setsockopt(option, value)
-            self._socket.setsockopt(zmq.SNDTIMEO, int(1000 * timeout_s))
-        self._socket.connect(host.address)
+        secret = keys.secret if keys is not None and host.server_key else None
+        make_context = None if secret is None else lambda: client_context(secret, host.server_key)
+        self._connection = Connection(host.address, make_context)
 
     def greet(self) -> Welcome:
         """Introduce this process; again after the host was restarted."""
@@ -72,58 +50,85 @@ class HostClient:
         return reply
 
     @property
-    def socket(self) -> zmq.Socket[bytes]:
-        """To be polled beside others."""
-        return self._socket
+    def is_connected(self) -> bool:
+        return self._connection.wire is not None
+
+    def watch(self, poll: select.poll) -> None:
+        """Have this polled beside others, until something comes. What is here already must have been taken."""
+        if (wire := self._connection.wire) is not None:
+            poll.register(wire, select.POLLIN)
+
+    def poll(self, timeout_s: float) -> bool:
+        """Until something comes, likewise. Whether it did."""
+        wire = self._connection.wire
+        return wire is not None and wire.wait(1000 * timeout_s)
 
     def send(self, message: Message, *buffers: memoryview) -> int:
         """Send without waiting for a reply, so that all hosts work at once. Returns the id to ``receive``.
 
         Raises HostLostError if there is no connection for ``timeout_s``.
         """
-        request_id = self._send(message, buffers, 0)
-        if request_id is None:
-            raise HostLostError(f"there is no connection to expert host {self.host.host_id} at {self.host.address}")
-        return request_id
+        deadline = monotonic() + self._timeout_s
+        while self._connection.wait(max(0.0, deadline - monotonic())) is not None:
+            if (request_id := self.try_send(message, *buffers)) is not None:
+                return request_id
+        raise HostLostError(
+            f"there is no connection to expert host {self.host.host_id} at {self.host.address}"
+            + f" ({self._connection.why})" * bool(self._connection.why)
+        )
 
     def try_send(self, message: Message, *buffers: memoryview) -> int | None:
-        """``send``, or None if there is no connection now."""
-        return self._send(message, buffers, zmq.NOBLOCK)
-
-    def _send(self, message: Message, buffers: Sequence[memoryview], flags: int) -> int | None:
+        """``send``, or None if there is no connection now, or the host takes nothing."""
+        wire = self._connection.wire
+        if wire is None or wire.unsent_bytes > _MOST_UNSENT_BYTES:
+            return None
         self._next_id += 1
         try:
-            self._socket.send_multipart([encode(self._next_id, message), *buffers], flags, copy=copies(buffers))
-        except zmq.Again:
+            if not wire.send(encode(self._next_id, message), buffers):
+                self._connection.flush_later()
+        except ConnectionError as error:
+            self._connection.lost(wire, str(error))
             return None
         return self._next_id
 
-    def try_receive(self) -> tuple[int, Message, list[bytes]] | None:
+    def try_receive(self) -> tuple[int, Message, list[memoryview]] | None:
         """The next reply, whatever it answers, or None if there is none yet. Raises ProtocolError."""
-        try:
-            header, *buffers = self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        return *decode(header), buffers
+        frames = self._try_frames()
+        return None if frames is None else (*decode(frames[0]), frames[1])
 
-    def receive(self, request_id: int, timeout_s: float | None = None) -> tuple[Message, list[bytes]]:
+    def _try_frames(self) -> Frames | None:
+        wire = self._connection.wire
+        if wire is None:
+            return None
+        try:
+            return wire.try_receive()
+        except (ConnectionError, ProtocolError) as error:
+            self._connection.lost(wire, str(error))
+            if isinstance(error, ProtocolError):
+                raise
+            return None
+
+    def receive(self, request_id: int, timeout_s: float | None = None) -> tuple[Message, list[memoryview]]:
         """The reply to a request, and its buffers; replies to older, abandoned requests are skipped.
 
-        Raises HostLostError after the deadline, CorruptShardError or ProtocolError if the host refused.
+        Raises HostLostError after the deadline, or when the connection ends, since then no reply will come;
+        CorruptShardError or ProtocolError if the host refused.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = monotonic() + timeout_s
-        while self._socket.poll(max(0, int(1000 * (deadline - monotonic())))):
-            header, *buffers = self._socket.recv_multipart()
-            answered, message = decode(header)
-            if answered != request_id:
-                continue
-            if isinstance(message, Refused):
-                raise refusal(self.host.host_id, message)
-            return message, buffers
-        raise self._silent(timeout_s)
+        while True:
+            reply = self.try_receive()
+            if reply is None:
+                left_s = deadline - monotonic()
+                if left_s <= 0 or not self.is_connected:
+                    raise self._silent(timeout_s)
+                self.poll(left_s)
+            elif reply[0] == request_id:
+                if isinstance(reply[1], Refused):
+                    raise refusal(self.host.host_id, reply[1])
+                return reply[1:]
 
-    def request(self, message: Message, *buffers: memoryview) -> tuple[Message, list[bytes]]:
+    def request(self, message: Message, *buffers: memoryview) -> tuple[Message, list[memoryview]]:
         """Send and receive, introducing this process again if the host was restarted meanwhile."""
         try:
             return self.receive(self.send(message, *buffers))
@@ -144,14 +149,14 @@ class HostClient:
                     raise self._silent(self._timeout_s) from None
 
     def _silent(self, timeout_s: float) -> HostLostError:
+        why = "" if self.is_connected else f" ({self._connection.why or 'no connection'})"
         return HostLostError(
-            f"expert host {self.host.host_id} did not answer within {timeout_s:g} s; "
+            f"expert host {self.host.host_id} did not answer within {timeout_s:g} s{why}; "
             "its process may have died: see `ray list actors`, then start the engine again"
         )
 
     def close(self) -> None:
-        self._socket.close(linger=0)
-        self._context.term()
+        self._connection.close()
 
 
 class HelloRequiredError(ProtocolError):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moray.cluster.arena_source import ArenaSource
 from moray.cluster.client import HostAddress
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.remote import RemoteCall, RemoteLanes
 from moray.cluster.remote_host import OnChange, RemoteStats
 from moray.cluster.residency import Place, Residency
@@ -43,7 +43,7 @@ class ClusterSource:
         store: Store,
         local: Sequence[HostAddress],
         remote: Sequence[HostAddress],
-        keys: CurveKeys | None,
+        keys: KeyPair | None,
         *,
         numerics: Numerics = "int8",
         lanes: str = "auto",

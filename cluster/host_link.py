@@ -46,12 +46,12 @@ class HostLink:
             return
         if isinstance(message, Need):
             self._question = None  # of an earlier layer call, given up: its answer says nothing about this one
-        self.client.send(message)
+        self.client.try_send(message)
 
     def ask(self, question: Ask) -> None:
         """Ask what became of experts, unless that was asked before and not answered yet."""
-        if self._question is None and not self.is_lost:
-            self._question = (self.client.send(question), perf_counter(), question)
+        if self._question is None and not self.is_lost and (asked := self.client.try_send(question)) is not None:
+            self._question = (asked, perf_counter(), question)
 
     def check(self) -> None:
         """Look after the host. Sets ``is_lost``. Raises what it says of the experts asked about."""
@@ -101,7 +101,7 @@ class HostLink:
 
     def _greet_now(self) -> None:
         self._greeted_s = perf_counter()
-        self.client.send(Hello(client=self.client.name, token=self.client.host.token))
+        self.client.try_send(Hello(client=self.client.name, token=self.client.host.token))
 
     def _welcome(self, welcome: Welcome) -> None:
         if not self._is_same_arena(welcome):

@@ -1,19 +1,17 @@
-"""CURVE keys of the data plane's tcp:// sockets: their files, and the clients that a host admits.
+"""Keys of the data plane's tcp:// sockets: their files, and the clients that a host admits.
 
-CURVE (ZeroMQ RFC 26: Curve25519, Salsa20, Poly1305) encrypts every frame and proves to each side who the other is.
+TLS 1.3 with a key on both sides encrypts everything and proves to each side who the other is (cluster/tls.py).
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import zmq
-from zmq.utils import z85
-
+from moray.cluster.tls import new_secret, public_of, server_context, trust
 from moray.runtime.errors import ConfigError
 
 _HEAD = "moray data plane keys"
@@ -21,27 +19,23 @@ _MODE = 0o600
 
 
 @dataclass(frozen=True, slots=True)
-class CurveKeys:
-    """A key pair in Z85, 40 characters each. The secret is left out of ``repr``."""
+class KeyPair:
+    """An Ed25519 key pair, 43 characters each. The secret is left out of ``repr``."""
 
     public: str
     secret: str = field(repr=False)
 
     def __post_init__(self) -> None:
-        try:
-            public = zmq.curve_public(self.secret.encode("ascii")).decode()
-        except (zmq.ZMQError, UnicodeEncodeError, ValueError) as error:
-            raise ConfigError("a data plane's secret key is no CURVE key, expected 40 Z85 characters") from error
-        if public != self.public:
+        if public_of(self.secret) != self.public:
             raise ConfigError("a data plane's public and secret key do not belong together; make a new pair")
 
     @classmethod
-    def make(cls) -> CurveKeys:
-        public, secret = zmq.curve_keypair()
-        return cls(public.decode(), secret.decode())
+    def make(cls) -> KeyPair:
+        secret = new_secret()
+        return cls(public_of(secret), secret)
 
 
-def write_keys(path: Path, keys: CurveKeys) -> None:
+def write_keys(path: Path, keys: KeyPair) -> None:
     """Write a new file that only its owner may read. Raises ConfigError if it exists or cannot be written."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _MODE)
@@ -54,7 +48,7 @@ def write_keys(path: Path, keys: CurveKeys) -> None:
         file.write(f"{_HEAD}\npublic {keys.public}\nsecret {keys.secret}\n")
 
 
-def read_keys(path: Path) -> CurveKeys:
+def read_keys(path: Path) -> KeyPair:
     """Read a key file. Raises ConfigError unless it is a file of this user that nobody else may read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -73,27 +67,19 @@ def read_keys(path: Path) -> CurveKeys:
         os.close(fd)
     if len(words) != 4 or words[0] != _HEAD or not words[1].startswith("public ") or not words[2].startswith("secret "):
         raise ConfigError(f"{path} holds no keys of moray; expected three lines that begin with {_HEAD!r}")
-    return CurveKeys(words[1].removeprefix("public "), words[2].removeprefix("secret "))
+    return KeyPair(words[1].removeprefix("public "), words[2].removeprefix("secret "))
 
 
-class CurveServer:
+class Admission:
     """A host's keys, and the clients whose public keys it admits. Thread-safe."""
 
-    def __init__(self, keys: CurveKeys, clients: Iterable[str] = ()) -> None:
+    def __init__(self, keys: KeyPair, clients: Iterable[str] = ()) -> None:
+        """Raises ConfigError."""
         self.keys = keys
-        self._clients = frozenset(clients)
+        self.context = server_context(keys.secret)
+        for client in clients:
+            self.allow(client)
 
     def allow(self, public_key: str) -> None:
-        """From now on a client with this public key (Z85) may connect."""
-        self._clients |= {public_key}
-
-    def admits(self, public_key: str) -> bool:
-        return public_key in self._clients
-
-    def answer(self, request: Sequence[bytes]) -> tuple[list[bytes], bool]:
-        """The reply to libzmq's question (ZAP, ZeroMQ RFC 27) about a new connection, and whether it is admitted."""
-        version, request_id, _domain, _address, _identity, _mechanism, public_key = request
-        client = z85.encode(public_key).decode()
-        if not self.admits(client):
-            return [version, request_id, b"400", b"unknown key", b"", b""], False
-        return [version, request_id, b"200", b"", client.encode(), b""], True
+        """From now on a client with this public key may connect. Raises ConfigError if it is none."""
+        trust(self.context, public_key)

@@ -1,6 +1,6 @@
 """The data plane's messages.
 
-A message is a msgpack header [version, request id, type, fields] followed by raw buffers, one ZeroMQ frame each.
+A message is a msgpack header [version, request id, type, fields] and at most one raw buffer (cluster/wire.py).
 Nothing is pickled. What does not decode into exactly one of these types is refused.
 
     client -> host                          host -> client
@@ -29,8 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moray.runtime.errors import ProtocolError
 
-PROTOCOL_VERSION = 3
-MAX_MESSAGE_BYTES = 1 << 30
+PROTOCOL_VERSION = 4
 MAX_READ_BYTES = 4 << 20
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_ECHO_BYTES = 16 << 20
@@ -200,7 +199,7 @@ def encode(request_id: int, message: Message) -> bytes:
     return packed
 
 
-def decode(frame: bytes) -> tuple[int, Message]:
+def decode(frame: bytes | memoryview) -> tuple[int, Message]:
     """Read a header. Raises ProtocolError for anything but a well-formed message of this version."""
     try:
         header: Any = msgpack.unpackb(frame, max_array_len=1 << 20, max_map_len=64, max_str_len=1 << 16)

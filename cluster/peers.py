@@ -10,7 +10,7 @@ from time import monotonic
 from typing import TypeVar
 
 from moray.cluster.client import HelloRequiredError, HostAddress, HostClient
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.messages import Bytes, Files, ListFiles, Message, Read, ReadFile
 from moray.runtime.errors import CorruptShardError, HostLostError, MorayError, ProtocolError, StoreError
 from moray.runtime.layout.shard import ExpertKey
@@ -31,7 +31,7 @@ _Got = TypeVar("_Got")
 class _Reads:
     """Reads from one host, by any thread: each borrows a connection."""
 
-    def __init__(self, host: HostAddress, keys: CurveKeys | None, fingerprint: str | None, timeout_s: float) -> None:
+    def __init__(self, host: HostAddress, keys: KeyPair | None, fingerprint: str | None, timeout_s: float) -> None:
         self.host = host
         self._keys, self._fingerprint, self._timeout_s = keys, fingerprint, timeout_s
         self._idle: list[HostClient] = []
@@ -89,7 +89,7 @@ class _Reads:
                 return self._idle.pop()
             self._num_made += 1
             name = f"reader-{os.getpid()}-{id(self):x}-{self._num_made}"
-        client = HostClient(self.host, name, curve=self._keys, timeout_s=self._timeout_s)
+        client = HostClient(self.host, name, keys=self._keys, timeout_s=self._timeout_s)
         try:
             welcome = client.greet()
             if self._fingerprint is not None and welcome.store_fingerprint != self._fingerprint:
@@ -117,7 +117,7 @@ class Peer:
         self,
         host: HostAddress,
         manifest: Manifest,
-        keys: CurveKeys | None,
+        keys: KeyPair | None,
         timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
@@ -171,7 +171,7 @@ class Peers:
         self,
         manifest: Manifest,
         hosts: Sequence[HostAddress],
-        keys: CurveKeys | None = None,
+        keys: KeyPair | None = None,
         *,
         timeout_s: float = _TIMEOUT_S,
         clock: Callable[[], float] = monotonic,
@@ -204,7 +204,7 @@ class Peers:
 class RemoteStore:
     """A ``SyncSource``: the store of a host."""
 
-    def __init__(self, host: HostAddress, keys: CurveKeys | None, *, timeout_s: float = 10.0) -> None:
+    def __init__(self, host: HostAddress, keys: KeyPair | None, *, timeout_s: float = 10.0) -> None:
         """Connect. ``timeout_s``: without an answer, for each of some attempts. Raises HostLostError, ProtocolError."""
         self.name = host.address
         self._reads = _Reads(host, keys, None, timeout_s)

@@ -1,23 +1,26 @@
 """The host's answers to who reads its store: shards for peers that lack them, files for who makes a copy.
 
-They come in pieces, from a thread of their own, so that no Compute waits for a disk; the pieces are small enough that
-none waits long behind one on its way out. What a client does not take is bounded.
+A client is answered one piece after the other in its connection's own thread: what it does not take is not read, and
+nobody else waits for its disk.
 """
 
 from __future__ import annotations
 
 import mmap
-import threading
-import weakref
-from collections import Counter, deque
-from queue import SimpleQueue
 
 import numpy as np
-import numpy.typing as npt
-import zmq
 
-from moray.cluster.messages import Bytes, FileEntry, Files, ListFiles, Message, Read, ReadFile, Refused, encode
-from moray.runtime.errors import MorayError, ProtocolError, StoreError
+from moray.cluster.messages import (
+    MAX_READ_BYTES,
+    Bytes,
+    FileEntry,
+    Files,
+    ListFiles,
+    Message,
+    Read,
+    ReadFile,
+)
+from moray.runtime.errors import ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
 from moray.runtime.store.disk import DiskReader
@@ -26,67 +29,28 @@ from moray.runtime.store.presence import runs_of
 from moray.runtime.store.shelf import Shelf, StoreFile
 
 READS = (Read, ReadFile, ListFiles)
-_MOST_UNTAKEN_BYTES = 32 << 20  # of answers to one client
-_ADDRESS = "inproc://reads"
 
 
-class ReadLane:
-    """Answers in a thread. ``replies`` is for the thread that has the server's socket: it sends what comes there."""
+class StoreReads:
+    """The store of one server. Thread-safe."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: ShardHost) -> None:
+    def __init__(self, host: ShardHost) -> None:
         self._host, self._shelf, self._disk = host, Shelf(host.store), DiskReader(host.store)
         self._files: dict[str, StoreFile] = {}
-        self._untaken: Counter[bytes] = Counter()  # bytes, by client
-        self._taken: deque[tuple[bytes, int]] = deque()
-        self._asked: SimpleQueue[tuple[bytes, int, Message] | None] = SimpleQueue()
-        self.replies = context.socket(zmq.PULL)
-        self.replies.setsockopt(zmq.RCVHWM, 4)
-        self.replies.bind(_ADDRESS)
-        self._out = context.socket(zmq.PUSH)
-        self._out.setsockopt(zmq.SNDHWM, 4)
-        self._out.setsockopt(zmq.LINGER, 0)
-        self._out.connect(_ADDRESS)
-        self._thread = threading.Thread(target=self._run, name="moray-reads", daemon=True)
-        self._thread.start()
 
-    def ask(self, client: bytes, request_id: int, message: Message) -> None:
-        """From the server's thread: to be answered later."""
-        self._asked.put((client, request_id, message))
+    def answer(self, message: Message, memory: ReadMemory) -> tuple[Message, list[memoryview]]:
+        """The answer to one of ``READS``; its buffer is in ``memory``. Raises ProtocolError, StoreError."""
+        match message:
+            case Read():
+                return Bytes(), [self._read_shard(message, memory)]
+            case ReadFile():
+                return Bytes(), [self._read_file(message, memory)]
+        return self._list_files(), []
 
     def close(self) -> None:
-        """From the server's thread, which takes no more replies."""
-        self._asked.put(None)
-        while self._thread.is_alive():
-            if self.replies.poll(10):
-                self.replies.recv_multipart()  # what the thread may be waiting to hand over
-        self.replies.close(linger=0)
-
-    def _run(self) -> None:
-        while (asked := self._asked.get()) is not None:
-            client, request_id, message = asked
-            answer, buffers = self._answer(client, message)
-            self._out.send_multipart([client, encode(request_id, answer), *buffers], copy=False)
-        self._out.close(linger=0)
         self._disk.close()
 
-    def _answer(self, client: bytes, message: Message) -> tuple[Message, list[memoryview]]:
-        try:
-            match message:
-                case Read():
-                    return Bytes(), [self._read_shard(client, message)]
-                case ReadFile():
-                    return Bytes(), [self._read_file(client, message)]
-            return self._list_files(), []
-        except ProtocolError as error:
-            return Refused(reason="request", message=str(error)), []
-        except StoreError as error:
-            return Refused(reason="absent", message=str(error)), []
-        except MorayError as error:
-            return Refused(reason="failed", message=str(error)), []
-        except Exception as error:  # told to the one who asked; the lane works on for the others
-            return Refused(reason="failed", message=f"{type(error).__name__}: {error}"), []
-
-    def _read_shard(self, client: bytes, asked: Read) -> memoryview:
+    def _read_shard(self, asked: Read, memory: ReadMemory) -> memoryview:
         key = ExpertKey(asked.layer, asked.expert)
         entry = self._host.store.manifest.shards.get(key)
         if entry is None or asked.offset % ALIGNMENT or asked.offset + asked.num_bytes > entry.num_bytes:
@@ -94,19 +58,19 @@ class ReadLane:
                 f"{asked.num_bytes} bytes at {asked.offset} of expert {key.expert} of MoE layer {key.layer} are not "
                 f"in the store, or do not begin at a multiple of {ALIGNMENT}"
             )
-        memory = self._room(client, asked.num_bytes)
-        wanted = memory.data[: asked.num_bytes]
+        pages = memory.pages(asked.num_bytes)
+        wanted = pages[: asked.num_bytes]
         if not self._host.copy_resident(key, asked.offset, wanted):
-            self._disk.read(key, asked.offset, memory.data)
+            self._disk.read(key, asked.offset, pages)
         return wanted
 
-    def _read_file(self, client: bytes, asked: ReadFile) -> memoryview:
+    def _read_file(self, asked: ReadFile, memory: ReadMemory) -> memoryview:
         if not self._files:
             self._list_files()
         file = self._files.get(asked.name)
         if file is None or asked.offset + asked.num_bytes > file.num_bytes:
             raise ProtocolError(f"{asked.num_bytes} bytes at {asked.offset} of {asked.name!r:.80} are not in the store")
-        view = self._room(client, asked.num_bytes).data[: asked.num_bytes]
+        view = memory.pages(asked.num_bytes)[: asked.num_bytes]
         self._shelf.read_file(asked.name, asked.offset, view)
         return view
 
@@ -118,16 +82,15 @@ class ReadLane:
         entries = [FileEntry(name=f.name, num_bytes=f.num_bytes, xxh3=f.checksum) for f in files]
         return Files(manifest_bytes=size, files=entries, present=present)
 
-    def _room(self, client: bytes, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Memory for an answer, in whole pages, counted until it is sent."""
-        while self._taken:
-            by, size = self._taken.popleft()
-            self._untaken[by] -= size
-            if not self._untaken[by]:
-                del self._untaken[by]
-        if self._untaken[client] + num_bytes > _MOST_UNTAKEN_BYTES:
-            raise ProtocolError(f"{self._untaken[client]} bytes were asked for and not taken; take them first")
-        self._untaken[client] += num_bytes
-        memory = np.frombuffer(mmap.mmap(-1, round_up(num_bytes, ALIGNMENT)), dtype=np.uint8)
-        weakref.finalize(memory, self._taken.append, (client, num_bytes)).atexit = False
-        return memory
+
+class ReadMemory:
+    """Of one client, for one answer at a time, aligned for O_DIRECT; made when it is first needed."""
+
+    def __init__(self) -> None:
+        self._memory: memoryview | None = None
+
+    def pages(self, num_bytes: int) -> memoryview:
+        """Whole pages, at least so many bytes."""
+        if self._memory is None:
+            self._memory = np.frombuffer(mmap.mmap(-1, round_up(MAX_READ_BYTES, ALIGNMENT)), dtype=np.uint8).data
+        return self._memory[: round_up(num_bytes, ALIGNMENT)]

@@ -6,18 +6,18 @@ unweighted; who asked sums them in the router's order, so placement does not cha
 
 from __future__ import annotations
 
+import select
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from time import monotonic
 
 import numpy as np
-import zmq
 
 from moray.cluster.activations import WireFormat
 from moray.cluster.client import HostAddress
 from moray.cluster.health import LONGEST_S
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.messages import Compute, GateSpec
 from moray.cluster.remote_host import OnChange, RemoteHost, RemoteStats, Request
 from moray.runtime.arrays import Bools, Floats, Ints
@@ -40,7 +40,7 @@ class RemoteLanes:
     """All remote hosts of a compute process. A layer's call has them for itself; a thread tends them between calls."""
 
     def __init__(
-        self, store: Store, hosts: Sequence[HostAddress], keys: CurveKeys | None, client: str, numerics: Numerics,
+        self, store: Store, hosts: Sequence[HostAddress], keys: KeyPair | None, client: str, numerics: Numerics,
         on_change: OnChange | None = None, forced: Lane | None = None,
     ) -> None:  # fmt: skip
         self._store, self._keys, self._client, self._numerics = store, keys, client, numerics
@@ -50,7 +50,6 @@ class RemoteLanes:
         self.hosts: list[RemoteHost] = []
         self._layers: dict[int, _Layer] = {}
         self.lock = threading.Lock()
-        self.poller = zmq.Poller()
         self._may_look = usable_cores() > 1
         self._stop = threading.Event()
         for host in hosts:
@@ -67,7 +66,6 @@ class RemoteLanes:
                 address, self._client, self._keys, self._store, self._numerics, self.rates, number, self._on_change,
                 monotonic(),
             )  # fmt: skip
-            self.poller.register(host.client.socket, zmq.POLLIN)
             self.hosts = [*self.hosts, host]  # a new list: others may be reading the old one
 
     def leave(self, host_id: str) -> None:
@@ -75,7 +73,6 @@ class RemoteLanes:
         with self.lock:
             for host in [host for host in self.hosts if host.address.host_id == host_id]:
                 self.hosts = [other for other in self.hosts if other is not host]
-                self.poller.unregister(host.client.socket)
                 self._free.append(host.number)
                 host.close()
 
@@ -134,20 +131,23 @@ class RemoteLanes:
         call.send(chosen)
         return call
 
-    def wait(self, due_s: float, most_s: float) -> None:
-        """Until something comes from any host, at most ``most_s``. ``due_s``: until a reply is expected.
+    def wait(self, hosts: Sequence[RemoteHost], due_s: float, most_s: float) -> None:
+        """Until something comes from one of these, at most ``most_s``. ``due_s``: until a reply is expected.
 
         Around then this thread stays awake, if there is another core for those that receive: being woken takes as long
         as a part of the way itself.
         """
+        poll = select.poll()
+        for host in hosts:
+            host.client.watch(poll)
         asleep_ms = int(1000 * (min(due_s, most_s) - _LOOK_S / 2))
-        if asleep_ms > 0 and self.poller.poll(asleep_ms):
+        if asleep_ms > 0 and poll.poll(asleep_ms):
             return
         started = monotonic()
         while self._may_look and monotonic() - started < min(_LOOK_S, most_s):
-            if self.poller.poll(0):
+            if poll.poll(0):
                 return
-        self.poller.poll(max(0, 1 + int(1000 * (most_s - 1e-3 * max(0, asleep_ms) - (monotonic() - started)))))
+        poll.poll(max(0, 1 + int(1000 * (most_s - 1e-3 * max(0, asleep_ms) - (monotonic() - started)))))
 
     def stats(self) -> list[RemoteStats]:
         with self.lock:
@@ -229,7 +229,7 @@ class RemoteCall:
                 return arrived, lost
             now = monotonic()
             due, deadline = min(host.due() for host in busy), min(host.deadline() for host in busy)
-            self._lanes.wait(due - now, deadline - now)
+            self._lanes.wait(busy, due - now, deadline - now)
             waited = True
 
     def note_computed(self, num_experts: int, num_pairs: int, seconds: float) -> None:

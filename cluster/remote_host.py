@@ -16,7 +16,7 @@ import numpy as np
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.health import CAP_S, HostHealth, HostState, LinkRate, Probe
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.messages import Compute, Computed, Hello, Message, Ping, Pong, Refused, Welcome
 from moray.cluster.trials import HostTrials
 from moray.runtime.arrays import Floats, Ints
@@ -30,7 +30,7 @@ OnChange = Callable[[str, HostState, HostState, str], None]
 """Told of each change of a host's state: host id, old state, new state, why."""
 
 _HELLO_S = 2.0  # before a greeting is taken for lost; the answer may take longer, kernels may have to be compiled
-_TRIAL_MS = 20  # that the answer to a trial is awaited, so that its time is known
+_TRIAL_S = 0.02  # that the answer to a trial is awaited, so that its time is known
 _NEWS_S = 0.2  # between questions to a host that has not yet loaded what is assigned to it
 _FORGOTTEN = 2000  # layer calls that go to others, before a host is measured again
 _MOST_ABANDONED = 256
@@ -77,14 +77,14 @@ class RemoteHost:
     """Used with the lock of RemoteLanes held."""
 
     def __init__(
-        self, address: HostAddress, client: str, keys: CurveKeys | None, store: Store, numerics: Numerics,
+        self, address: HostAddress, client: str, keys: KeyPair | None, store: Store, numerics: Numerics,
         rates: Rates, number: int, on_change: OnChange, now: float,
     ) -> None:  # fmt: skip
         """``number``: of its resources in ``rates``. Raises ConfigError if the address needs keys it has not."""
         self.address, self.number = address, number
         self._store, self._numerics, self._rates, self._on_change = store, numerics, rates, on_change
         self._name = client
-        self.client = HostClient(address, client, curve=keys)
+        self.client = HostClient(address, client, keys=keys)
         self.health, self.link = HostHealth(now), LinkRate()
         self.resident = [np.zeros(layer.num_experts, dtype=np.bool_) for layer in store.manifest.layers]
         self.stats = RemoteStats(address.host_id, address.node)
@@ -161,6 +161,8 @@ class RemoteHost:
                 self._fail(now, str(error))
                 continue
             if reply is None:
+                if self.is_up and not self.client.is_connected:
+                    self._lose(now, "the connection ended")
                 return None
             request_id, message, buffers = reply
             request = self.in_flight.pop(request_id, None)
@@ -169,7 +171,7 @@ class RemoteHost:
             self._other(request_id, message, now)
 
     def _accept(
-        self, request: Request, message: Message, buffers: Sequence[bytes], now: float, waited: bool
+        self, request: Request, message: Message, buffers: Sequence[memoryview], now: float, waited: bool
     ) -> Floats | None:
         width = self._store.manifest.layers[request.layer].layout["down_proj"].spec.rows  # type: ignore[union-attr]
         expected = 4 * len(request.pairs) * width
@@ -224,7 +226,7 @@ class RemoteHost:
         if self.is_up and self.passed_over > _FORGOTTEN:  # what is never asked would be thought slow for ever
             self.passed_over = 0
             self._measure_anew(now, is_check=True)
-        while self._trial and self.client.socket.poll(_TRIAL_MS):
+        while self._trial and self.client.poll(_TRIAL_S):
             self.receive(now := monotonic(), waited=True)
         old = self.health.state
         if self.is_up and any(now - sent_at > CAP_S for sent_at in self._pings.values()):

@@ -1,21 +1,16 @@
-"""The host's end of the data plane: answers for one ``ShardHost``, in one thread."""
+"""The host's end of the data plane: answers for one ``ShardHost``, each client in its connection's thread."""
 
 from __future__ import annotations
 
 import hmac
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache
 from time import perf_counter
 
-import zmq
-from zmq.utils.monitor import recv_monitor_message
-
-from moray.cluster.client import copies
-from moray.cluster.keys import CurveServer
+from moray.cluster.keys import Admission
+from moray.cluster.listener import Listener, ServerStats
 from moray.cluster.messages import (
-    MAX_MESSAGE_BYTES,
     Ask,
     Coming,
     Compute,
@@ -35,202 +30,146 @@ from moray.cluster.messages import (
     decode,
     encode,
 )
-from moray.cluster.reads import READS, ReadLane
-from moray.runtime.errors import ConfigError, MorayError, ProtocolError
+from moray.cluster.reads import READS, ReadMemory, StoreReads
+from moray.cluster.wire import MAX_BUFFER_BYTES, MAX_HEADER_BYTES, Frames, Wire, is_local
+from moray.runtime.errors import ConfigError, MorayError, ProtocolError, StoreError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels.gates import Gate
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.layout.shard import ExpertKey
 
 _LARGEST = 3e38
-_HANDSHAKE_MS = 5000  # a connection that has not shown its key by then is closed
+_TAKEN_S = 30.0  # a client that takes nothing of its answer for so long is given up
+_STRANGERS_BYTES = 4 << 20  # of a message, before Hello
 
 _Answer = tuple[Message | None, list[memoryview]]  # None: the message has no reply
 
 
-@dataclass(slots=True)
-class ServerStats:
-    """Counts since the start. Written by the server's thread."""
+class _Client:
+    """Who is at the other end of a connection."""
 
-    connections: int = 0  # over tcp://; those beyond ``admitted`` spoke no ZeroMQ or CURVE, or had a wrong key
-    admitted: int = 0
-    clients_refused: int = 0  # whose own key is not known here
-    pairs_computed: int = 0
-
-    reads: int = 0  # answers to who reads the store
-    read_bytes: int = 0
-    requests: int = 0
-    rejected: int = 0  # answered with Refused, for whatever reason
-    hints: int = 0
-    clients: set[str] = field(default_factory=set)
+    def __init__(self, wire: Wire) -> None:
+        self.wire, self.memory = wire, ReadMemory()
+        self.name = ""  # before Hello
+        wire.max_header_bytes = wire.max_buffer_bytes = _STRANGERS_BYTES
 
 
 class DataPlaneServer:
     """Serves a host at ``address`` until ``close``. Peers must first show the session's token.
 
-    At tcp:// addresses only clients that ``curve`` admits are heard at all. Port 0 takes a free one: see ``address``.
+    At tcp:// addresses only clients that ``admission`` admits are heard at all. Port 0 takes a free one: see
+    ``address``.
     """
 
     def __init__(
-        self, host_id: str, host: ShardHost, address: str, token: str, curve: CurveServer | None = None
+        self, host_id: str, host: ShardHost, address: str, token: str, admission: Admission | None = None
     ) -> None:
         """Raises ConfigError if the address cannot be used."""
-        if curve is None and not address.startswith("ipc://"):
-            raise ConfigError(f"a host at {address} needs CURVE keys; only ipc:// goes without")
-        self._host_id, self._host, self._token, self._curve = host_id, host, token, curve
+        if admission is None and not is_local(address):
+            raise ConfigError(f"a host at {address} needs keys; only ipc:// goes without")
+        self._host_id, self._host, self._token = host_id, host, token
         self._fingerprint = host.store.fingerprint
-        self._known: dict[bytes, str] = {}
+        self._known: dict[str, _Client] = {}
+        self._lock = threading.Lock()
         self.stats = ServerStats()
-        self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._watched: dict[zmq.Socket[bytes], Callable[[], None]] = {}
-        if curve is not None:
-            self._use_curve(curve)
-        try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise ConfigError(
-                f"cannot listen at {address} ({error.strerror}); is it this machine's, and free?"
-            ) from error
-        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._reads = ReadLane(self._context, host)
-        self._watched[self._reads.replies] = self._forward
-        self._stop, self._stopped = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-        self._stop.bind("inproc://stop")
-        self._stopped.connect("inproc://stop")
-        self._thread = threading.Thread(target=self._serve, name="moray-data-plane", daemon=True)
-        self._thread.start()
+        self._reads = StoreReads(host)
+        self._listener = Listener(address, admission, self.stats, self._serve)
+        self.address = self._listener.address
 
     def close(self) -> None:
-        self._stop.send(b"")
-        self._thread.join()
-        self._stop.close(linger=0)
-        self._context.term()
-
-    def _use_curve(self, curve: CurveServer) -> None:
-        """Admit known clients alone, and count the others."""
-        ask = self._context.socket(zmq.REP)  # libzmq asks here about every new connection
-        ask.bind("inproc://zeromq.zap.01")
-        self._socket.curve_server, self._socket.zap_domain = True, b"moray"
-        self._socket.curve_secretkey = curve.keys.secret.encode()
-        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        connections = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-
-        def admit() -> None:
-            reply, is_admitted = curve.answer(ask.recv_multipart())
-            self.stats.clients_refused += not is_admitted
-            ask.send_multipart(reply)
-
-        def count() -> None:
-            is_new = recv_monitor_message(connections)["event"] == zmq.EVENT_ACCEPTED
-            self.stats.connections += is_new
-            self.stats.admitted += not is_new
-
-        self._watched = {ask: admit, connections: count}
-
-    def _serve(self) -> None:
-        poller = zmq.Poller()
-        for socket in (self._socket, self._stopped, *self._watched):
-            poller.register(socket, zmq.POLLIN)
-        while True:
-            ready = dict(poller.poll())  # no timeout: an idle host uses no CPU
-            if self._stopped in ready:
-                break
-            for socket, handle in self._watched.items():
-                if socket in ready:
-                    handle()
-            if self._socket in ready:
-                identity, *frames = self._socket.recv_multipart(copy=True)
-                self._receive(identity, frames)
+        """End all connections."""
+        self._listener.close()
         self._reads.close()
-        self._socket.disable_monitor()
-        for socket in (self._socket, self._stopped, *self._watched):
-            socket.close(linger=0)
 
-    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
-        self.stats.requests += 1
+    def _serve(self, wire: Wire) -> None:
+        client = _Client(wire)
+        try:
+            while True:
+                self._receive(client, wire.receive())
+        except ProtocolError:
+            self.stats.count(rejected=1)  # too large: what comes after it cannot be understood
+        finally:
+            self._forget(client)
+
+    def _receive(self, client: _Client, frames: Frames) -> None:
+        header, buffers = frames
         request_id = 0
         answer: Message | None
-        buffers: list[memoryview]
         try:
-            if not frames:
-                raise ProtocolError("a message has no header")
-            request_id, message = decode(frames[0])
-            if isinstance(message, READS) and identity in self._known:
-                self._reads.ask(identity, request_id, message)
-                return
-            answer, buffers = self._answer(identity, message, frames[1:])
+            request_id, message = decode(header)
+            answer, out = self._answer(client, message, buffers)
         except ProtocolError as error:
-            answer, buffers = Refused(reason="request", message=str(error)), []
+            answer, out = Refused(reason="request", message=str(error)), []
         except KeyError as error:
-            answer, buffers = Refused(reason="request", message=f"expert {error} does not live here"), []
+            answer, out = Refused(reason="request", message=f"expert {error} does not live here"), []
         except MorayError as error:
-            answer, buffers = Refused(reason="shard", message=str(error)), []
+            answer, out = Refused(reason="shard", message=str(error)), []
         except Exception as error:  # told to the one who asked; the host works on for the others
-            answer, buffers = Refused(reason="failed", message=f"{type(error).__name__}: {error}"), []
-        if isinstance(answer, Refused):
-            self.stats.rejected += 1
-        if answer is not None:
-            self._socket.send_multipart([identity, encode(request_id, answer), *buffers], copy=copies(buffers))
+            answer, out = Refused(reason="failed", message=f"{type(error).__name__}: {error}"), []
+        self.stats.count(requests=1, rejected=isinstance(answer, Refused))
+        if answer is not None and not client.wire.send(encode(request_id, answer), out):
+            client.wire.wait_sent(_TAKEN_S)
 
-    def _forward(self) -> None:
-        """Send what the lane of reads has for a client."""
-        frames = self._reads.replies.recv_multipart(copy=False)
-        self.stats.reads += 1
-        self.stats.read_bytes += sum(len(frame) for frame in frames[2:])
-        self._socket.send_multipart(frames, copy=False)
-
-    def _answer(self, identity: bytes, message: Message, buffers: list[bytes]) -> _Answer:
+    def _answer(self, client: _Client, message: Message, buffers: Sequence[memoryview]) -> _Answer:
         if isinstance(message, Hello):
-            return self._greet(identity, message), []
-        client = self._known.get(identity)
-        if client is None:
+            return self._greet(client, message), []
+        if self._known.get(client.name) is not client:
             return Refused(reason="hello", message="introduce yourself with Hello first"), []
+        if isinstance(message, READS):
+            return self._read(client, message)
         match message:
             case Need():
                 self._note(message.uses)
-                self._host.need(client, message.layer, message.experts)
+                self._host.need(client.name, message.layer, message.experts)
                 return None, []
             case Ask():
                 failure = self._host.failure(message.layer, message.experts)
                 if failure is not None:
                     raise failure
-                self._host.need(client, message.layer, message.experts)
+                self._host.need(client.name, message.layer, message.experts)
                 return Coming(), []
             case Compute():
                 return self._compute(message, buffers)
             case Ping():
                 return Pong(resident=self._host.resident() if message.wants_resident else None), []
             case Hint():
-                self.stats.hints += 1
+                self.stats.count(hints=1)
                 self._note(message.uses)
                 self._host.hint(message.layer, message.experts)
                 return None, []
             case Release():
-                self._host.release(client, message.layer, message.experts)
+                self._host.release(client.name, message.layer, message.experts)
                 return None, []
             case Echo():
                 return Echoed(), [memoryview(bytes(message.reply_bytes))]
         raise ProtocolError(f"a host does not accept {type(message).__name__}")
 
+    def _read(self, client: _Client, message: Message) -> _Answer:
+        self.stats.count(reads=1)
+        try:
+            answer, out = self._reads.answer(message, client.memory)
+        except StoreError as error:
+            return Refused(reason="absent", message=str(error)), []
+        self.stats.count(read_bytes=sum(map(len, out)))
+        return answer, out
+
     def _note(self, uses: list[list[int]]) -> None:
         for layer, *experts in uses:
             self._host.used(layer, experts)
 
-    def _greet(self, identity: bytes, hello: Hello) -> Message:
+    def _greet(self, client: _Client, hello: Hello) -> Message:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             return Refused(reason="request", message="the session token is wrong; this host serves another engine")
         if hello.numerics is not None:
             self._host.prepare(hello.numerics)
-        for old, client in list(self._known.items()):
-            if client == hello.client:
-                del self._known[old]
-                self._host.drop_client(client)
-        self._known[identity] = hello.client
-        self.stats.clients.add(hello.client)
+        self._forget(client)
+        with self._lock:
+            if hello.client in self._known:  # its connection of before is nobody's now
+                self._host.drop_client(hello.client)
+            client.name, self._known[hello.client] = hello.client, client
+        client.wire.max_header_bytes, client.wire.max_buffer_bytes = MAX_HEADER_BYTES, MAX_BUFFER_BYTES
+        with self.stats.lock:
+            self.stats.clients.add(hello.client)
         arena = self._host.arena.ref
         return Welcome(
             host_id=self._host_id,
@@ -246,13 +185,20 @@ class DataPlaneServer:
             resident=self._host.resident(),
         )
 
+    def _forget(self, client: _Client) -> None:
+        """Give up what a client claims that is gone, unless it has come back already."""
+        with self._lock:
+            if self._known.get(client.name) is client:
+                del self._known[client.name]
+                self._host.drop_client(client.name)
+
     def _by_layer(self, keys: Sequence[ExpertKey]) -> list[list[int]]:
         experts: list[list[int]] = [[] for _ in self._host.store.manifest.layers]
         for key in keys:
             experts[key.layer].append(key.expert)
         return experts
 
-    def _compute(self, request: Compute, buffers: list[bytes]) -> _Answer:
+    def _compute(self, request: Compute, buffers: Sequence[memoryview]) -> _Answer:
         # Imported here: a host that only lends its shards never loads Numba.
         from moray.cluster.activations import WireFormat
 
@@ -274,7 +220,7 @@ class DataPlaneServer:
             self._host.hint(layer, absent, is_prediction=False)
             return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), []
         y = self._host.compute(layer, request.experts, request.counts, x_TH, row_of_pair, request.numerics, gate)
-        self.stats.pairs_computed += len(y)
+        self.stats.count(pairs_computed=len(y))
         return Computed(compute_s=perf_counter() - started), [y.data.cast("B")]
 
 

@@ -117,9 +117,9 @@ def store_sync(
 @command(tools, "moray store keys ./moray.keys", "keys")
 def store_keys(file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
     """Make the key file of `moray store serve` and `moray store sync`; copy it to the other machine."""
-    from moray.cluster.keys import CurveKeys, write_keys
+    from moray.cluster.keys import KeyPair, write_keys
 
-    write_keys(file, CurveKeys.make())
+    write_keys(file, KeyPair.make())
     console.print(f"made {file}; copy it to every machine that may read a store:", soft_wrap=True)
     console.print(f"  scp -p {file} MACHINE:{file}", soft_wrap=True)
 

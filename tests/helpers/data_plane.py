@@ -8,11 +8,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import zmq
 
 from moray.cluster.activations import WireFormat
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.messages import PROTOCOL_VERSION, Ask, Hello, Message, Welcome, decode, encode
+from moray.cluster.wire import Frames, Wire, new_socket
 from moray.runtime.arrays import Floats
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.store.store import Store
@@ -31,24 +31,41 @@ def connected(address: HostAddress, name: str = "tester", timeout_s: float = 30.
         made.close()
 
 
+def dial(address: HostAddress) -> Wire:
+    """A connection to an address of this machine alone."""
+    sock, where = new_socket(address.address)
+    sock.connect(where)
+    return Wire(sock)
+
+
+def send(wire: Wire, header: bytes, *parts: bytes) -> None:
+    buffer = b"".join(parts)
+    if not wire.send(header, [memoryview(buffer)] if buffer else []):
+        wire.wait_sent(30)
+
+
+def receive(wire: Wire) -> Frames:
+    while (frames := wire.try_receive()) is None:
+        assert wire.wait(30_000)
+    return frames
+
+
 class Peer:
-    """Speaks ZeroMQ, but says what it likes."""
+    """Speaks in messages, but says what it likes."""
 
     def __init__(self, address: HostAddress) -> None:
-        self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.RCVTIMEO, 30_000)
-        self._socket.connect(address.address)
+        self.wire = dial(address)
         self._token = address.token
 
     def greet(self) -> None:
         assert isinstance(self.ask([encode(1, Hello(client="peer", token=self._token))])[1], Welcome)
 
     def send(self, frames: Sequence[bytes]) -> None:
-        self._socket.send_multipart(frames)
+        """A header, and what is put together to its buffer."""
+        send(self.wire, *frames)
 
     def receive(self) -> tuple[int, Message]:
-        return decode(self._socket.recv_multipart()[0])
+        return decode(receive(self.wire)[0])
 
     def ask(self, frames: Sequence[bytes]) -> tuple[int, Message]:
         self.send(frames)
@@ -62,8 +79,7 @@ class Peer:
         return replies
 
     def close(self) -> None:
-        self._socket.close(linger=0)
-        self._context.term()
+        self.wire.close()
 
 
 def wire(store: Store, numerics: Any) -> WireFormat:

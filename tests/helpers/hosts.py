@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-import zmq
-from zmq.utils.monitor import recv_monitor_message
+from helpers.waiting import until
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.placement import place_evenly
@@ -62,9 +61,9 @@ def cluster_of(store: Store, num_hosts: int, **options: Any) -> Iterator[list[tu
 @contextmanager
 def watching(client: HostClient) -> Iterator[Callable[[], object]]:
     """Yields what waits until the client is connected anew: a request sent before might go to the old server."""
-    monitor = client._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-    try:
-        yield lambda: recv_monitor_message(monitor)
-    finally:
-        client._socket.disable_monitor()
-        monitor.close()
+    old = client._connection.wire
+
+    def wait() -> None:
+        until(lambda: client._try_frames() is None and client._connection.wire not in (None, old))
+
+    yield wait

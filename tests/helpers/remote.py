@@ -13,7 +13,7 @@ from helpers.processes import child, read_line
 
 from moray.cluster.client import HostAddress
 from moray.cluster.cluster_source import ClusterSource
-from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.keys import Admission, KeyPair
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.layout.shard import ExpertKey
@@ -42,14 +42,14 @@ class Net:
 
 
 def serve(
-    store: Store, host_id: str, assigned: Sequence[ExpertKey], client: CurveKeys, address: str = "tcp://127.0.0.1:0",
-    keys: CurveKeys | None = None, **options: Any,
+    store: Store, host_id: str, assigned: Sequence[ExpertKey], client: KeyPair, address: str = "tcp://127.0.0.1:0",
+    keys: KeyPair | None = None, **options: Any,
 ) -> Remote:  # fmt: skip
     """A host that knows all experts, and has in memory those assigned to it."""
     host = make_host(store, list(store.manifest.shards), assigned=assigned, **options)
-    curve = CurveServer(keys or CurveKeys.make(), [client.public])
-    server = DataPlaneServer(host_id, host, address, TOKEN, curve)
-    made = HostAddress(host_id, server.address, TOKEN, node=host_id, server_key=curve.keys.public)
+    admission = Admission(keys or KeyPair.make(), [client.public])
+    server = DataPlaneServer(host_id, host, address, TOKEN, admission)
+    made = HostAddress(host_id, server.address, TOKEN, node=host_id, server_key=admission.keys.public)
     return Remote(made, host, server)
 
 
@@ -61,7 +61,7 @@ def net(
     """``local``, ``remote``: the experts assigned to this node and to the others. ``num_slots``: of the local arena;
     None: as many as are assigned. ``options``: of ClusterSource.
     """
-    client = CurveKeys.make()
+    client = KeyPair.make()
     every = list(store.manifest.shards)
     with ExitStack() as stack:
         here, address = (
@@ -85,7 +85,7 @@ def net(
 # and of the experts, in the manifest's order: every so many-th, from which one.
 HOST = """
 import sys
-from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.keys import KeyPair, Admission
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.store.store import Store
@@ -95,7 +95,7 @@ store = Store.open(path)
 every = list(store.manifest.shards)
 host = ShardHost(store, every, 1, assigned=every[int(first) :: int(step)])
 host.wait_filled()
-server = DataPlaneServer(host_id, host, address, token, CurveServer(CurveKeys(public, secret), [client]))
+server = DataPlaneServer(host_id, host, address, token, Admission(KeyPair(public, secret), [client]))
 print(server.address, flush=True)
 for line in sys.stdin:
     print(server.stats.pairs_computed, flush=True)
@@ -104,7 +104,7 @@ for line in sys.stdin:
 
 @contextmanager
 def host_process(
-    store: Store, host_id: str, keys: CurveKeys, client: CurveKeys, part: tuple[int, int] = (1, 0),
+    store: Store, host_id: str, keys: KeyPair, client: KeyPair, part: tuple[int, int] = (1, 0),
     address: str = "tcp://127.0.0.1:0", **environment: str,
 ) -> Iterator[tuple[Popen[str], HostAddress]]:  # fmt: skip
     """``part``: (step, first) of the experts that it has. ``address``: that of one that it takes the place of."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.health import CAP_S, FLOOR_S, HostHealth, HostState, LinkRate, Probe
-from moray.cluster.keys import CurveKeys, CurveServer, read_keys, write_keys
+from moray.cluster.keys import Admission, KeyPair, read_keys, write_keys
 from moray.runtime.errors import ConfigError
 from moray.runtime.lanes.lane import Lane, Resource, network, remote_cpu
 from moray.runtime.lanes.places import HERE, choose_places, split_work
@@ -206,7 +206,7 @@ def test_requests_are_cut_to_size_and_lose_nothing(
 
 
 def test_keys_are_kept_in_files_that_nobody_else_reads(tmp_path: Path) -> None:
-    keys, path = CurveKeys.make(), tmp_path / "keys"
+    keys, path = KeyPair.make(), tmp_path / "keys"
     write_keys(path, keys)
     assert path.stat().st_mode & 0o777 == 0o600 and read_keys(path) == keys
     assert keys.secret not in repr(keys)
@@ -237,14 +237,14 @@ def test_files_that_hold_no_keys_are_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_keys_must_fit_each_other_and_tcp_needs_them() -> None:
-    one, other = CurveKeys.make(), CurveKeys.make()
+    one, other = KeyPair.make(), KeyPair.make()
     with pytest.raises(ConfigError, match="do not belong together"):
-        CurveKeys(one.public, other.secret)
+        KeyPair(one.public, other.secret)
     with pytest.raises(ConfigError, match="only ipc:// goes without"):
-        HostClient(HostAddress("far", "tcp://127.0.0.1:9", "token"), "me", curve=one)
+        HostClient(HostAddress("far", "tcp://127.0.0.1:9", "token"), "me", keys=one)
     with pytest.raises(ConfigError, match="only ipc:// goes without"):
         HostClient(HostAddress("far", "tcp://127.0.0.1:9", "token", server_key=one.public), "me")
-    server = CurveServer(one)
+    server = Admission(one)
     assert not server.admits(other.public)
     server.allow(other.public)
     assert server.admits(other.public)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from moray.cluster import reads
 from moray.cluster.client import HostAddress, HostClient
-from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.keys import Admission, KeyPair
 from moray.cluster.messages import Bytes, Hello, Ping, Pong, Read, ReadFile, Refused, decode, encode
 from moray.cluster.peers import Peers
 from moray.cluster.server import DataPlaneServer
@@ -299,13 +299,13 @@ def test_hosts_that_lacked_a_shard_or_did_not_answer_are_asked_last(
 
 
 def test_wrong_keys_and_wrong_tokens_read_nothing(demo: Store) -> None:
-    keys, host = CurveKeys.make(), ShardHost(demo, [], 1)
-    server = DataPlaneServer("shelf", host, "tcp://127.0.0.1:0", TOKEN, CurveServer(keys, [keys.public]))
+    keys, host = KeyPair.make(), ShardHost(demo, [], 1)
+    server = DataPlaneServer("shelf", host, "tcp://127.0.0.1:0", TOKEN, Admission(keys, [keys.public]))
     address = HostAddress("shelf", server.address, TOKEN, server_key=keys.public)
     buffer = memoryview(bytearray(demo.manifest.slot_bytes))
 
-    def read(address: HostAddress, curve: CurveKeys) -> None:
-        peers = Peers(demo.manifest, [address], curve, timeout_s=1.0)
+    def read(address: HostAddress, admission: KeyPair) -> None:
+        peers = Peers(demo.manifest, [address], admission, timeout_s=1.0)
         try:
             peers.of(KEY)[0].read(KEY, 0, buffer)
         finally:
@@ -316,9 +316,9 @@ def test_wrong_keys_and_wrong_tokens_read_nothing(demo: Store) -> None:
         assert bytes(buffer) == demo.read_shard(KEY).tobytes()
         num_reads = server.stats.reads
         with pytest.raises(HostLostError, match=r"shelf (at|did)"):
-            read(address, CurveKeys.make())
+            read(address, KeyPair.make())
         with pytest.raises(HostLostError):
-            read(HostAddress("shelf", server.address, TOKEN, server_key=CurveKeys.make().public), keys)
+            read(HostAddress("shelf", server.address, TOKEN, server_key=KeyPair.make().public), keys)
         with pytest.raises(ProtocolError, match="token is wrong"):
             read(HostAddress("shelf", server.address, "guessed", server_key=keys.public), keys)
         assert server.stats.reads == num_reads and server.stats.clients_refused >= 1

@@ -28,7 +28,7 @@ from moray.cluster import remote
 from moray.cluster.activations import WireFormat
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.cluster_source import ClusterSource
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.messages import Compute, Computed
 from moray.runtime.convert.converter import convert
 from moray.runtime.errors import ClusterError, ConfigError, ProtocolError
@@ -159,9 +159,9 @@ def test_work_that_would_take_too_long_goes_in_several_requests(
 @pytest.mark.long  # kernels of other instruction sets are compiled
 @pytest.mark.timeout(1200)
 def test_hosts_of_other_instruction_sets_give_the_same_bits(case_of: Callable[[str, Numerics], Case]) -> None:
-    client = CurveKeys.make()
+    client = KeyPair.make()
     for numerics in ("int8", "float"):
-        case, keys = case_of("many", numerics), [CurveKeys.make(), CurveKeys.make()]
+        case, keys = case_of("many", numerics), [KeyPair.make(), KeyPair.make()]
         with (
             host_process(case.store, "portable", keys[0], client, (2, 0), MORAY_KERNEL="portable") as (one, first),
             host_process(case.store, "avx2", keys[1], client, (2, 1), MORAY_KERNEL="avx2") as (other, second),
@@ -179,7 +179,7 @@ def test_hosts_of_other_instruction_sets_give_the_same_bits(case_of: Callable[[s
 
 @contextmanager
 def standing(
-    case: Case, remote: list[HostAddress], client: CurveKeys, **options: Any
+    case: Case, remote: list[HostAddress], client: KeyPair, **options: Any
 ) -> Iterator[tuple[ClusterSource, Runner]]:
     """A node whose own host has nothing in memory, and a disk."""
     host, address = (
@@ -234,7 +234,7 @@ def kill(process: Popen[str]) -> None:
 
 def test_hosts_that_die_freeze_and_return_cost_no_token(demo_case: Case) -> None:
     """One host has a replica of half the other's experts. Killed, stopped, restarted; at last none is left."""
-    store, client, keys = demo_case.store, CurveKeys.make(), [CurveKeys.make(), CurveKeys.make()]
+    store, client, keys = demo_case.store, KeyPair.make(), [KeyPair.make(), KeyPair.make()]
     with (
         host_process(store, "all", keys[0], client) as (whole, first),
         host_process(store, "half", keys[1], client, (2, 0)) as (half, second),
@@ -275,7 +275,7 @@ def test_hosts_that_die_freeze_and_return_cost_no_token(demo_case: Case) -> None
 
 
 def test_a_host_that_is_passed_over_for_long_is_measured_again(demo_case: Case) -> None:
-    client, keys = CurveKeys.make(), CurveKeys.make()
+    client, keys = KeyPair.make(), KeyPair.make()
     with (
         host_process(demo_case.store, "far", keys, client) as (_, address),
         standing(demo_case, [address], client) as (source, run),
@@ -300,14 +300,14 @@ def test_a_host_that_is_passed_over_for_long_is_measured_again(demo_case: Case) 
 
 def test_a_host_that_is_asked_for_what_it_lacks_says_so_and_loads_it(demo_case: Case) -> None:
     """Whatever it has learned of predictions: it will be asked again."""
-    store, client, hints = demo_case.store, CurveKeys.make(), []
+    store, client, hints = demo_case.store, KeyPair.make(), []
     experts = [ExpertKey(0, expert) for expert in range(3)]
     far = serve(store, "far", experts[:2], client, num_slots=3)
     hint = far.host.hint
     form = WireFormat.of(store.manifest.layers[0].layout["gate_up_proj"].spec, "float")
     activations = form.encode(np.zeros((1, form.columns), np.float32), np.arange(1))
     asked = Compute(layer=0, experts=[2], counts=[1], num_rows=1, numerics="float")
-    asking = HostClient(far.address, "tester", curve=client)
+    asking = HostClient(far.address, "tester", keys=client)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(far.host, "hint", lambda *a, **b: (hints.append((a, b)), hint(*a, **b)))
@@ -324,7 +324,7 @@ def test_a_host_that_is_asked_for_what_it_lacks_says_so_and_loads_it(demo_case: 
 
 
 def test_a_host_that_moved_and_one_that_left(demo_case: Case) -> None:
-    store, client, keys = demo_case.store, CurveKeys.make(), CurveKeys.make()
+    store, client, keys = demo_case.store, KeyPair.make(), KeyPair.make()
     with standing(demo_case, [], client, lanes="remote") as (source, run):
         demo_case.check(run)
         for _ in range(2):
@@ -341,12 +341,12 @@ def test_a_host_that_moved_and_one_that_left(demo_case: Case) -> None:
 def test_a_host_of_another_store_or_with_other_keys_is_not_used(
     demo_case: Case, case_of: Callable[[str, Numerics], Case]
 ) -> None:
-    client, keys, other = CurveKeys.make(), CurveKeys.make(), case_of("many", "int8").store
+    client, keys, other = KeyPair.make(), KeyPair.make(), case_of("many", "int8").store
     with host_process(other, "other", keys, client) as (_, address):
         with pytest.raises(ClusterError, match="other holds another store"), standing(demo_case, [address], client):
             pass
-        wrong = HostAddress("other", address.address, TOKEN, server_key=CurveKeys.make().public)
-        for bad, mine in ((wrong, client), (address, CurveKeys.make())):
+        wrong = HostAddress("other", address.address, TOKEN, server_key=KeyPair.make().public)
+        for bad, mine in ((wrong, client), (address, KeyPair.make())):
             with standing(demo_case, [bad], mine, join_s=0.5, lanes="remote") as (source, run):
                 assert [each.state for each in source.remote_stats()] == ["down"]
                 demo_case.check(run)

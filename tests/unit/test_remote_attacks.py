@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from moray.cluster import server as server_module
 from moray.cluster.client import HostAddress, HostClient
-from moray.cluster.keys import CurveKeys, CurveServer
+from moray.cluster.keys import Admission, KeyPair
 from moray.cluster.messages import Ask, Ping, Pong, encode
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.errors import ConfigError, HostLostError
@@ -26,7 +26,7 @@ from moray.runtime.store.store import Store
 
 pytestmark = pytest.mark.timeout(200)
 
-CLIENT, SERVER = CurveKeys.make(), CurveKeys.make()
+CLIENT, SERVER = KeyPair.make(), KeyPair.make()
 MOST_BYTES = 1 << 20
 _numbers = count()
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(15) + bytes(32)  # of ZMTP 3.1
@@ -37,16 +37,16 @@ def server(demo: Store) -> Iterator[DataPlaneServer]:
     host = make_host(demo, [ExpertKey(0, 3)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_module, "MAX_MESSAGE_BYTES", MOST_BYTES)
-        made = DataPlaneServer("far", host, "tcp://127.0.0.1:0", TOKEN, CurveServer(SERVER, [CLIENT.public]))
+        made = DataPlaneServer("far", host, "tcp://127.0.0.1:0", TOKEN, Admission(SERVER, [CLIENT.public]))
     yield made
     made.close()
     host.close()
 
 
 @contextmanager
-def connected(server: DataPlaneServer, keys: CurveKeys = CLIENT, **changes: str) -> Iterator[HostClient]:
+def connected(server: DataPlaneServer, keys: KeyPair = CLIENT, **changes: str) -> Iterator[HostClient]:
     fields = {"address": server.address, "token": TOKEN, "server_key": SERVER.public} | changes
-    made = HostClient(HostAddress("far", **fields), f"tester-{next(_numbers)}", curve=keys, timeout_s=30.0)
+    made = HostClient(HostAddress("far", **fields), f"tester-{next(_numbers)}", keys=keys, timeout_s=30.0)
     try:
         yield made
     finally:
@@ -92,19 +92,19 @@ def test_bytes_from_anybody_have_no_effect(
 def test_unknown_clients_and_wrong_server_keys_are_not_heard(server: DataPlaneServer, friend: HostClient) -> None:
     refused, admitted = server.stats.clients_refused, server.stats.admitted
     requests = server.stats.requests
-    for keys, changes in ((CurveKeys.make(), {}), (CLIENT, {"server_key": CurveKeys.make().public})):
+    for keys, changes in ((KeyPair.make(), {}), (CLIENT, {"server_key": KeyPair.make().public})):
         made = HostClient(
             HostAddress("far", server.address, TOKEN, **({"server_key": SERVER.public} | changes)), "intruder",
-            curve=keys, timeout_s=0.5,
+            keys=keys, timeout_s=0.5,
         )  # fmt: skip
         with pytest.raises(HostLostError):
             made.greet()
         made.close()
     assert server.stats.clients_refused > refused
     assert (server.stats.admitted, server.stats.requests) == (admitted, requests)
-    newcomer = CurveKeys.make()
-    assert server._curve is not None
-    server._curve.allow(newcomer.public)  # may be told later
+    newcomer = KeyPair.make()
+    assert server._admission is not None
+    server._admission.allow(newcomer.public)  # may be told later
     with connected(server, newcomer) as client:
         client.greet()
 
@@ -186,6 +186,6 @@ def test_what_is_too_large_ends_the_connection_that_sent_it(server: DataPlaneSer
         assert client.insist(Ping()) == Pong()  # it connects anew
         assert seen == requests + 1  # the large one was never seen
     with pytest.raises(ConfigError, match="cannot listen at tcp"):
-        DataPlaneServer("far", server._host, "tcp://192.0.2.1:9", TOKEN, CurveServer(SERVER))
+        DataPlaneServer("far", server._host, "tcp://192.0.2.1:9", TOKEN, Admission(SERVER))
     with pytest.raises(ConfigError, match="needs CURVE keys"):
         DataPlaneServer("far", server._host, "tcp://127.0.0.1:0", TOKEN)

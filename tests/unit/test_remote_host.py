@@ -9,7 +9,7 @@ import pytest
 from helpers.remote import serve
 from helpers.waiting import until
 
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.remote_host import RemoteHost
 from moray.cluster.trials import HostTrials
 from moray.runtime.lanes.rates import Rates
@@ -18,7 +18,7 @@ from moray.runtime.store.store import Store
 
 
 def test_the_answer_to_a_lost_host_s_trial_does_not_make_it_ready(demo: Store) -> None:
-    client = CurveKeys.make()
+    client = KeyPair.make()
     remote = serve(demo, "far", [ExpertKey(0, 0), ExpertKey(0, 3)], client)
     rates = Rates(1)
     host = RemoteHost(remote.address, "tester", client, demo, "int8", rates, 0, lambda *_: None, monotonic())

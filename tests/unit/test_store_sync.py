@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moray.cluster.keys import CurveKeys
+from moray.cluster.keys import KeyPair
 from moray.cluster.peers import RemoteStore
 from moray.cluster.store_server import serving_store, store_address
 from moray.deploy.cli import app
@@ -273,7 +273,7 @@ def test_a_source_that_lies_is_named_and_makes_no_store(demo: Store, keys_file: 
 
 
 def test_who_has_not_the_keys_reads_nothing(demo: Store, keys_file: Path, tmp_path: Path) -> None:
-    other = CurveKeys.make()
+    other = KeyPair.make()
     with served(demo, keys_file) as address:
         with pytest.raises(HostLostError, match="did not answer; is it served there, with the same keys"):
             RemoteStore(store_address(address, other), other, timeout_s=0.3)

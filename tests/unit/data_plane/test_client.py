@@ -7,13 +7,14 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-import zmq
 from helpers.data_plane import HIDDEN, connected, rows, wire
 from helpers.hosts import new_address, serving, watching
 
 from moray.cluster.client import HostClient
+from moray.cluster.listener import Listener, ServerStats
 from moray.cluster.messages import Ask, Coming, Compute, Computed, Refused, encode
 from moray.cluster.server import DataPlaneServer
+from moray.cluster.wire import Wire
 from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.store.store import Store
@@ -22,29 +23,26 @@ pytestmark = pytest.mark.timeout(60)  # what hangs fails soon
 
 
 class QuietHost:
-    """Listens, and answers each request with a list of frames somebody prepared."""
+    """Listens, and answers the first request with headers somebody prepared."""
 
     def __init__(self, *answers: bytes) -> None:
         self.address = new_address("quiet")
-        self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.bind(self.address.address)
         self._answers = answers
-        self._thread = threading.Thread(target=self._run)
+        self._stop = threading.Event()
+        self._listener = Listener(self.address.address, None, ServerStats(), self._serve)
 
     def __enter__(self) -> QuietHost:
-        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._thread.join()
-        self._socket.close(linger=0)
-        self._context.term()
+        self._stop.set()
+        self._listener.close()
 
-    def _run(self) -> None:
-        identity, *_ = self._socket.recv_multipart()
+    def _serve(self, wire: Wire) -> None:
+        wire.receive()
         for answer in self._answers:
-            self._socket.send_multipart([identity, answer])
+            wire.send(answer)
+        self._stop.wait(60)
 
 
 def test_a_silent_host_is_lost_after_the_deadline() -> None:
@@ -116,7 +114,10 @@ def test_a_server_can_be_closed_while_clients_are_connected(host: ShardHost) -> 
         client.greet()
     before = threading.active_count()
     with serving(address, host):
-        assert threading.active_count() == before + 2  # one for reads of the store
+        assert threading.active_count() == before + 1
+        with connected(address) as client:
+            client.greet()
+            assert threading.active_count() == before + 3  # one more on each side of the connection
     assert threading.active_count() == before
 
 

@@ -1,0 +1,145 @@
+"""Who connects to an address: each gets a thread of its own once it has shown a key that is admitted."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moray.cluster.keys import Admission
+from moray.cluster.wire import Wire, is_local, new_socket, shut
+from moray.runtime.errors import ConfigError
+
+_HANDSHAKE_S = 5.0  # a connection that has not shown its key by then is closed
+_MOST_STRANGERS = 64  # connections that have not shown their key; more are closed at once
+_MOST_CONNECTIONS = 512
+
+
+@dataclass(slots=True)
+class ServerStats:
+    """Counts since the start. Written with ``lock`` held."""
+
+    connections: int = 0  # those beyond ``admitted`` spoke no TLS, had a wrong key or none, or were too many
+    admitted: int = 0
+    clients_refused: int = 0  # whose own key is not known here
+    pairs_computed: int = 0
+
+    reads: int = 0  # answers to who reads the store
+    read_bytes: int = 0
+    requests: int = 0
+    rejected: int = 0  # answered with Refused, for whatever reason, or too large to be looked at
+    hints: int = 0
+    clients: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, **more: int) -> None:
+        with self.lock:
+            for name, number in more.items():
+                setattr(self, name, getattr(self, name) + number)
+
+
+class Listener:
+    """Calls ``serve`` with every connection that is admitted, in a thread of its own, until ``close``."""
+
+    def __init__(
+        self, address: str, admission: Admission | None, stats: ServerStats, serve: Callable[[Wire], None]
+    ) -> None:
+        """``admission``: None for ipc://, where those of the same user are admitted. Raises ConfigError."""
+        self._admission, self._stats, self._serve = admission, stats, serve
+        try:
+            self._socket, where = new_socket(address)
+            if not is_local(address):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind(where)
+            self._socket.listen(_MOST_STRANGERS)
+            self._socket.setblocking(False)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen at {address} ({error.strerror}); is it this machine's, and free?"
+            ) from error
+        self.address = address if is_local(address) else _address_of(self._socket)
+        self._open: dict[socket.socket, threading.Thread] = {}
+        self._strangers = 0
+        self._lock = threading.Lock()
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._accept, name="moray-listener", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End all connections."""
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        os.close(self._stop)
+        with self._lock:
+            threads = list(self._open.values())
+            for sock in self._open:
+                shut(sock)
+        for thread in threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        poll = select.poll()
+        poll.register(self._stop, select.POLLIN)
+        poll.register(self._socket, select.POLLIN)
+        while all(fd != self._stop for fd, _ in poll.poll()):
+            try:
+                sock, _ = self._socket.accept()
+            except OSError:
+                continue  # it has gone again
+            self._stats.count(connections=1)
+            with self._lock:
+                is_one_too_many = self._strangers >= _MOST_STRANGERS or len(self._open) >= _MOST_CONNECTIONS
+                if not is_one_too_many:
+                    self._strangers += 1
+                    self._greet(sock)
+            if is_one_too_many:
+                sock.close()
+        self._socket.close()
+
+    def _greet(self, sock: socket.socket) -> None:
+        """Begin to find out who it is."""
+        sock.settimeout(_HANDSHAKE_S)
+        if self._admission is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = self._admission.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        self._open[sock] = threading.Thread(target=self._run, args=(sock,), name="moray-data-plane", daemon=True)
+        self._open[sock].start()
+
+    def _run(self, sock: socket.socket) -> None:
+        try:
+            is_admitted = self._is_admitted(sock)
+            with self._lock:
+                self._strangers -= 1
+            if is_admitted:
+                self._stats.count(admitted=1)
+                self._serve(Wire(sock))
+        except ConnectionError:
+            pass  # it ended, as connections do
+        finally:
+            with self._lock:
+                del self._open[sock]
+            sock.close()
+
+    def _is_admitted(self, sock: socket.socket) -> bool:
+        if not isinstance(sock, ssl.SSLSocket):
+            size = struct.calcsize("3i")
+            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+            return uid in (0, os.geteuid())
+        try:
+            sock.do_handshake()
+        except ssl.SSLCertVerificationError:
+            self._stats.count(clients_refused=1)
+            return False
+        except (OSError, ValueError):
+            return False  # no TLS, or it went away
+        return True
+
+
+def _address_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

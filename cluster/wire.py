@@ -1,0 +1,231 @@
+"""Messages over a stream socket, TLS or not: a header and at most one buffer each, their sizes before them.
+
+    u32 bytes of the header | u32 bytes of the buffer | header | buffer          (little endian)
+
+Plain sockets: a reply wakes nobody but the thread that waits for it.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from moray.runtime.errors import ConfigError, ProtocolError
+
+MAX_HEADER_BYTES = 16 << 20
+MAX_BUFFER_BYTES = 1 << 30
+_PREFIX = struct.Struct("<II")
+_CHUNK_BYTES = 64 << 10  # read at once, and written at once
+_ALIGNMENT = 64  # of buffers
+_LOST_MS = 3000  # without the other side's kernel acknowledging anything
+_WANTS = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+Frames = tuple[memoryview, list[memoryview]]  # a header and its buffer, if there is one
+
+
+class Wire:
+    """One connection. One thread may send, another receive, and any flush."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        sock.setblocking(False)
+        self.max_header_bytes, self.max_buffer_bytes = MAX_HEADER_BYTES, MAX_BUFFER_BYTES  # of what is received
+        self.has_received = False
+        self._lock = threading.Lock()  # a TLS connection is used by one thread at a time
+        self._unsent: deque[memoryview] = deque()
+        self._chunk = memoryview(bytearray(_CHUNK_BYTES))
+        self._start = self._end = 0  # of what was read and not looked at
+        self._message: memoryview | None = None  # that is being read
+        self._filled = self._header_at = self._buffer_at = 0
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    # ---------------------------------------------------------------------------------- receiving
+
+    def try_receive(self) -> Frames | None:
+        """The next message, or None if it is not here yet.
+
+        Raises ConnectionError if the connection has ended, ProtocolError if what comes is too large.
+        """
+        while (message := self._next()) is None:
+            if not self._read():
+                return None
+        self.has_received = True
+        return message
+
+    def receive(self) -> Frames:
+        """The next message. Raises like ``try_receive``."""
+        while (message := self.try_receive()) is None:
+            self.wait(None)
+        return message
+
+    def wait(self, timeout_ms: float | None) -> bool:
+        """Until something can be read, or the connection has ended. What was received before must have been taken."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(timeout_ms))
+
+    def _next(self) -> Frames | None:
+        """A message out of what was read."""
+        if self._message is None:
+            if self._end - self._start < _PREFIX.size:
+                return None
+            self._begin(*_PREFIX.unpack_from(self._chunk, self._start))
+        message = self._message
+        assert message is not None
+        taken = min(len(message) - self._filled, self._end - self._start)
+        if taken:
+            message[self._filled : self._filled + taken] = self._chunk[self._start : self._start + taken]
+            self._start += taken
+            self._filled += taken
+        if self._filled < len(message):
+            return None
+        self._message = None
+        buffers = [message[self._buffer_at :]] if len(message) > self._buffer_at else []
+        return message[self._header_at : self._buffer_at], buffers
+
+    def _begin(self, header_bytes: int, buffer_bytes: int) -> None:
+        if header_bytes > self.max_header_bytes or buffer_bytes > self.max_buffer_bytes:
+            raise ProtocolError(
+                f"a message announces {header_bytes} + {buffer_bytes} bytes, expected at most "
+                f"{self.max_header_bytes} + {self.max_buffer_bytes}"
+            )
+        self._start += _PREFIX.size
+        self._filled = self._header_at = -header_bytes % _ALIGNMENT  # so that the buffer begins at a multiple
+        self._buffer_at = self._header_at + header_bytes
+        memory = np.empty(self._buffer_at + buffer_bytes + _ALIGNMENT, dtype=np.uint8)
+        first = -memory.ctypes.data % _ALIGNMENT
+        self._message = memory[first : first + self._buffer_at + buffer_bytes].data
+
+    def _read(self) -> bool:
+        """Read what is here. False: nothing."""
+        message = self._message
+        if message is None:
+            left = self._end - self._start
+            self._chunk[:left] = bytes(self._chunk[self._start : self._end])
+            self._start, self._end = 0, left
+            room = self._chunk[left:]
+        else:  # all of the chunk is in it already
+            self._start = self._end = 0
+            room = message[self._filled :]
+        try:
+            with self._lock:
+                count = self._sock.recv_into(room)
+        except _WANTS:
+            return False
+        except (OSError, ValueError) as error:
+            raise ConnectionError(str(error)) from error
+        if not count:
+            raise ConnectionError("the other side has closed the connection")
+        if message is None:
+            self._end += count
+        else:
+            self._filled += count
+        return True
+
+    # ------------------------------------------------------------------------------------ sending
+
+    @property
+    def unsent_bytes(self) -> int:
+        return sum(map(len, self._unsent))
+
+    def send(self, header: bytes, buffers: Sequence[memoryview] = ()) -> bool:
+        """Send what the socket takes now, and keep the rest for ``flush``. True: nothing is left.
+
+        Buffers, at most one, may not change before they are sent. Raises ConnectionError.
+        """
+        (buffer,) = buffers or (memoryview(b""),)
+        buffer = buffer.cast("B")
+        start = _PREFIX.pack(len(header), len(buffer)) + header
+        if len(start) + len(buffer) <= _CHUNK_BYTES:
+            parts = [memoryview(start + buffer)]
+        else:
+            parts = [view[i : i + _CHUNK_BYTES] for view in (memoryview(start), buffer)
+                     for i in range(0, len(view), _CHUNK_BYTES)]  # fmt: skip
+        with self._lock:
+            self._unsent.extend(parts)
+            return self._flush()
+
+    def flush(self) -> bool:
+        """Send more of what is left. True: nothing is left any more. Raises ConnectionError."""
+        with self._lock:
+            return self._flush()
+
+    def wait_sent(self, stall_s: float) -> None:
+        """Until everything is sent. Raises ConnectionError also if the other side takes nothing for so long."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLOUT)
+        while not self.flush():
+            if not poll.poll(1000 * stall_s):
+                raise ConnectionError(f"the other side took nothing for {stall_s:g} s")
+
+    def _flush(self) -> bool:
+        try:
+            while self._unsent:
+                part = self._unsent[0]
+                sent = self._sock.send(part)  # TLS: after a try in vain exactly the same must be sent
+                if sent == len(part):
+                    self._unsent.popleft()
+                else:
+                    self._unsent[0] = part[sent:]
+        except _WANTS:
+            return False
+        except (OSError, ValueError) as error:
+            raise ConnectionError(str(error)) from error
+        return True
+
+    # ------------------------------------------------------------------------------------- ending
+
+    def shut(self) -> None:
+        """End the connection, from any thread: who waits for it wakes."""
+        shut(self._sock)
+
+    def close(self) -> None:
+        """Nobody may use it any more."""
+        self._sock.close()
+
+
+def shut(sock: socket.socket) -> None:
+    """``SSLSocket.shutdown`` forgets its TLS, which another thread may be using: this goes past it."""
+    with suppress(OSError):  # it has ended
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def is_local(address: str) -> bool:
+    """Whether an address is of this machine alone: ipc://, which needs no keys."""
+    return address.startswith("ipc://")
+
+
+def new_socket(address: str) -> tuple[socket.socket, Any]:
+    """A socket for ipc://PATH, ipc://@NAME (abstract) or tcp://IP:PORT, and what to bind it or connect it to.
+
+    Raises ConfigError if it is none of these, OSError if the name is not known.
+    """
+    scheme, _, rest = address.partition("://")
+    if scheme == "ipc" and rest:
+        return socket.socket(socket.AF_UNIX), "\0" + rest[1:] if rest.startswith("@") else rest
+    host, _, port = rest.rpartition(":")
+    if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"found the address {address!r:.80}, expected tcp://IP:PORT or ipc://NAME")
+    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    family, _, _, _, where = found[0]
+    made = socket.socket(family)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A connection whose other side is gone ends soon, whether anything is under way or not.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, _LOST_MS),
+    ):  # fmt: skip
+        made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made, where
