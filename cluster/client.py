@@ -9,6 +9,7 @@ from time import monotonic
 from moray.cluster.connection import Connection
 from moray.cluster.keys import KeyPair
 from moray.cluster.messages import Hello, Message, Refused, Welcome, decode, encode
+from moray.cluster.stream import NOTHING
 from moray.cluster.tls import client_context
 from moray.cluster.wire import Frames, is_local
 from moray.runtime.errors import ConfigError, CorruptShardError, HostLostError, ProtocolError
@@ -63,35 +64,35 @@ class HostClient:
         wire = self._connection.wire
         return wire is not None and wire.wait(1000 * timeout_s)
 
-    def send(self, message: Message, *buffers: memoryview) -> int:
+    def send(self, message: Message, buffer: memoryview = NOTHING) -> int:
         """Send without waiting for a reply, so that all hosts work at once. Returns the id to ``receive``.
 
         Raises HostLostError if there is no connection for ``timeout_s``.
         """
         deadline = monotonic() + self._timeout_s
         while self._connection.wait(max(0.0, deadline - monotonic())) is not None:
-            if (request_id := self.try_send(message, *buffers)) is not None:
+            if (request_id := self.try_send(message, buffer)) is not None:
                 return request_id
         raise HostLostError(
             f"there is no connection to expert host {self.host.host_id} at {self.host.address}"
             + f" ({self._connection.why})" * bool(self._connection.why)
         )
 
-    def try_send(self, message: Message, *buffers: memoryview) -> int | None:
+    def try_send(self, message: Message, buffer: memoryview = NOTHING) -> int | None:
         """``send``, or None if there is no connection now, or the host takes nothing."""
         wire = self._connection.wire
         if wire is None or wire.unsent_bytes > _MOST_UNSENT_BYTES:
             return None
         self._next_id += 1
         try:
-            if not wire.send(encode(self._next_id, message), buffers):
+            if not wire.send(encode(self._next_id, message), buffer):
                 self._connection.flush_later()
         except ConnectionError as error:
             self._connection.lost(wire, str(error))
             return None
         return self._next_id
 
-    def try_receive(self) -> tuple[int, Message, list[memoryview]] | None:
+    def try_receive(self) -> tuple[int, Message, memoryview] | None:
         """The next reply, whatever it answers, or None if there is none yet. Raises ProtocolError."""
         frames = self._try_frames()
         return None if frames is None else (*decode(frames[0]), frames[1])
@@ -108,8 +109,8 @@ class HostClient:
                 raise
             return None
 
-    def receive(self, request_id: int, timeout_s: float | None = None) -> tuple[Message, list[memoryview]]:
-        """The reply to a request, and its buffers; replies to older, abandoned requests are skipped.
+    def receive(self, request_id: int, timeout_s: float | None = None) -> tuple[Message, memoryview]:
+        """The reply to a request, and its buffer; replies to older, abandoned requests are skipped.
 
         Raises HostLostError after the deadline, or when the connection ends, since then no reply will come;
         CorruptShardError or ProtocolError if the host refused.
@@ -128,13 +129,13 @@ class HostClient:
                     raise refusal(self.host.host_id, reply[1])
                 return reply[1:]
 
-    def request(self, message: Message, *buffers: memoryview) -> tuple[Message, list[memoryview]]:
+    def request(self, message: Message, buffer: memoryview = NOTHING) -> tuple[Message, memoryview]:
         """Send and receive, introducing this process again if the host was restarted meanwhile."""
         try:
-            return self.receive(self.send(message, *buffers))
+            return self.receive(self.send(message, buffer))
         except HelloRequiredError:
             self.greet()
-            return self.receive(self.send(message, *buffers))
+            return self.receive(self.send(message, buffer))
 
     def insist(self, message: Message) -> Message:
         """``request`` for what may be asked twice: sent again while a host that died is being restarted."""

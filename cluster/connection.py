@@ -96,10 +96,10 @@ class Connection:
         try:
             sock, where = new_socket(self._address)
             self._connect(sock, where)
-            if self._make_context is not None:
-                sock = self._make_context().wrap_socket(sock, do_handshake_on_connect=False)
-                self._shake_hands(sock)
-            return Wire(sock)
+            wire = Wire(sock, self._make_context() if self._make_context is not None else None)
+            deadline = monotonic() + _DIAL_S
+            wire.shake_hands(lambda event: self._await(sock, event, deadline))
+            return wire
         except (OSError, MorayError) as error:
             self.why = str(error)
             if sock is not None:
@@ -117,16 +117,6 @@ class Connection:
             self._await(sock, select.POLLOUT, monotonic() + _DIAL_S)
             if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(error, os.strerror(error)) from None
-
-    def _shake_hands(self, sock: ssl.SSLSocket) -> None:
-        deadline = monotonic() + _DIAL_S
-        while True:
-            try:
-                return sock.do_handshake()
-            except ssl.SSLWantReadError:
-                self._await(sock, select.POLLIN, deadline)
-            except ssl.SSLWantWriteError:
-                self._await(sock, select.POLLOUT, deadline)
 
     def _await(self, sock: socket.socket, event: int, deadline: float) -> None:
         """Raises TimeoutError, also when this is closed."""

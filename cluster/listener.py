@@ -10,9 +10,10 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import monotonic
 
 from moray.cluster.keys import Admission
-from moray.cluster.wire import Wire, is_local, new_socket, shut
+from moray.cluster.wire import Wire, is_local, new_socket
 from moray.runtime.errors import ConfigError
 
 _HANDSHAKE_S = 5.0  # a connection that has not shown its key by then is closed
@@ -51,19 +52,9 @@ class Listener:
     ) -> None:
         """``admission``: None for ipc://, where those of the same user are admitted. Raises ConfigError."""
         self._admission, self._stats, self._serve = admission, stats, serve
-        try:
-            self._socket, where = new_socket(address)
-            if not is_local(address):
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(where)
-            self._socket.listen(_MOST_STRANGERS)
-            self._socket.setblocking(False)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen at {address} ({error.strerror}); is it this machine's, and free?"
-            ) from error
+        self._socket = _listen(address)
         self.address = address if is_local(address) else _address_of(self._socket)
-        self._open: dict[socket.socket, threading.Thread] = {}
+        self._open: dict[Wire, threading.Thread] = {}
         self._strangers = 0
         self._lock = threading.Lock()
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
@@ -77,8 +68,8 @@ class Listener:
         os.close(self._stop)
         with self._lock:
             threads = list(self._open.values())
-            for sock in self._open:
-                shut(sock)
+            for wire in self._open:
+                wire.shut()
         for thread in threads:
             thread.join()
 
@@ -103,41 +94,66 @@ class Listener:
 
     def _greet(self, sock: socket.socket) -> None:
         """Begin to find out who it is."""
-        sock.settimeout(_HANDSHAKE_S)
         if self._admission is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock = self._admission.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        self._open[sock] = threading.Thread(target=self._run, args=(sock,), name="moray-data-plane", daemon=True)
-        self._open[sock].start()
+        wire = Wire(sock, self._admission.context if self._admission is not None else None, is_server=True)
+        thread = threading.Thread(target=self._run, args=(sock, wire), name="moray-data-plane", daemon=True)
+        self._open[wire] = thread
+        thread.start()
 
-    def _run(self, sock: socket.socket) -> None:
+    def _run(self, sock: socket.socket, wire: Wire) -> None:
         try:
-            is_admitted = self._is_admitted(sock)
+            is_admitted = self._is_admitted(sock, wire)
             with self._lock:
                 self._strangers -= 1
             if is_admitted:
                 self._stats.count(admitted=1)
-                self._serve(Wire(sock))
+                self._serve(wire)
         except ConnectionError:
             pass  # it ended, as connections do
         finally:
             with self._lock:
-                del self._open[sock]
-            sock.close()
+                del self._open[wire]
+            wire.close()
 
-    def _is_admitted(self, sock: socket.socket) -> bool:
-        if not isinstance(sock, ssl.SSLSocket):
+    def _is_admitted(self, sock: socket.socket, wire: Wire) -> bool:
+        if self._admission is None:
             size = struct.calcsize("3i")
             _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
             return uid in (0, os.geteuid())
+        deadline = monotonic() + _HANDSHAKE_S
+
+        def wait(event: int) -> None:
+            poll = select.poll()
+            poll.register(sock, event)
+            if not poll.poll(max(0.0, 1000 * (deadline - monotonic()))):
+                raise TimeoutError
+
         try:
-            sock.do_handshake()
+            wire.shake_hands(wait)
         except ssl.SSLCertVerificationError:
             self._stats.count(clients_refused=1)
             return False
-        except (OSError, ValueError):
+        except OSError:
             return False  # no TLS, or it went away
         return True
+
+
+def _listen(address: str) -> socket.socket:
+    """Raises ConfigError."""
+    made: socket.socket | None = None
+    try:
+        made, where = new_socket(address)
+        if not is_local(address):
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(where)
+        made.listen(_MOST_STRANGERS)
+        made.setblocking(False)
+        return made
+    except OSError as error:
+        if made is not None:
+            made.close()
+        raise ConfigError(f"cannot listen at {address} ({error.strerror}); is it this machine's, and free?") from error
 
 
 def _address_of(sock: socket.socket) -> str:

@@ -78,10 +78,10 @@ class _Reads:
         self.drop_idle()
 
     def _take(self, client: HostClient, request_id: int, part: memoryview) -> None:
-        reply, buffers = client.receive(request_id)
-        if not isinstance(reply, Bytes) or len(buffers) != 1 or len(buffers[0]) != len(part):
+        reply, data = client.receive(request_id)
+        if not isinstance(reply, Bytes) or len(data) != len(part):
             raise ProtocolError(f"host {self.host.host_id} did not answer with the {len(part)} bytes asked for")
-        part[:] = buffers[0]
+        part[:] = data
 
     def _borrow(self) -> HostClient:
         with self._lock:

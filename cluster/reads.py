@@ -20,6 +20,7 @@ from moray.cluster.messages import (
     Read,
     ReadFile,
 )
+from moray.cluster.stream import NOTHING
 from moray.runtime.errors import ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.layout.shard import ALIGNMENT, ExpertKey, round_up
@@ -38,14 +39,14 @@ class StoreReads:
         self._host, self._shelf, self._disk = host, Shelf(host.store), DiskReader(host.store)
         self._files: dict[str, StoreFile] = {}
 
-    def answer(self, message: Message, memory: ReadMemory) -> tuple[Message, list[memoryview]]:
+    def answer(self, message: Message, memory: ReadMemory) -> tuple[Message, memoryview]:
         """The answer to one of ``READS``; its buffer is in ``memory``. Raises ProtocolError, StoreError."""
         match message:
             case Read():
-                return Bytes(), [self._read_shard(message, memory)]
+                return Bytes(), self._read_shard(message, memory)
             case ReadFile():
-                return Bytes(), [self._read_file(message, memory)]
-        return self._list_files(), []
+                return Bytes(), self._read_file(message, memory)
+        return self._list_files(), NOTHING
 
     def close(self) -> None:
         self._disk.close()

@@ -8,7 +8,7 @@ Nothing here waits. Decisions are health.py's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -164,18 +164,18 @@ class RemoteHost:
                 if self.is_up and not self.client.is_connected:
                     self._lose(now, "the connection ended")
                 return None
-            request_id, message, buffers = reply
+            request_id, message, buffer = reply
             request = self.in_flight.pop(request_id, None)
             if request is not None:
-                return request, self._accept(request, message, buffers, now, waited)
+                return request, self._accept(request, message, buffer, now, waited)
             self._other(request_id, message, now)
 
     def _accept(
-        self, request: Request, message: Message, buffers: Sequence[memoryview], now: float, waited: bool
+        self, request: Request, message: Message, buffer: memoryview, now: float, waited: bool
     ) -> Floats | None:
         width = self._store.manifest.layers[request.layer].layout["down_proj"].spec.rows  # type: ignore[union-attr]
         expected = 4 * len(request.pairs) * width
-        if isinstance(message, Computed) and len(buffers) == 1 and len(buffers[0]) == expected:
+        if isinstance(message, Computed) and len(buffer) == expected:
             took_s = now - max(request.sent_at, self._last_reply_at)
             self._last_reply_at = now
             self.health.answered(now, request.expected_s, min(took_s, request.expected_s) if not waited else took_s)
@@ -183,7 +183,7 @@ class RemoteHost:
             self.stats.bytes_received += expected
             request.was_last = not self.in_flight
             self._lessons.append((request, message.compute_s, now, waited))
-            return np.frombuffer(buffers[0], dtype=np.float32).reshape(-1, width)
+            return np.frombuffer(buffer, dtype=np.float32).reshape(-1, width)
         self.stats.refused += 1
         if isinstance(message, Refused) and message.reason != "hello":
             _log.info("host %s does not compute: %s", self.address.host_id, message.message)
@@ -193,7 +193,7 @@ class RemoteHost:
         elif isinstance(message, Refused):
             self._lose(now, "it was restarted")
         else:
-            self._fail(now, f"it answered Compute with {type(message).__name__} and {len(buffers)} buffers")
+            self._fail(now, f"it answered Compute with {type(message).__name__} and {len(buffer)} bytes")
         return None
 
     def learn(self) -> None:

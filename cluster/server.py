@@ -31,6 +31,7 @@ from moray.cluster.messages import (
     encode,
 )
 from moray.cluster.reads import READS, ReadMemory, StoreReads
+from moray.cluster.stream import NOTHING
 from moray.cluster.wire import MAX_BUFFER_BYTES, MAX_HEADER_BYTES, Frames, Wire, is_local
 from moray.runtime.errors import ConfigError, MorayError, ProtocolError, StoreError
 from moray.runtime.experts.shard_host import ShardHost
@@ -42,7 +43,7 @@ _LARGEST = 3e38
 _TAKEN_S = 30.0  # a client that takes nothing of its answer for so long is given up
 _STRANGERS_BYTES = 4 << 20  # of a message, before Hello
 
-_Answer = tuple[Message | None, list[memoryview]]  # None: the message has no reply
+_Answer = tuple[Message | None, memoryview]  # None: the message has no reply
 
 
 class _Client:
@@ -92,56 +93,56 @@ class DataPlaneServer:
             self._forget(client)
 
     def _receive(self, client: _Client, frames: Frames) -> None:
-        header, buffers = frames
+        header, buffer = frames
         request_id = 0
         answer: Message | None
         try:
             request_id, message = decode(header)
-            answer, out = self._answer(client, message, buffers)
+            answer, out = self._answer(client, message, buffer)
         except ProtocolError as error:
-            answer, out = Refused(reason="request", message=str(error)), []
+            answer, out = Refused(reason="request", message=str(error)), NOTHING
         except KeyError as error:
-            answer, out = Refused(reason="request", message=f"expert {error} does not live here"), []
+            answer, out = Refused(reason="request", message=f"expert {error} does not live here"), NOTHING
         except MorayError as error:
-            answer, out = Refused(reason="shard", message=str(error)), []
+            answer, out = Refused(reason="shard", message=str(error)), NOTHING
         except Exception as error:  # told to the one who asked; the host works on for the others
-            answer, out = Refused(reason="failed", message=f"{type(error).__name__}: {error}"), []
+            answer, out = Refused(reason="failed", message=f"{type(error).__name__}: {error}"), NOTHING
         self.stats.count(requests=1, rejected=isinstance(answer, Refused))
         if answer is not None and not client.wire.send(encode(request_id, answer), out):
             client.wire.wait_sent(_TAKEN_S)
 
-    def _answer(self, client: _Client, message: Message, buffers: Sequence[memoryview]) -> _Answer:
+    def _answer(self, client: _Client, message: Message, buffer: memoryview) -> _Answer:
         if isinstance(message, Hello):
-            return self._greet(client, message), []
+            return self._greet(client, message), NOTHING
         if self._known.get(client.name) is not client:
-            return Refused(reason="hello", message="introduce yourself with Hello first"), []
+            return Refused(reason="hello", message="introduce yourself with Hello first"), NOTHING
         if isinstance(message, READS):
             return self._read(client, message)
         match message:
             case Need():
                 self._note(message.uses)
                 self._host.need(client.name, message.layer, message.experts)
-                return None, []
+                return None, NOTHING
             case Ask():
                 failure = self._host.failure(message.layer, message.experts)
                 if failure is not None:
                     raise failure
                 self._host.need(client.name, message.layer, message.experts)
-                return Coming(), []
+                return Coming(), NOTHING
             case Compute():
-                return self._compute(message, buffers)
+                return self._compute(message, buffer)
             case Ping():
-                return Pong(resident=self._host.resident() if message.wants_resident else None), []
+                return Pong(resident=self._host.resident() if message.wants_resident else None), NOTHING
             case Hint():
                 self.stats.count(hints=1)
                 self._note(message.uses)
                 self._host.hint(message.layer, message.experts)
-                return None, []
+                return None, NOTHING
             case Release():
                 self._host.release(client.name, message.layer, message.experts)
-                return None, []
+                return None, NOTHING
             case Echo():
-                return Echoed(), [memoryview(bytes(message.reply_bytes))]
+                return Echoed(), memoryview(bytes(message.reply_bytes))
         raise ProtocolError(f"a host does not accept {type(message).__name__}")
 
     def _read(self, client: _Client, message: Message) -> _Answer:
@@ -149,8 +150,8 @@ class DataPlaneServer:
         try:
             answer, out = self._reads.answer(message, client.memory)
         except StoreError as error:
-            return Refused(reason="absent", message=str(error)), []
-        self.stats.count(read_bytes=sum(map(len, out)))
+            return Refused(reason="absent", message=str(error)), NOTHING
+        self.stats.count(read_bytes=len(out))
         return answer, out
 
     def _note(self, uses: list[list[int]]) -> None:
@@ -198,7 +199,7 @@ class DataPlaneServer:
             experts[key.layer].append(key.expert)
         return experts
 
-    def _compute(self, request: Compute, buffers: Sequence[memoryview]) -> _Answer:
+    def _compute(self, request: Compute, buffer: memoryview) -> _Answer:
         # Imported here: a host that only lends its shards never loads Numba.
         from moray.cluster.activations import WireFormat
 
@@ -211,17 +212,15 @@ class DataPlaneServer:
             raise ProtocolError(f"the experts of MoE layer {layer} have no gate: lease them")
         if len(request.counts) != len(request.experts) or min(request.counts, default=0) < 1:
             raise ProtocolError("counts must give at least one pair for each expert")
-        if len(buffers) != 1:
-            raise ProtocolError(f"found {len(buffers)} buffers, expected one of activations")
         gate = _gate(request.gate)
         form = WireFormat.of(gate_up.spec, request.numerics)
-        x_TH, row_of_pair = form.decode(buffers[0], request.num_rows, sum(request.counts))
+        x_TH, row_of_pair = form.decode(buffer, request.num_rows, sum(request.counts))
         if absent := self._host.absent(layer, request.experts):
             self._host.hint(layer, absent, is_prediction=False)
-            return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), []
+            return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), NOTHING
         y = self._host.compute(layer, request.experts, request.counts, x_TH, row_of_pair, request.numerics, gate)
         self.stats.count(pairs_computed=len(y))
-        return Computed(compute_s=perf_counter() - started), [y.data.cast("B")]
+        return Computed(compute_s=perf_counter() - started), y.data.cast("B")
 
 
 @lru_cache(maxsize=64)  # a store has a few, and they are asked for with every layer

@@ -1,4 +1,4 @@
-"""Messages over a stream socket, TLS or not: a header and at most one buffer each, their sizes before them.
+"""Messages over a stream socket, TLS or not: a header and a buffer each, which may be empty.
 
     u32 bytes of the header | u32 bytes of the buffer | header | buffer          (little endian)
 
@@ -13,34 +13,34 @@ import ssl
 import struct
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from moray.cluster.stream import NOTHING, make_stream
 from moray.runtime.errors import ConfigError, ProtocolError
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_BUFFER_BYTES = 1 << 30
 _PREFIX = struct.Struct("<II")
-_CHUNK_BYTES = 64 << 10  # read at once, and written at once
+_CHUNK_BYTES = 64 << 10  # looked at, and sent, at once
 _ALIGNMENT = 64  # of buffers
 _LOST_MS = 3000  # without the other side's kernel acknowledging anything
-_WANTS = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-Frames = tuple[memoryview, list[memoryview]]  # a header and its buffer, if there is one
+Frames = tuple[memoryview, memoryview]  # a header and its buffer, which may be empty
 
 
 class Wire:
-    """One connection. One thread may send, another receive, and any flush."""
+    """One connection. One thread may send, another receive, and any flush. Begins with ``shake_hands``."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        sock.setblocking(False)
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None, *, is_server: bool = False) -> None:
+        """``context``: of TLS; None: without."""
+        self._sock, self._stream = sock, make_stream(sock, context, is_server=is_server)
         self.max_header_bytes, self.max_buffer_bytes = MAX_HEADER_BYTES, MAX_BUFFER_BYTES  # of what is received
         self.has_received = False
-        self._lock = threading.Lock()  # a TLS connection is used by one thread at a time
+        self._lock = threading.Lock()  # of the stream
         self._unsent: deque[memoryview] = deque()
         self._chunk = memoryview(bytearray(_CHUNK_BYTES))
         self._start = self._end = 0  # of what was read and not looked at
@@ -49,6 +49,13 @@ class Wire:
 
     def fileno(self) -> int:
         return self._sock.fileno()
+
+    def shake_hands(self, wait: Callable[[int], None]) -> None:
+        """Show keys to each other, if there are any. ``wait(event)``: until the socket is ready for it; may raise.
+
+        Raises ssl.SSLCertVerificationError if the other side's key is not known here, OSError.
+        """
+        self._stream.shake_hands(wait)
 
     # ---------------------------------------------------------------------------------- receiving
 
@@ -91,8 +98,7 @@ class Wire:
         if self._filled < len(message):
             return None
         self._message = None
-        buffers = [message[self._buffer_at :]] if len(message) > self._buffer_at else []
-        return message[self._header_at : self._buffer_at], buffers
+        return message[self._header_at : self._buffer_at], message[self._buffer_at :]
 
     def _begin(self, header_bytes: int, buffer_bytes: int) -> None:
         if header_bytes > self.max_header_bytes or buffer_bytes > self.max_buffer_bytes:
@@ -120,10 +126,10 @@ class Wire:
             room = message[self._filled :]
         try:
             with self._lock:
-                count = self._sock.recv_into(room)
-        except _WANTS:
+                count = self._stream.recv_into(room)
+        except BlockingIOError:
             return False
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ConnectionError(str(error)) from error
         if not count:
             raise ConnectionError("the other side has closed the connection")
@@ -139,12 +145,11 @@ class Wire:
     def unsent_bytes(self) -> int:
         return sum(map(len, self._unsent))
 
-    def send(self, header: bytes, buffers: Sequence[memoryview] = ()) -> bool:
+    def send(self, header: bytes, buffer: memoryview = NOTHING) -> bool:
         """Send what the socket takes now, and keep the rest for ``flush``. True: nothing is left.
 
-        Buffers, at most one, may not change before they are sent. Raises ConnectionError.
+        The buffer may not change before it is sent. Raises ConnectionError.
         """
-        (buffer,) = buffers or (memoryview(b""),)
         buffer = buffer.cast("B")
         start = _PREFIX.pack(len(header), len(buffer)) + header
         if len(start) + len(buffer) <= _CHUNK_BYTES:
@@ -173,14 +178,15 @@ class Wire:
         try:
             while self._unsent:
                 part = self._unsent[0]
-                sent = self._sock.send(part)  # TLS: after a try in vain exactly the same must be sent
+                sent = self._stream.send(part)
                 if sent == len(part):
                     self._unsent.popleft()
                 else:
                     self._unsent[0] = part[sent:]
-        except _WANTS:
+            self._stream.flush()
+        except BlockingIOError:
             return False
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ConnectionError(str(error)) from error
         return True
 
@@ -188,17 +194,12 @@ class Wire:
 
     def shut(self) -> None:
         """End the connection, from any thread: who waits for it wakes."""
-        shut(self._sock)
+        with suppress(OSError):  # it has ended
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Nobody may use it any more."""
         self._sock.close()
-
-
-def shut(sock: socket.socket) -> None:
-    """``SSLSocket.shutdown`` forgets its TLS, which another thread may be using: this goes past it."""
-    with suppress(OSError):  # it has ended
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def is_local(address: str) -> bool:

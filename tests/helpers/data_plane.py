@@ -40,7 +40,7 @@ def dial(address: HostAddress) -> Wire:
 
 def send(wire: Wire, header: bytes, *parts: bytes) -> None:
     buffer = b"".join(parts)
-    if not wire.send(header, [memoryview(buffer)] if buffer else []):
+    if not wire.send(header, memoryview(buffer)):
         wire.wait_sent(30)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -14,19 +13,19 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-import zmq
 from helpers.capped import hosts_and_source
 from helpers.hosts import TOKEN, make_host, new_address, serving
 from helpers.partial import damage, lending, partial_copy
 from helpers.processes import child, read_line
 from helpers.reference import greedy
+from helpers.waiting import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.cluster import reads
+from moray.cluster import server as server_module
 from moray.cluster.client import HostAddress, HostClient
 from moray.cluster.keys import Admission, KeyPair
-from moray.cluster.messages import Bytes, Hello, Ping, Pong, Read, ReadFile, Refused, decode, encode
+from moray.cluster.messages import Bytes, Ping, Pong, Read, ReadFile
 from moray.cluster.peers import Peers
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.errors import CorruptShardError, HostLostError, ProtocolError, StoreError
@@ -52,14 +51,14 @@ from moray.cluster import reads
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.store.store import Store
-answer, left = reads.ReadLane._answer, int(sys.argv[3])
+answer, left = reads.StoreReads.answer, int(sys.argv[3])
 def dying(*arguments):
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return answer(*arguments)
-reads.ReadLane._answer = dying
+reads.StoreReads.answer = dying
 server = DataPlaneServer("dying", ShardHost(Store.open(sys.argv[1]), [], 1), sys.argv[2], sys.argv[4])
 print("ready", flush=True)
 sys.stdin.read()
@@ -354,9 +353,10 @@ def test_nothing_waits_for_a_read_and_bad_reads_are_refused(demo: Store, monkeyp
         monkeypatch.setattr(os, "preadv", stalled)
         asked = client.send(Read(layer=4, expert=3, offset=8192, num_bytes=5000))
         assert reading.wait(60)
-        assert isinstance(client.receive(client.send(Ping()))[0], Pong)  # the read has not come yet
+        with another_client(address) as other:
+            assert other.request(Ping())[0] == Pong()  # the read has not come yet
         go_on.set()
-        reply, (data,) = client.receive(asked)
+        reply, data = client.receive(asked)
         assert isinstance(reply, Bytes) and data == demo.read_shard(KEY).tobytes()[8192:13192]
         assert server.stats.reads == len(bad) + 1
         client.close()
@@ -364,8 +364,8 @@ def test_nothing_waits_for_a_read_and_bad_reads_are_refused(demo: Store, monkeyp
 
 
 @contextmanager
-def another_client(address: HostAddress) -> Iterator[HostClient]:
-    client = HostClient(address, "another")
+def another_client(address: HostAddress, name: str = "another") -> Iterator[HostClient]:
+    client = HostClient(address, name)
     try:
         client.greet()
         yield client
@@ -373,33 +373,35 @@ def another_client(address: HostAddress) -> Iterator[HostClient]:
         client.close()
 
 
-def test_what_a_client_does_not_take_is_bounded(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far more is asked for than the bound and all buffers on the way hold together."""
-    monkeypatch.setattr(reads, "_MOST_UNTAKEN_BYTES", 2 << 20)
+def test_what_a_client_does_not_take_is_not_read(demo: Store) -> None:
+    """Far more is asked for than all buffers on the way hold together."""
     size, count = demo.manifest.shards[KEY].num_bytes, 400
     with ExitStack() as stack:
         host, address = stack.enter_context(closing(ShardHost(demo, [], 1))), new_address("shelf")
         server = stack.enter_context(serving(address, host))
-        context = stack.enter_context(zmq.Context(io_threads=1))
-        socket = stack.enter_context(context.socket(zmq.DEALER))
-        for option, value in ((zmq.RCVHWM, 1), (zmq.SNDHWM, 10_000), (zmq.RCVTIMEO, 60_000), (zmq.LINGER, 0)):
-            socket.setsockopt(option, value)
-        socket.connect(address.address)
-        socket.send(encode(0, Hello(client="greedy", token=TOKEN)))
-        socket.recv_multipart()
-        for number in range(count):
-            socket.send(encode(number + 1, Read(layer=4, expert=3, offset=0, num_bytes=size)))
-        with another_client(address) as other:  # others are served meanwhile
-            assert other.request(Read(layer=0, expert=0, offset=0, num_bytes=4096))[1] == [
-                demo.read_shard(ExpertKey(0, 0)).tobytes()[:4096]
-            ]
-        deadline = time.monotonic() + 60
-        while server.stats.reads < count + 1:  # who takes while it answers may be as fast as it
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        replies = [decode(socket.recv_multipart()[0])[1] for _ in range(count)]
-        refused = [reply for reply in replies if isinstance(reply, Refused)]
-        assert 0 < len(refused) < count and "take them first" in refused[0].message
+        greedy = stack.enter_context(another_client(address))
+        asked = [greedy.send(Read(layer=4, expert=3, offset=0, num_bytes=size)) for _ in range(count)]
+        with another_client(address, "patient") as other:  # others are served meanwhile
+            for _ in range(10):
+                reply, data = other.request(Read(layer=0, expert=0, offset=0, num_bytes=4096))
+                assert isinstance(reply, Bytes) and data == demo.read_shard(ExpertKey(0, 0)).tobytes()[:4096]
+        assert server.stats.reads < count / 2
+        shard = demo.read_shard(KEY).tobytes()
+        assert all(greedy.receive(request_id)[1] == shard for request_id in asked)
+
+
+def test_a_client_that_takes_nothing_is_given_up(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_TAKEN_S", 0.05)
+    size = demo.manifest.shards[KEY].num_bytes
+    with ExitStack() as stack:
+        host, address = stack.enter_context(closing(ShardHost(demo, [], 1))), new_address("shelf")
+        server = stack.enter_context(serving(address, host))
+        greedy = stack.enter_context(another_client(address))
+        asked = [greedy.send(Read(layer=4, expert=3, offset=0, num_bytes=size)) for _ in range(400)]
+        until(lambda: not server._known)
+        with pytest.raises(HostLostError):
+            for request_id in asked:
+                greedy.receive(request_id)
 
 
 def test_shards_in_memory_are_read_from_there_while_they_come_and_go(demo: Store, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_host_that_does_not_exist_is_lost_after_the_deadline() -> None:
 def test_replies_to_older_requests_are_skipped() -> None:
     old, new = Computed(compute_s=0.5), Coming()
     with QuietHost(encode(0, old), encode(7, old), encode(1, new)) as host, connected(host.address) as client:
-        assert client.receive(client.send(Ask(layer=0, experts=[0]))) == (new, [])
+        assert client.receive(client.send(Ask(layer=0, experts=[0]))) == (new, b"")
 
 
 def test_only_replies_to_older_requests_are_no_reply() -> None:
@@ -92,7 +92,7 @@ def test_several_requests_may_be_under_way(client: HostClient, demo: Store) -> N
     request = Compute(layer=0, experts=[3], counts=[2], num_rows=2, numerics="int8")
     compute = client.send(request, wire(demo, "int8").encode(rows(2), np.arange(2)).data)
     assert [client.receive(request_id)[0] for request_id in asks] == [Coming(), Coming()]
-    reply, (buffer,) = client.receive(compute)
+    reply, buffer = client.receive(compute)
     assert isinstance(reply, Computed) and len(buffer) == 8 * HIDDEN
 
 

@@ -104,7 +104,7 @@ def test_a_malformed_message_is_refused_and_counted(
 def test_a_peer_of_another_version_is_told_to_upgrade(stranger: Peer) -> None:
     _, reply = stranger.ask([header(version=1)])
     assert isinstance(reply, Refused)
-    assert reply.message == "the peer speaks protocol 1, this moray speaks 3; upgrade both"
+    assert reply.message == "the peer speaks protocol 1, this moray speaks 4; upgrade both"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -74,9 +74,9 @@ def test_a_client_that_comes_back_loses_its_old_claims(
 
 
 def test_what_is_asked_for_is_coming(client: HostClient, host: ShardHost) -> None:
-    assert client.request(Ask(layer=0, experts=[1, 3])) == (Coming(), [])
+    assert client.request(Ask(layer=0, experts=[1, 3])) == (Coming(), b"")
     assert host._manager._claims["tester"] == {0, 1}
-    assert client.request(Ask(layer=2, experts=[])) == (Coming(), [])
+    assert client.request(Ask(layer=2, experts=[])) == (Coming(), b"")
     assert "tester" not in host._manager._claims
 
 
