@@ -3,7 +3,7 @@
     python benchmarks/placement.py
 
 Two processes are put into CPU and memory groups (cgroup v1, root), CPU time 3:1 and memory 3:1, then 1:1. One is the
-compute node, the other a host that it reaches through the real data plane (loopback TCP with CURVE). Both are measured
+compute node, the other a host that it reaches through the real data plane (loopback TCP with TLS). Both are measured
 as a joining node is, the experts are placed by these measurements, and a model of random weights generates under that
 placement and under other splits that memory allows, in turns. Throughput: decoded tokens a second, medians. The texts
 must be the same. Quotas are given in periods of 5 ms: a stall at the end of a period would else be longer than a layer.

@@ -9,7 +9,7 @@ process is a remote host with all experts; this one has none and asks it for ``-
 - *round trip*: from ``RemoteLanes.begin`` (grouping known, nothing quantized yet) to the outputs in an array;
 - *computing*: what the host says it took, from the request's arrival to its answer;
 - *beyond*: the difference, for each call. The target is a median of 0.3 ms;
-- *ping*: a Ping and its Pong; *echo*: an Echo with the same bytes there and back, which is what ZeroMQ, CURVE and the
+- *ping*: a Ping and its Pong; *echo*: an Echo with the same bytes there and back, which is what sockets, TLS and the
   network take of it; *Ray call*: of an actor on this machine, likewise.
 
 Quantiles over ``--calls`` rounds of all of these in turn, but for the Ray calls, after 100 that are not counted. The

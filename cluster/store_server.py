@@ -1,4 +1,4 @@
-"""Serving a store to who copies it: a host that has no experts of its own, behind CURVE keys that both sides have."""
+"""Serving a store to who copies it: a host that has no experts of its own, behind keys that both sides have."""
 
 from __future__ import annotations
 

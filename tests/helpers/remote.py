@@ -1,4 +1,4 @@
-"""Remote hosts: over tcp:// with CURVE, in threads of this process or in processes of their own."""
+"""Remote hosts: over tcp:// with TLS, in threads of this process or in processes of their own."""
 
 from __future__ import annotations
 

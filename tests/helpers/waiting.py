@@ -20,5 +20,5 @@ def num_open_files() -> int:
 
 
 def until_closed(num_files: int) -> None:
-    """Until this process has no more than so many open files. Sockets are closed by threads of ZeroMQ's, later."""
+    """Until this process has no more than so many open files. Threads close sockets later."""
     until(lambda: num_open_files() <= num_files)

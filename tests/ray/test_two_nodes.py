@@ -1,4 +1,4 @@
-"""An engine over two nodes: two real raylets, experts computed over tcp:// with CURVE, a node that goes and returns."""
+"""An engine over two nodes: two real raylets, experts computed over tcp:// with TLS, a node that goes and returns."""
 
 from __future__ import annotations
 

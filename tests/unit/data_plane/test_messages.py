@@ -158,7 +158,7 @@ def test_messages_that_are_nearly_right_never_stop_the_server(
         check_alive(peer, 2**40)
 
 
-def test_bytes_that_are_not_zeromq_never_stop_the_server(client: HostClient, address: HostAddress) -> None:
+def test_bytes_that_are_no_messages_never_stop_the_server(client: HostClient, address: HostAddress) -> None:
     rng = np.random.default_rng(0)
     for num_bytes in (1, 10, 64, 5000):
         with socket.socket(socket.AF_UNIX) as raw:
