@@ -38,10 +38,9 @@ class ServerStats:
     clients: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def count(self, **more: int) -> None:
+    def count(self, name: str, more: int = 1) -> None:
         with self.lock:
-            for name, number in more.items():
-                setattr(self, name, getattr(self, name) + number)
+            setattr(self, name, getattr(self, name) + more)
 
 
 class Listener:
@@ -82,7 +81,7 @@ class Listener:
                 sock, _ = self._socket.accept()
             except OSError:
                 continue  # it has gone again
-            self._stats.count(connections=1)
+            self._stats.count("connections")
             with self._lock:
                 is_one_too_many = self._strangers >= _MOST_STRANGERS or len(self._open) >= _MOST_CONNECTIONS
                 if not is_one_too_many:
@@ -107,7 +106,7 @@ class Listener:
             with self._lock:
                 self._strangers -= 1
             if is_admitted:
-                self._stats.count(admitted=1)
+                self._stats.count("admitted")
                 self._serve(wire)
         except ConnectionError:
             pass  # it ended, as connections do
@@ -132,7 +131,7 @@ class Listener:
         try:
             wire.shake_hands(wait)
         except ssl.SSLCertVerificationError:
-            self._stats.count(clients_refused=1)
+            self._stats.count("clients_refused")
             return False
         except OSError:
             return False  # no TLS, or it went away

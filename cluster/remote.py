@@ -127,7 +127,7 @@ class RemoteLanes:
         known = self._layers.get(layer)
         if known is None:
             known = self._layers[layer] = _Layer(layer, layout, self._numerics, gate)
-        call = RemoteCall(self, known, grouping, x_TH, list(held), offers)
+        call = RemoteCall(self, known, grouping, counts, x_TH, list(held), offers)
         call.send(chosen)
         return call
 
@@ -188,10 +188,11 @@ class RemoteCall:
     """One layer call's experts on other machines."""
 
     def __init__(
-        self, lanes: RemoteLanes, layer: _Layer, grouping: Grouping, x_TH: Floats, hosts: list[RemoteHost],
-        offers: list[tuple[int, ...]],
+        self, lanes: RemoteLanes, layer: _Layer, grouping: Grouping, counts: list[int], x_TH: Floats,
+        hosts: list[RemoteHost], offers: list[tuple[int, ...]],
     ) -> None:  # fmt: skip
-        self._lanes, self._layer, self._grouping, self._x_TH = lanes, layer, grouping, x_TH
+        """``counts``: pairs of each active expert."""
+        self._lanes, self._layer, self._grouping, self._counts, self._x_TH = lanes, layer, grouping, counts, x_TH
         self._hosts, self._offers = {host.number: host for host in hosts}, offers
         self._is_single = len(x_TH) == 1  # token: each expert has one pair
         self._lost: set[int] = set()
@@ -205,11 +206,11 @@ class RemoteCall:
 
     def send(self, chosen: dict[int, list[int]]) -> None:
         """At the beginning: the positions that each host computes."""
+        for number, positions in chosen.items():
+            self._send(self._hosts[number], positions)
         for positions in chosen.values():
             self.elsewhere[positions] = True
         self.here = np.flatnonzero(~self.elsewhere)
-        for number, positions in chosen.items():
-            self._send(self._hosts[number], positions)
 
     def take(self) -> tuple[list[tuple[Ints, Floats]], Ints]:
         """Outputs that have arrived, as pairs' numbers and rows, and positions that must be computed here after all.
@@ -280,10 +281,9 @@ class RemoteCall:
 
     def _send(self, host: RemoteHost, positions: list[int]) -> None:
         """In several requests if the work is expected to take long: each has its own deadline."""
-        self._tried |= {(position, host.number) for position in positions}
         starts = self._grouping.starts
-        counts = [int(starts[p + 1] - starts[p]) for p in positions]
-        parts = self._parts(host, counts)
+        parts = self._parts(host, [self._counts[p] for p in positions])
+        self._tried.update((position, host.number) for position in positions)
         for number, part in enumerate(parts):
             experts = np.array([positions[i] for i in part.experts], dtype=np.int64)
             counts = [last - first for first, last in zip(part.first, part.last, strict=True)]

@@ -88,12 +88,13 @@ class DataPlaneServer:
             while True:
                 self._receive(client, wire.receive())
         except ProtocolError:
-            self.stats.count(rejected=1)  # too large: what comes after it cannot be understood
+            self.stats.count("rejected")  # too large: what comes after it cannot be understood
         finally:
             self._forget(client)
 
     def _receive(self, client: _Client, frames: Frames) -> None:
         header, buffer = frames
+        self.stats.count("requests")
         request_id = 0
         answer: Message | None
         try:
@@ -107,7 +108,8 @@ class DataPlaneServer:
             answer, out = Refused(reason="shard", message=str(error)), NOTHING
         except Exception as error:  # told to the one who asked; the host works on for the others
             answer, out = Refused(reason="failed", message=f"{type(error).__name__}: {error}"), NOTHING
-        self.stats.count(requests=1, rejected=isinstance(answer, Refused))
+        if isinstance(answer, Refused):
+            self.stats.count("rejected")
         if answer is not None and not client.wire.send(encode(request_id, answer), out):
             client.wire.wait_sent(_TAKEN_S)
 
@@ -134,7 +136,7 @@ class DataPlaneServer:
             case Ping():
                 return Pong(resident=self._host.resident() if message.wants_resident else None), NOTHING
             case Hint():
-                self.stats.count(hints=1)
+                self.stats.count("hints")
                 self._note(message.uses)
                 self._host.hint(message.layer, message.experts)
                 return None, NOTHING
@@ -146,12 +148,12 @@ class DataPlaneServer:
         raise ProtocolError(f"a host does not accept {type(message).__name__}")
 
     def _read(self, client: _Client, message: Message) -> _Answer:
-        self.stats.count(reads=1)
+        self.stats.count("reads")
         try:
             answer, out = self._reads.answer(message, client.memory)
         except StoreError as error:
             return Refused(reason="absent", message=str(error)), NOTHING
-        self.stats.count(read_bytes=len(out))
+        self.stats.count("read_bytes", len(out))
         return answer, out
 
     def _note(self, uses: list[list[int]]) -> None:
@@ -219,7 +221,7 @@ class DataPlaneServer:
             self._host.hint(layer, absent, is_prediction=False)
             return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), NOTHING
         y = self._host.compute(layer, request.experts, request.counts, x_TH, row_of_pair, request.numerics, gate)
-        self.stats.count(pairs_computed=len(y))
+        self.stats.count("pairs_computed", len(y))
         return Computed(compute_s=perf_counter() - started), y.data.cast("B")
 
 

@@ -6,7 +6,6 @@ import select
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any
 
 _RAW_BYTES = 128 << 10  # read at once
 NOTHING = memoryview(b"")
@@ -63,16 +62,24 @@ class TlsStream:
                 return self._flush_waiting(wait)
 
     def recv_into(self, view: memoryview) -> int:
-        while True:
-            if self._received.pending or self._tls.pending():
-                try:
-                    return _read_into(self._tls, view)
-                except ssl.SSLWantReadError:
-                    pass  # a part of a record
-                except ssl.SSLZeroReturnError:
+        """All that is here already, as far as there is room: a record is 16 KiB at most."""
+        count = 0
+        while count < len(view):
+            try:
+                if not self._received.pending and not self._tls.pending():
+                    if count:
+                        return count
+                    if not self._receive():
+                        return 0
+                count += self._tls.read(len(view) - count, view[count:])  # type: ignore[operator]  # it returns int
+            except ssl.SSLWantReadError:  # a part of a record
+                if count:
+                    return count
+                if not self._receive():
                     return 0
-            if not self._receive():
-                return 0
+            except ssl.SSLZeroReturnError:
+                return count
+        return count
 
     def send(self, data: memoryview) -> int:
         self.flush()
@@ -116,11 +123,6 @@ class TlsStream:
                 raise ConnectionError("the other side has closed the connection")
             except BlockingIOError:
                 wait(select.POLLIN)
-
-
-def _read_into(tls: Any, view: memoryview) -> int:
-    count: int = tls.read(len(view), view)  # of bytes, as its documentation says
-    return count
 
 
 Stream = PlainStream | TlsStream

@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_BUFFER_BYTES = 1 << 30
 _PREFIX = struct.Struct("<II")
 _CHUNK_BYTES = 64 << 10  # looked at, and sent, at once
-_ALIGNMENT = 64  # of buffers
+_ALIGNMENT = 16  # of buffers, as of all memory
 _LOST_MS = 3000  # without the other side's kernel acknowledging anything
 
 Frames = tuple[memoryview, memoryview]  # a header and its buffer, which may be empty
@@ -109,16 +109,15 @@ class Wire:
         self._start += _PREFIX.size
         self._filled = self._header_at = -header_bytes % _ALIGNMENT  # so that the buffer begins at a multiple
         self._buffer_at = self._header_at + header_bytes
-        memory = np.empty(self._buffer_at + buffer_bytes + _ALIGNMENT, dtype=np.uint8)
-        first = -memory.ctypes.data % _ALIGNMENT
-        self._message = memory[first : first + self._buffer_at + buffer_bytes].data
+        self._message = np.empty(self._buffer_at + buffer_bytes, dtype=np.uint8).data
 
     def _read(self) -> bool:
         """Read what is here. False: nothing."""
         message = self._message
         if message is None:
             left = self._end - self._start
-            self._chunk[:left] = bytes(self._chunk[self._start : self._end])
+            if left:
+                self._chunk[:left] = bytes(self._chunk[self._start : self._end])
             self._start, self._end = 0, left
             room = self._chunk[left:]
         else:  # all of the chunk is in it already

@@ -60,7 +60,7 @@ def test_messages_arrive_as_they_were_sent(is_secret: bool, num_bytes: int) -> N
             sending = None if done else in_background(lambda: one.wait_sent(30))
             got, buffer = receive(other)
             assert bytes(got) == header and buffer == LARGE[:num_bytes]
-            assert np.frombuffer(buffer, dtype=np.uint8).ctypes.data % 64 == 0 or not num_bytes
+            assert np.frombuffer(buffer, dtype=np.uint8).ctypes.data % 16 == 0 or not num_bytes
             if sending is not None:
                 sending.join()
             assert one.unsent_bytes == 0 and other.try_receive() is None
