@@ -130,6 +130,8 @@ class Connection:
         poll.register(self._event, select.POLLIN)
         if sock is not None and event:
             poll.register(sock.fileno(), event)
+        if self._is_closed:  # the call may have been heard before
+            timeout_s = 0.0
         ready = dict(poll.poll(None if timeout_s is None else 1000 * timeout_s))
         if ready.pop(self._event, 0):
             os.eventfd_read(self._event)

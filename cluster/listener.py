@@ -10,7 +10,7 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, sleep
 
 from moray.cluster.keys import Admission
 from moray.cluster.wire import Wire, is_local, new_socket
@@ -19,6 +19,7 @@ from moray.runtime.errors import ConfigError
 _HANDSHAKE_S = 5.0  # a connection that has not shown its key by then is closed
 _MOST_STRANGERS = 64  # connections that have not shown their key; more are closed at once
 _MOST_CONNECTIONS = 512
+_SHORT_OF_FILES_S = 0.1
 
 
 @dataclass(slots=True)
@@ -79,24 +80,24 @@ class Listener:
         while all(fd != self._stop for fd, _ in poll.poll()):
             try:
                 sock, _ = self._socket.accept()
-            except OSError:
+            except (BlockingIOError, ConnectionError):
                 continue  # it has gone again
+            except OSError:  # no more files may be open: others may close some
+                sleep(_SHORT_OF_FILES_S)
+                continue
             self._stats.count("connections")
             with self._lock:
-                is_one_too_many = self._strangers >= _MOST_STRANGERS or len(self._open) >= _MOST_CONNECTIONS
-                if not is_one_too_many:
-                    self._strangers += 1
+                if self._strangers < _MOST_STRANGERS and len(self._open) < _MOST_CONNECTIONS:
                     self._greet(sock)
-            if is_one_too_many:
-                sock.close()
+                else:
+                    sock.close()
         self._socket.close()
 
     def _greet(self, sock: socket.socket) -> None:
         """Begin to find out who it is."""
-        if self._admission is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wire = Wire(sock, self._admission.context if self._admission is not None else None, is_server=True)
         thread = threading.Thread(target=self._run, args=(sock, wire), name="moray-data-plane", daemon=True)
+        self._strangers += 1
         self._open[wire] = thread
         thread.start()
 
@@ -111,9 +112,9 @@ class Listener:
         except ConnectionError:
             pass  # it ended, as connections do
         finally:
+            wire.close()
             with self._lock:
                 del self._open[wire]
-            wire.close()
 
     def _is_admitted(self, sock: socket.socket, wire: Wire) -> bool:
         if self._admission is None:
