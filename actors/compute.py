@@ -18,6 +18,7 @@ from moray.cluster.keys import KeyPair
 from moray.cluster.remote_host import RemoteStats
 from moray.cluster.replicas import ExpertUse
 from moray.cluster.residency import Place
+from moray.runtime.arrays import Floats
 from moray.runtime.errors import ClusterError, MorayError
 from moray.runtime.events import ComputeFailed, ComputeRestarted, RemoteHostChanged
 from moray.runtime.generation.request import GenerationRequest, Prompt, SamplingParams, TokenEvent
@@ -26,9 +27,6 @@ from moray.runtime.store.store import Store
 from moray.runtime.topology import CoreClaim, on_cores, read_cores
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from moray.runtime.device.stats import DeviceStats
     from moray.runtime.device.tier import DeviceTier
     from moray.runtime.evaluation import Ids, TokenScores
@@ -227,9 +225,9 @@ class ComputeActor:
     def cancel(self, request_id: str) -> None:
         self._runner.cancel(request_id)
 
-    def logits(self, token_ids: list[int]) -> npt.NDArray[np.float32]:
+    def logits(self, token_ids: list[int]) -> Floats:
         """float32 [T, V]."""
-        logits: npt.NDArray[np.float32] = self._runner.logits(token_ids).numpy()
+        logits: Floats = self._runner.logits(token_ids).numpy()
         return logits
 
     def score(self, token_ids: list[int], candidates: Ids | None) -> TokenScores:

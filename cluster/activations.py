@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.arrays import Floats, Ints
+from moray.runtime.arrays import Bytes, Floats, Ints
 from moray.runtime.errors import ProtocolError
 from moray.runtime.kernels.wire import quantize_rows, restore_rows
 from moray.runtime.layout.packed import Numerics, PackedSpec
@@ -34,7 +34,7 @@ class WireFormat:
         row = self.columns + 4 * (self.columns // self.group) if self.group else 4 * self.columns
         return 4 * num_pairs + row * num_rows
 
-    def encode(self, x_TH: Floats, row_of_pair: Ints) -> npt.NDArray[np.uint8]:
+    def encode(self, x_TH: Floats, row_of_pair: Ints) -> Bytes:
         """The buffer for rows of x that pairs take."""
         num_rows, num_pairs = len(x_TH), len(row_of_pair)
         buffer = np.empty(self.num_bytes(num_rows, num_pairs), dtype=np.uint8)
@@ -65,7 +65,7 @@ class WireFormat:
         restore_rows(*self._views(rest, num_rows), self.group, x_TH)
         return x_TH, row_of_pair
 
-    def _views(self, rest: npt.NDArray[np.uint8], num_rows: int) -> tuple[npt.NDArray[np.int8], Floats]:
+    def _views(self, rest: Bytes, num_rows: int) -> tuple[npt.NDArray[np.int8], Floats]:
         num_groups = self.columns // self.group
         end = 4 * num_rows * num_groups
         peaks = rest[:end].view(np.float32).reshape(num_rows, num_groups)

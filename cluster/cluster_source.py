@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from moray.cluster.arena_source import ArenaSource
 from moray.cluster.client import HostAddress
@@ -20,7 +19,7 @@ from moray.cluster.remote import RemoteCall, RemoteLanes
 from moray.cluster.remote_host import OnChange, RemoteStats
 from moray.cluster.residency import Place, Residency
 from moray.runtime.arena import Arena, ArenaRef
-from moray.runtime.arrays import Bools, Ints
+from moray.runtime.arrays import Bools, Floats, Ints
 from moray.runtime.errors import ConfigError
 from moray.runtime.events import Event
 from moray.runtime.experts.source import Fetch, LeaseTable, SourceInfo, SourceStats
@@ -85,7 +84,7 @@ class ClusterSource:
     def remote(self) -> ClusterSource | None:
         return self if self._remote.hosts else None
 
-    def begin(self, layer: int, grouping: Grouping, x_TH: npt.NDArray[np.float32], gate: Gate) -> RemoteCall | None:
+    def begin(self, layer: int, grouping: Grouping, x_TH: Floats, gate: Gate) -> RemoteCall | None:
         self._elsewhere = (-1, frozenset())
         if self._remote.forced is Lane.HOST_CPU:
             return None

@@ -11,9 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from moray.runtime.arrays import Bools, Doubles
+from moray.runtime.arrays import Bools, Doubles, Ints
 from moray.runtime.layout.shard import ExpertKey
 
 _HALF_LIFE_S = 60.0  # of a use
@@ -26,7 +25,7 @@ _DEVIATIONS = 3.0  # of the difference of two counts (Poisson)
 class ExpertUse:
     """A moment of the compute process. Of each layer [E]."""
 
-    uses: tuple[npt.NDArray[np.int64], ...]  # tokens of each expert since the process began
+    uses: tuple[Ints, ...]  # tokens of each expert since the process began
     is_here: tuple[Bools, ...]  # in memory on the compute node
     is_elsewhere: tuple[Bools, ...]  # in memory on a live host of another node
 
@@ -37,7 +36,7 @@ class RemoteHeat:
     def __init__(self, owned: Mapping[str, Collection[ExpertKey]], slots: Mapping[str, int]) -> None:
         """``owned``: the experts that each host of the compute node may hold; ``slots``: of its arena."""
         self._owned, self._slots = {host: sorted(keys) for host, keys in owned.items()}, slots
-        self._before: npt.NDArray[np.int64] | None = None
+        self._before: Ints | None = None
         self._heat: Doubles | None = None
 
     def step(self, now: ExpertUse, passed_s: float) -> dict[str, list[ExpertKey]]:
@@ -58,7 +57,7 @@ class RemoteHeat:
         return found
 
 
-def worth_copying(heat: Doubles, is_here: Bools, is_elsewhere: Bools, num_slots: int) -> npt.NDArray[np.int64]:
+def worth_copying(heat: Doubles, is_here: Bools, is_elsewhere: Bools, num_slots: int) -> Ints:
     """Positions of a host's experts that should be copied to it, the hottest first, each in place of a colder one."""
     wanted = np.flatnonzero(is_elsewhere & ~is_here & (heat >= _LEAST_USES))
     wanted = wanted[np.argsort(-heat[wanted], kind="stable")]

@@ -30,8 +30,8 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from moray.runtime.arrays import Ints
 from moray.runtime.errors import HostLostError, ResourceError
 from moray.runtime.futex import wake
 from moray.runtime.layout.shard import ALIGNMENT, round_up
@@ -64,9 +64,9 @@ class Arena:
         numbers = self._bytes[8:40].view(np.int64)
         self.num_slots, self.slot_bytes, self.first_slot, self.num_experts = (int(x) for x in numbers)
         counters = self._bytes[_HEADER_BYTES:][: 8 * (self.num_slots + self.num_experts)].view(np.int64)
-        self.generations: npt.NDArray[np.int64] = counters[: self.num_slots]
-        self.directory: npt.NDArray[np.int64] = counters[self.num_slots :]
-        self.arrivals: npt.NDArray[np.int64] = self._bytes[_ARRIVALS_AT:][:8].view(np.int64)
+        self.generations: Ints = counters[: self.num_slots]
+        self.directory: Ints = counters[self.num_slots :]
+        self.arrivals: Ints = self._bytes[_ARRIVALS_AT:][:8].view(np.int64)
         self.base_address = int(self._bytes.ctypes.data)
 
     @classmethod
@@ -124,11 +124,11 @@ class Arena:
         start = self.first_slot + index * self.slot_bytes
         return self._bytes.data[start : start + self.slot_bytes]
 
-    def addresses(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def addresses(self, slots: Ints) -> Ints:
         """Addresses of slots in this process; valid until ``close``."""
         return self.base_address + self.first_slot + slots * self.slot_bytes
 
-    def entry_addresses(self, experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def entry_addresses(self, experts: Ints) -> Ints:
         """Addresses of directory entries in this process."""
         return self.base_address + _HEADER_BYTES + 8 * (self.num_slots + experts)
 

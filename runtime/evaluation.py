@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moray.runtime.arrays import Floats
+from moray.runtime.arrays import Doubles, Floats
 from moray.runtime.errors import EvaluationError
 
 NUM_TOP_TOKENS = 64
@@ -53,7 +53,7 @@ def cut_windows(ids: Sequence[int], length: int) -> Iterator[list[int]]:
         yield list(ids[start : start + length])
 
 
-def kl_divergences(reference: TokenScores, scores: TokenScores) -> npt.NDArray[np.float64]:
+def kl_divergences(reference: TokenScores, scores: TokenScores) -> Doubles:
     """[T-1] KL(reference || scores) in nats, over the reference's top tokens and one bucket for the rest.
 
     The candidates of ``scores`` must be the reference's top tokens.
@@ -63,7 +63,7 @@ def kl_divergences(reference: TokenScores, scores: TokenScores) -> npt.NDArray[n
     log_q = np.column_stack((scores.candidate_log_probs, scores.candidate_rest)).astype(np.float64)
     possible = log_p > -np.inf  # p log(p / q) is 0 where p is 0: the rest of a vocabulary that has no more than K
     difference = np.subtract(log_p, log_q, out=np.zeros_like(log_p), where=possible)
-    divergences: npt.NDArray[np.float64] = np.sum(np.exp(log_p) * difference, axis=1)
+    divergences: Doubles = np.sum(np.exp(log_p) * difference, axis=1)
     return divergences
 
 

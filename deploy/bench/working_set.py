@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from moray.runtime.arena import Arena
 from moray.runtime.arrays import Bytes
@@ -102,7 +101,7 @@ def describe_pages(address: int) -> str:
 def _fill_random(buffer: Bytes, random: np.random.Generator) -> None:
     step = 64 << 20
     for start in range(0, buffer.size, step):
-        part: npt.NDArray[np.uint8] = buffer[start : start + step]
+        part: Bytes = buffer[start : start + step]
         part[:] = np.frombuffer(random.bytes(part.size), dtype=np.uint8)
 
 

@@ -8,10 +8,9 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from moray.runtime.arrays import Ints
+from moray.runtime.arrays import Bools, Floats, Ints
 from moray.runtime.device.cache import DeviceCache
 from moray.runtime.device.stats import DeviceStats
 from moray.runtime.lanes.lane import AUTO, Lane, Resource, parse_lanes
@@ -42,7 +41,7 @@ class DeviceTier:
         self.first_expert = np.concatenate([[0], np.cumsum(layer_sizes)]).tolist()
         self.helper = ThreadPoolExecutor(1, "moray-host-lane")  # waits for the CPU's kernels
         self.clock = CudaClock(device) if device.type == "cuda" else PlainClock()
-        self._heat: npt.NDArray[np.float32] = np.zeros(self.first_expert[-1], dtype=np.float32)
+        self._heat: Floats = np.zeros(self.first_expert[-1], dtype=np.float32)
         self._uses, self._bytes = [0] * len(Lane), [0] * len(Lane)
 
     @classmethod
@@ -101,7 +100,7 @@ class DeviceTier:
             rates=self.rates.snapshot(),
         )
 
-    def resident(self) -> list[npt.NDArray[np.bool_]] | None:
+    def resident(self) -> list[Bools] | None:
         """bool [E] of each layer: experts on the device; None if none ever is. From any thread, while copies go on."""
         cache = self.cache
         if cache is None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from moray.runtime.arrays import Ints
+from moray.runtime.arrays import Floats, Ints
 from moray.runtime.kernels import moe, ops
 from moray.runtime.kernels.ops import Grouping
 
@@ -21,7 +20,7 @@ class Pairs:
         self._rows: Ints = np.empty(0, dtype=np.int64)
 
     @cached_property
-    def _y_PH(self) -> npt.NDArray[np.float32]:
+    def _y_PH(self) -> Floats:
         return np.empty((len(self._grouping.token_of_pair), self._like.shape[1]), dtype=np.float32)
 
     def part(self, experts: Ints) -> tuple[Grouping, torch.Tensor]:
@@ -39,7 +38,7 @@ class Pairs:
         """What was computed of the last ``part``."""
         self._y_PH[self._rows] = y_PH.to("cpu", torch.float32).numpy()
 
-    def put(self, pairs: Ints, y_PH: npt.NDArray[np.float32]) -> None:
+    def put(self, pairs: Ints, y_PH: Floats) -> None:
         """Outputs of pairs by their numbers."""
         self._y_PH[pairs] = y_PH
 

@@ -6,9 +6,8 @@ import threading
 from math import exp
 
 import numpy as np
-import numpy.typing as npt
 
-from moray.runtime.arrays import Ints
+from moray.runtime.arrays import Bytes, Ints
 
 _MEMORY_S = 3.0  # what is longer ago counts less than 1/e
 _LEAST_SCALE = 8.0  # tokens that the brightest expert stands for, at least: a few do not look like many
@@ -25,7 +24,7 @@ class RecentUse:
         self._at = now
         self._lock = threading.Lock()
 
-    def levels(self, now: float) -> list[npt.NDArray[np.uint8]]:
+    def levels(self, now: float) -> list[Bytes]:
         """uint8 [E] of each layer: 0 not used of late, 255 the most used expert of all; logarithmic.
 
         What came since the last call is taken to have come evenly, so the answer does not depend on who else asks.

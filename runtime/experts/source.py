@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from moray.runtime.arrays import Bytes, Ints
+from moray.runtime.arrays import Bools, Bytes, Floats, Ints
 from moray.runtime.layout.packed import VECTOR_BYTES
 from moray.runtime.layout.shard import ExpertKey
 from moray.runtime.memory import require_memory
@@ -75,12 +74,12 @@ class RemoteCall(Protocol):
     """A layer call of which other machines compute a part."""
 
     here: Ints  # positions in the list of active experts: those to be computed here at once
-    elsewhere: npt.NDArray[np.bool_]  # [E], the others, except those that came back
+    elsewhere: Bools  # [E], the others, except those that came back
 
     @property
     def is_over(self) -> bool: ...
 
-    def take(self) -> tuple[list[tuple[Ints, npt.NDArray[np.float32]]], Ints]:
+    def take(self) -> tuple[list[tuple[Ints, Floats]], Ints]:
         """Outputs that have arrived, as numbers of pairs and float32 [P, H], and positions to be computed here after
         all. Waits for either, with a deadline.
         """
@@ -102,7 +101,7 @@ class RemoteCall(Protocol):
 class RemoteExperts(Protocol):
     """Other machines that compute experts."""
 
-    def begin(self, layer: int, grouping: Grouping, x_TH: npt.NDArray[np.float32], gate: Gate) -> RemoteCall | None:
+    def begin(self, layer: int, grouping: Grouping, x_TH: Floats, gate: Gate) -> RemoteCall | None:
         """Send what others compute of a layer call: gated experts on float32 [T, H]. None: nothing."""
         ...
 

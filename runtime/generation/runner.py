@@ -16,10 +16,10 @@ from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from moray.runtime.arrays import Bools, Bytes
 from moray.runtime.device.stats import DeviceStats
 from moray.runtime.device.tier import DeviceTier, default_budget
 from moray.runtime.errors import MorayError, RequestError
@@ -213,7 +213,7 @@ class Runner:
     def stats(self) -> ExpertsStats:
         return self._meter.snapshot()
 
-    def recent_use(self) -> list[npt.NDArray[np.uint8]]:
+    def recent_use(self) -> list[Bytes]:
         """uint8 [E] of each layer: see ``RecentUse.levels``."""
         return self._recent.levels(perf_counter())
 
@@ -228,7 +228,7 @@ class Runner:
         """Of the experts on a device; None if all are computed on the CPU anyway."""
         return None if self._tier is None else self._tier.stats()
 
-    def on_device(self) -> list[npt.NDArray[np.bool_]] | None:
+    def on_device(self) -> list[Bools] | None:
         """bool [E] of each layer: experts on a device; None if there is none for them."""
         return None if self._tier is None else self._tier.resident()
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from moray.runtime.arrays import Bytes
+from moray.runtime.arrays import Bytes, Floats, Ints
 from moray.runtime.kernels.setup import FLOATS, entry
 from moray.runtime.kernels.vectors import F32, I32
 from moray.runtime.layout import fp4, second_level
@@ -98,7 +97,7 @@ def _lookup(packed, rows, columns, is_half, width, group, planes, code_bytes, me
             _plain_row(block, lane, columns, is_half, width, out[i])
 
 
-def lookup(packed: Bytes, spec: PackedSpec, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def lookup(packed: Bytes, spec: PackedSpec, rows: Ints) -> Floats:
     """Rows int64 [N] of a packed matrix -> float32 [N, C], the values that reference.py's ``dequantize`` gives."""
     out = np.empty((len(rows), spec.columns), dtype=np.float32)
     planes = np.array(PLANES.get(spec.encoding, ()), dtype=np.int64)

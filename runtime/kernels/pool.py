@@ -18,9 +18,9 @@ import os
 import threading
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
+from moray.runtime.arrays import Ints
 from moray.runtime.kernels.atomics import (
     add_atomic,
     call_items,
@@ -160,7 +160,7 @@ class Pool:
         self.num_threads = num_threads
         self.lock = threading.Lock()  # held while a program runs
         lines = _HEADER // _LINE + MAX_PHASES * (_NEXT // _LINE + num_threads)
-        self._memory: npt.NDArray[np.int64] = np.zeros((lines + 1) * _LINE // 8, dtype=np.int64)
+        self._memory: Ints = np.zeros((lines + 1) * _LINE // 8, dtype=np.int64)
         self.address = -(-self._memory.ctypes.data // _LINE) * _LINE
         self._word(_THREADS)[0] = num_threads
         self._threads = [
@@ -183,7 +183,7 @@ class Pool:
     def _serve(self, thread: int) -> None:
         _serve(self.address, thread)
 
-    def _word(self, offset: int) -> npt.NDArray[np.int64]:
+    def _word(self, offset: int) -> Ints:
         first = (self.address - self._memory.ctypes.data + offset) // 8
         return self._memory[first : first + 1]
 

@@ -141,8 +141,8 @@ class Quantized:
     """
 
     codes: Bytes
-    scales: npt.NDArray[np.float32]
-    zeros: npt.NDArray[np.float32]
+    scales: Floats
+    zeros: Floats
 
 
 def is_legal_group(group: int, columns: int, bits: int) -> bool:

@@ -16,9 +16,8 @@ Both are exact in float32. The meta of one row block, R = 16 rows and G groups:
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from moray.runtime.arrays import Bytes, Floats, Halves
+from moray.runtime.arrays import Bools, Bytes, Doubles, Floats, Halves
 
 GROUPS = 16  # groups of a row that share a super-scale
 MAX_CODE = 255
@@ -107,7 +106,7 @@ def unpack(meta: Bytes, groups: int, bits: int) -> tuple[Floats, Floats]:
     return decode(codes[0], codes[1], supers, bits)
 
 
-def _find_units(scales_NG: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _find_units(scales_NG: Doubles) -> Doubles:
     """[N] of super-scale * 2**-16 in which each row of [N, 16] scales is whole codes; the smallest that works."""
     largest = scales_NG.max(axis=1)
     units = np.zeros(len(scales_NG))
@@ -124,17 +123,17 @@ def _find_units(scales_NG: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return units
 
 
-def _codes_in(scales_NG: npt.NDArray[np.float64], units_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _codes_in(scales_NG: Doubles, units_N: Doubles) -> Doubles:
     return scales_NG / np.where(units_N == 0, 1, units_N)[:, None]
 
 
-def _are_codes(values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    codes: npt.NDArray[np.bool_] = (values >= 0) & (values <= MAX_CODE) & (values == np.rint(values))
+def _are_codes(values: Doubles) -> Bools:
+    codes: Bools = (values >= 0) & (values <= MAX_CODE) & (values == np.rint(values))
     return codes
 
 
-def _is_half(values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+def _is_half(values: Doubles) -> Bools:
     """Whether float16 holds each exactly; NaN and infinity do not count."""
     with np.errstate(over="ignore", invalid="ignore"):
-        halves: npt.NDArray[np.bool_] = np.isfinite(values) & (values.astype(np.float16) == values)
+        halves: Bools = np.isfinite(values) & (values.astype(np.float16) == values)
     return halves

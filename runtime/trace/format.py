@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
-import numpy.typing as npt
 
-from moray.runtime.arrays import Ints
+from moray.runtime.arrays import Bools, Ints
 from moray.runtime.errors import TraceError
 from moray.runtime.store.manifest import Manifest
 
@@ -93,7 +92,7 @@ class Trace:
     starts: Ints  # [C + 1]: the uses of call c are starts[c]:starts[c + 1]
     experts_U: Ints  # within their layer
     tokens_U: Ints
-    missed_U: npt.NDArray[np.bool_]
+    missed_U: Bools
     lanes_U: Ints
     predicted: dict[int, Ragged]  # distance -> experts predicted for layer + distance, within that layer
     torn_bytes: int  # at the end of the file, of a record that was not written whole
@@ -103,7 +102,7 @@ class Trace:
         return len(np.unique(self.steps_C))
 
     @property
-    def is_prefill_C(self) -> npt.NDArray[np.bool_]:
+    def is_prefill_C(self) -> Bools:
         """Calls with several tokens; the others are decode calls."""
         return self.num_tokens_C > 1
 
