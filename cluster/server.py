@@ -217,10 +217,13 @@ class DataPlaneServer:
         gate = _gate(request.gate)
         form = WireFormat.of(gate_up.spec, request.numerics)
         x_TH, row_of_pair = form.decode(buffer, request.num_rows, sum(request.counts))
-        if absent := self._host.absent(layer, request.experts):
+        y = self._host.compute(
+            layer, request.experts, request.counts, x_TH, row_of_pair, request.numerics, gate, waits=False
+        )
+        if y is None:
+            absent = self._host.absent(layer, request.experts)
             self._host.hint(layer, absent, is_prediction=False)
             return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), NOTHING
-        y = self._host.compute(layer, request.experts, request.counts, x_TH, row_of_pair, request.numerics, gate)
         self.stats.count("pairs_computed", len(y))
         return Computed(compute_s=perf_counter() - started), y.data.cast("B")
 

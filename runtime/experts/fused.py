@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -45,8 +46,14 @@ class FusedExperts:
     def compute_pairs(self, x_TH: Floats, experts: Ints, starts: Ints, row_of_pair: Ints, shards_E: Ints) -> Floats:
         """float32 [P, H]: each pair's own output, unweighted; pair p takes row ``row_of_pair[p]`` of x."""
         num_pairs = len(row_of_pair)
-        grouping = Grouping(experts, starts, row_of_pair, np.arange(num_pairs, dtype=np.int64)[:, None])
-        ones = np.ones((num_pairs, 1), dtype=np.float32)
+        positions, ones = _unweighted(num_pairs)
+        grouping = Grouping(experts, starts, row_of_pair, positions)
         y_PH = np.empty((num_pairs, self.kernel.down.spec.rows), dtype=np.float32)
         self.compute_at(x_TH.ctypes.data, ones.ctypes.data, y_PH.ctypes.data, grouping, shards_E)
         return y_PH
+
+
+@lru_cache(maxsize=16)  # decoding asks for a few again and again
+def _unweighted(num_pairs: int) -> tuple[Ints, Floats]:
+    """[P, 1]: each pair is a token of its own, of weight 1."""
+    return np.arange(num_pairs, dtype=np.int64)[:, None], np.ones((num_pairs, 1), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -95,6 +96,7 @@ class ShardHost:
         self.assigned = self.keys if assigned is None else list(assigned)
         self._prepared: set[Numerics] = set()
         self._fused: dict[int, tuple[tuple[Numerics, Gate], FusedExperts]] = {}  # by layer
+        self._computing = threading.Lock()
         self._adopt()
         self.num_adopted = self._manager.num_resident  # shards that an earlier process had loaded
         self._prefetch = HostPrefetch(prefetch, layer_of, [entry.num_bytes for entry in entries])
@@ -224,6 +226,10 @@ class ShardHost:
         """Make the kernels ready for ``compute``: compiled, or loaded, and checked. Idempotent."""
         if numerics in self._prepared:
             return
+        with self._computing:
+            self._prepare(numerics)
+
+    def _prepare(self, numerics: Numerics) -> None:
         # Imported here: a host that only lends its shards never loads Numba.
         from moray.runtime.experts.fused import FusedExperts
         from moray.runtime.kernels.gates import SWIGLU
@@ -246,11 +252,14 @@ class ShardHost:
         row_of_pair: Ints,
         numerics: Numerics,
         gate: Gate,
-    ) -> Floats:
+        *,
+        waits: bool = True,
+    ) -> Floats | None:
         """Gated experts where they lie -> float32 [P, H]: ``counts`` pairs each, pair p of row ``row_of_pair[p]``.
 
-        The outputs are not weighted: the caller sums them, in the router's order. Waits for what must be loaded.
-        Raises KeyError for an expert that does not live here, and what keeps one from being loaded.
+        The outputs are not weighted: the caller sums them, in the router's order. Waits for what must be loaded, or
+        else returns None at once. One call after the other: they share a claim. Raises KeyError for an expert that does
+        not live here, and what keeps one from being loaded.
         """
         from moray.runtime.experts.fused import FusedExperts
 
@@ -258,16 +267,20 @@ class ShardHost:
         if layout.get("gate_up_proj") is None:
             raise ProtocolError(f"the experts of MoE layer {layer} have no gate: lease them")
         self.prepare(numerics)
-        kind, fused = self._fused.get(layer, (None, None))
-        if fused is None or kind != (numerics, gate):
-            fused = FusedExperts.of(layout, numerics, gate)
-            self._fused[layer] = (numerics, gate), fused
         starts = np.array([0, *accumulate(counts)], dtype=np.int64)
-        try:
-            shards = self.arena.addresses(self._hold(layer, experts))
-            return fused.compute_pairs(x_TH, np.asarray(experts, dtype=np.int64), starts, row_of_pair, shards)
-        finally:
-            self._let_go()
+        with self._computing:
+            kind, fused = self._fused.get(layer, (None, None))
+            if fused is None or kind != (numerics, gate):
+                fused = FusedExperts.of(layout, numerics, gate)
+                self._fused[layer] = (numerics, gate), fused
+            try:
+                slots = self._hold(layer, experts, waits)
+                if slots is None:
+                    return None
+                shards = self.arena.addresses(slots)
+                return fused.compute_pairs(x_TH, np.asarray(experts, dtype=np.int64), starts, row_of_pair, shards)
+            finally:
+                self._let_go()
 
     def copy_resident(self, key: ExpertKey, start: int, view: memoryview) -> bool:
         """Copy a part of a shard out of the arena. False: it is not in memory, or went meanwhile. From any thread."""
@@ -300,8 +313,8 @@ class ShardHost:
     def _indices(self, layer: int, experts: Sequence[int]) -> list[int]:
         return [self._index[ExpertKey(layer, expert)] for expert in experts]
 
-    def _hold(self, layer: int, experts: Sequence[int]) -> Ints:
-        """Claim experts for this host's own use and wait for them. Returns their slots."""
+    def _hold(self, layer: int, experts: Sequence[int], waits: bool) -> Ints | None:
+        """Claim experts for this host's own use and wait for them. Returns their slots; None: one is not here."""
         indices = self._indices(layer, experts)
         with self._loader.lock:
             if all(self._manager.state(index) is State.RESIDENT for index in indices):
@@ -309,6 +322,8 @@ class ShardHost:
                 self._manager.claim(_SELF, indices)
                 self._note_used(indices)
                 return self.arena.directory[indices]
+        if not waits:
+            return None
         if len(set(indices)) > self.arena.num_slots:
             raise ProtocolError(f"{len(indices)} experts at once, this host has memory for {self.arena.num_slots}")
         self.need(_SELF, layer, experts)

@@ -31,6 +31,7 @@ class Resource(IntEnum):
     DISK = 3
 
 
+_NUM_LOCAL = len(Resource)
 #: Those that read or write this machine's memory, and so slow each other down.
 BUS = (Resource.CPU, Resource.LINK, Resource.DISK)
 AUTO = "auto"
@@ -40,12 +41,12 @@ FORCED = {"device-copy": Lane.DEVICE_COPY, "host-cpu": Lane.HOST_CPU}
 
 def network(remote: int) -> int:
     """What the way to a remote host and back costs: fixed for each request, and for each byte."""
-    return len(Resource) + 2 * remote
+    return _NUM_LOCAL + 2 * remote
 
 
 def remote_cpu(remote: int) -> int:
     """The resource that is a remote host, from its request to its reply."""
-    return len(Resource) + 2 * remote + 1
+    return _NUM_LOCAL + 2 * remote + 1
 
 
 def parse_lanes(text: str) -> Lane | None:

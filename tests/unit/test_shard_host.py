@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -295,6 +297,34 @@ def test_what_a_host_computes_counts_as_used_whether_it_was_there_or_not(demo: S
         assert used == [3, 3, 2, 0]
     finally:
         made.close()
+
+
+def test_calls_at_the_same_time_do_not_take_each_other_s_experts(demo: Store) -> None:
+    """Memory for one expert, so that each call needs the place of the other's."""
+    x = np.random.default_rng(0).standard_normal((1, 256)).astype(np.float32)
+
+    def compute(host: ShardHost, expert: int) -> bytes:
+        y = host.compute(0, [expert], [1], x, np.zeros(1, dtype=np.int64), "int8", SWIGLU)
+        assert y is not None
+        return y.tobytes()
+
+    with ExitStack() as stack:
+        rich, poor = (make_host(demo, [ExpertKey(0, e) for e in range(2)], num_slots=n) for n in (2, 1))
+        stack.callback(rich.close)
+        stack.callback(poor.close)
+        expected, found = [compute(rich, e) for e in range(2)], [set[bytes](), set[bytes]()]
+
+        def work(expert: int) -> None:
+            for _ in range(200):
+                found[expert].add(compute(poor, expert))
+
+        threads = [Thread(target=work, args=(e,)) for e in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [{expected[0]}, {expected[1]}]
+        assert poor.compute(0, [0, 1], [1, 1], x, np.zeros(2, np.int64), "int8", SWIGLU, waits=False) is None
 
 
 def test_a_host_computes_nothing_for_others(host: ShardHost) -> None:
