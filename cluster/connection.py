@@ -11,10 +11,11 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from moray.cluster.wire import Wire, is_local, new_socket
+from moray.cluster.wire import Wire, end_when_silent, is_local, new_socket
 from moray.runtime.errors import MorayError
 
 _DIAL_S = 2.0  # for a connection, and again for the keys to be shown
+_SILENT_S = 10.0  # the host's machine, before the connection is given up; a host may be busy for some seconds
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0  # between attempts
 _LOCAL_PAUSE_S = 0.05  # of the same machine: asking costs nothing
 
@@ -110,6 +111,7 @@ class Connection:
         if sock.family == socket.AF_UNIX:  # there at once, or not at all
             sock.settimeout(_DIAL_S)
             return sock.connect(where)
+        end_when_silent(sock, _SILENT_S)
         sock.setblocking(False)
         try:
             sock.connect(where)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from time import monotonic, sleep
 
 from moray.cluster.keys import Admission
-from moray.cluster.wire import Wire, is_local, new_socket
+from moray.cluster.wire import Wire, end_when_silent, is_local, new_socket
 from moray.runtime.errors import ConfigError
 
+TAKEN_S = 30.0  # a client that takes nothing of what it asked for is given up after this
 _HANDSHAKE_S = 5.0  # a connection that has not shown its key by then is closed
 _MOST_STRANGERS = 64  # connections that have not shown their key; more are closed at once
 _MOST_CONNECTIONS = 512
@@ -146,6 +147,7 @@ def _listen(address: str) -> socket.socket:
         made, where = new_socket(address)
         if not is_local(address):
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            end_when_silent(made, TAKEN_S)
         made.bind(where)
         made.listen(_MOST_STRANGERS)
         made.setblocking(False)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from time import perf_counter
 
 from moray.cluster.keys import Admission
-from moray.cluster.listener import Listener, ServerStats
+from moray.cluster.listener import TAKEN_S, Listener, ServerStats
 from moray.cluster.messages import (
     Ask,
     Coming,
@@ -40,7 +40,6 @@ from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.layout.shard import ExpertKey
 
 _LARGEST = 3e38
-_TAKEN_S = 30.0  # a client that takes nothing of its answer for so long is given up
 _STRANGERS_BYTES = 4 << 20  # of a message, before Hello
 
 _Answer = tuple[Message | None, memoryview]  # None: the message has no reply
@@ -111,7 +110,7 @@ class DataPlaneServer:
         if isinstance(answer, Refused):
             self.stats.count("rejected")
         if answer is not None and not client.wire.send(encode(request_id, answer), out):
-            client.wire.wait_sent(_TAKEN_S)
+            client.wire.wait_sent(TAKEN_S)
 
     def _answer(self, client: _Client, message: Message, buffer: memoryview) -> _Answer:
         if isinstance(message, Hello):

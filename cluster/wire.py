@@ -27,7 +27,6 @@ MAX_BUFFER_BYTES = 1 << 30
 _PREFIX = struct.Struct("<II")
 _CHUNK_BYTES = 64 << 10  # looked at, and sent, at once
 _ALIGNMENT = 16  # of buffers, as of all memory
-_LOST_MS = 3000  # without the other side's kernel acknowledging anything
 
 Frames = tuple[memoryview, memoryview]  # a header and its buffer, which may be empty
 
@@ -221,11 +220,16 @@ def new_socket(address: str) -> tuple[socket.socket, Any]:
     family, _, _, _, where = found[0]
     made = socket.socket(family)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A connection whose other side is gone ends soon, whether anything is under way or not.
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3),
-        (socket.TCP_USER_TIMEOUT, _LOST_MS),
-    ):  # fmt: skip
-        made.setsockopt(socket.IPPROTO_TCP, option, value)
     return made, where
+
+
+def end_when_silent(sock: socket.socket, seconds: float) -> None:
+    """Have a TCP connection end when the other machine has confirmed nothing, or had no room, for so long.
+
+    Connections that ``sock`` accepts do the same.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # whether anything is under way or not
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_USER_TIMEOUT, int(1000 * seconds)),
+    ):  # fmt: skip
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)

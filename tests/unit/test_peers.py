@@ -391,7 +391,7 @@ def test_what_a_client_does_not_take_is_not_read(demo: Store) -> None:
 
 
 def test_a_client_that_takes_nothing_is_given_up(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_TAKEN_S", 0.05)
+    monkeypatch.setattr(server_module, "TAKEN_S", 0.05)
     size = demo.manifest.shards[KEY].num_bytes
     with ExitStack() as stack:
         host, address = stack.enter_context(closing(ShardHost(demo, [], 1))), new_address("shelf")
