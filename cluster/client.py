@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 
 from moray.cluster.connection import Connection
 from moray.cluster.keys import KeyPair
@@ -16,6 +16,7 @@ from moray.runtime.errors import ConfigError, CorruptShardError, HostLostError, 
 
 _ATTEMPT_S = 1.0  # before a message is taken for lost
 _MOST_UNSENT_BYTES = 64 << 20  # of what a host does not take
+_FULL_S = 0.005  # between looks whether it has taken some
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,15 @@ class HostClient:
     def send(self, message: Message, buffer: memoryview = NOTHING) -> int:
         """Send without waiting for a reply, so that all hosts work at once. Returns the id to ``receive``.
 
-        Raises HostLostError if there is no connection for ``timeout_s``.
+        Raises HostLostError if there is no connection for ``timeout_s``, or the host takes nothing for so long.
         """
         deadline = monotonic() + self._timeout_s
         while self._connection.wait(max(0.0, deadline - monotonic())) is not None:
             if (request_id := self.try_send(message, buffer)) is not None:
                 return request_id
+            if monotonic() > deadline:
+                raise HostLostError(f"expert host {self.host.host_id} took nothing for {self._timeout_s:g} s")
+            sleep(_FULL_S)
         raise HostLostError(
             f"there is no connection to expert host {self.host.host_id} at {self.host.address}"
             + f" ({self._connection.why})" * bool(self._connection.why)

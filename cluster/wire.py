@@ -141,7 +141,8 @@ class Wire:
 
     @property
     def unsent_bytes(self) -> int:
-        return sum(map(len, self._unsent))
+        with self._lock:  # another thread may be flushing
+            return sum(map(len, self._unsent))
 
     def send(self, header: bytes, buffer: memoryview = NOTHING) -> bool:
         """Send what the socket takes now, and keep the rest for ``flush``. True: nothing is left.

@@ -162,12 +162,14 @@ def test_what_does_not_fit_is_sent_in_the_background_as_far_as_it_is_taken(monke
     large, address = memoryview(bytes(8 << 20)), new_address("slow")
     monkeypatch.setattr(client_module, "_MOST_UNSENT_BYTES", 20 << 20)
     listener = Listener(address.address, None, ServerStats(), slow)
-    with closing(listener), closing(HostClient(address, "me")) as client:
+    with closing(listener), closing(HostClient(address, "me", timeout_s=0.3)) as client:
         client.send(Ping(), large)
         asked = 1
         while client.try_send(Ping(), large) is not None:
             asked += 1
         assert asked == 3
+        with pytest.raises(HostLostError, match=r"expert host slow took nothing for 0\.3 s"):
+            client.send(Ping(), large)
         go_on.set()
         until(lambda: len(taken) == asked)  # nobody called anything
         assert set(taken) == {len(large)} and client.try_send(Ping(), large) is not None

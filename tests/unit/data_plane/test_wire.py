@@ -137,6 +137,20 @@ def test_what_the_other_side_does_not_take_stays_here(is_secret: bool) -> None:
             one.receive()
 
 
+def test_what_is_left_can_be_counted_while_another_thread_sends_it() -> None:
+    with wires(False) as (one, other):
+        one.send(b"", LARGE)
+        done = threading.Event()
+        reading = in_background(lambda: [receive(other), done.set()])
+        sending = in_background(lambda: one.wait_sent(30))
+        counts = [one.unsent_bytes]
+        while not done.is_set():
+            counts.append(one.unsent_bytes)
+        reading.join()
+        sending.join()
+        assert counts == sorted(counts, reverse=True) and one.unsent_bytes == 0
+
+
 @pytest.mark.parametrize("is_secret", [False, True])
 def test_a_thread_that_waits_wakes_when_the_connection_is_shut(is_secret: bool) -> None:
     with wires(is_secret) as (one, _):
