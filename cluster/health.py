@@ -125,6 +125,7 @@ class LinkRate:
             seconds = max(seconds, 1e-6)
             self._least_s = min(self._least_s, seconds)
             self.round_trip_s = self._mean(0, self.round_trip_s, seconds)
+            self._bound(num_bytes, seconds)
         else:
             self.byte_s = self._mean(1, self.byte_s, max(seconds - self.round_trip_s, 1e-9) / num_bytes)
 
@@ -137,6 +138,7 @@ class LinkRate:
         Were only late ones counted, the host would get ever less work, and ever more of the rest be early. (A large
         one says nothing of the round trip.)
         """
+        self._bound(num_bytes, most_s)
         if num_bytes >= self._SMALL:
             return
         likely_s = max(self._SOONER * min(self.round_trip_s, max(most_s, 0.0)), self._least_s)
@@ -145,6 +147,12 @@ class LinkRate:
 
     def seconds(self, num_bytes: int) -> float:
         return self.round_trip_s + num_bytes * self.byte_s
+
+    def _bound(self, num_bytes: int, most_s: float) -> None:
+        """So many bytes took no longer than this: they cost at most so much each. A link that was measured while it, or
+        the host, stood still would else stay slow for ever, if messages are small."""
+        if num_bytes > 0 and most_s > 0:
+            self.byte_s = min(self.byte_s, most_s / num_bytes)
 
     def _mean(self, kind: int, mean: float, value: float) -> float:
         self._counts[kind] += 1

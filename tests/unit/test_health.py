@@ -139,6 +139,17 @@ def test_replies_that_nobody_waited_for_make_a_link_quicker_down_to_what_was_see
     assert link.round_trip_s > 1.9e-3
 
 
+@pytest.mark.parametrize("is_awaited", [True, False])
+def test_a_link_that_stood_still_while_it_was_measured_is_not_slow_for_ever(is_awaited: bool) -> None:
+    link = LinkRate()
+    link.observe(4000, 3e-4)
+    link.observe(10**5, 2.0)
+    assert link.seconds(20_000) > 0.3
+    for _ in range(100):  # all that is sent from now on is small
+        (link.observe if is_awaited else link.observe_early)(20_000, 2e-3)
+    assert link.seconds(20_000) < 5e-3
+
+
 # ---------------------------------------------------------------------------------------- places
 
 
