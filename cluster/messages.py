@@ -22,10 +22,10 @@ whose experts are all in memory sends nothing.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from msgspec import Meta, Raw, Struct
+from msgspec.msgpack import Decoder, Encoder
 
 from moray.runtime.errors import ProtocolError
 
@@ -35,55 +35,60 @@ MAX_MANIFEST_BYTES = 256 << 20
 MAX_ECHO_BYTES = 16 << 20
 
 Numerics = Literal["int8", "float"]
-Use = Annotated[list[int], Field(min_length=1)]  # [layer, expert, expert, ...] a layer call
+_MOST = Meta(max_length=1 << 20)  # looked at before memory is taken for what a message only announces
+Text = Annotated[str, Meta(max_length=1 << 16)]
+Numbers = Annotated[list[int], _MOST]
+Lists = Annotated[list[Numbers], _MOST]
+Use = Annotated[list[int], Meta(min_length=1, max_length=1 << 20)]  # [layer, expert, expert, ...] a layer call
+Uses = Annotated[list[Use], _MOST]
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+class Message(Struct, forbid_unknown_fields=True):
+    """Fields are checked when a message is received; who makes one keeps to them."""
 
 
 class Hello(Message):
     """``numerics``: of a client that will have experts computed; the kernels are made ready before the answer."""
 
-    client: str
-    token: str
+    client: Text
+    token: Text
     numerics: Numerics | None = None
 
 
 class Welcome(Message):
-    host_id: str
-    store_fingerprint: str
-    layout_id: str
-    numerics_id: str
+    host_id: Text
+    store_fingerprint: Text
+    layout_id: Text
+    numerics_id: Text
     arena_pid: int
     arena_fd: int
     arena_bytes: int
     holds_all: bool  # nothing is ever evicted here, so no use need be told
-    experts: list[list[int]]  # [layer]: its experts that live on this host, in the order of the arena's directory
-    assigned: list[list[int]]  # [layer]: those that it keeps in memory
-    resident: list[list[int]]  # [layer]: those of them that are there now
+    experts: Lists  # [layer]: its experts that live on this host, in the order of the arena's directory
+    assigned: Lists  # [layer]: those that it keeps in memory
+    resident: Lists  # [layer]: those of them that are there now
 
 
 class Need(Message):
     """They stay in memory until the next Need of this client, or Release."""
 
     layer: int
-    experts: list[int]
-    uses: list[Use] = []
+    experts: Numbers
+    uses: Uses = []
 
 
 class Ask(Message):
     """Need again, from a client that has waited for long, or found a shard marked as failed."""
 
     layer: int
-    experts: list[int]
+    experts: Numbers
 
 
 class Coming(Message):
     """They are in memory, or being loaded."""
 
 
-class GateSpec(Message):
+class GateSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """A fused gate: the fields of ``Gate`` in runtime/kernels/gates.py."""
 
     limit: float | None = None
@@ -96,8 +101,8 @@ class Compute(Message):
     """Buffer: the activations of ``num_rows`` tokens, and which of them each pair takes (cluster/activations.py)."""
 
     layer: int
-    experts: list[int]
-    counts: list[int]  # pairs of each expert
+    experts: Numbers
+    counts: Numbers  # pairs of each expert
     num_rows: int
     numerics: Numerics
     gate: GateSpec = GateSpec()
@@ -114,18 +119,18 @@ class Ping(Message):
 
 
 class Pong(Message):
-    resident: list[list[int]] | None = None  # as in Welcome
+    resident: Lists | None = None  # as in Welcome
 
 
 class Hint(Message):
     layer: int
-    experts: list[int]  # the likeliest first
-    uses: list[Use] = []
+    experts: Numbers  # the likeliest first
+    uses: Uses = []
 
 
 class Release(Message):
     layer: int
-    experts: list[int]
+    experts: Numbers
 
 
 class Read(Message):
@@ -133,16 +138,16 @@ class Read(Message):
 
     layer: int
     expert: int
-    offset: Annotated[int, Field(ge=0)]
-    num_bytes: Annotated[int, Field(ge=1, le=MAX_READ_BYTES)]
+    offset: Annotated[int, Meta(ge=0)]
+    num_bytes: Annotated[int, Meta(ge=1, le=MAX_READ_BYTES)]
 
 
 class ReadFile(Message):
     """Bytes of one of ``Files``, or of the manifest."""
 
-    name: str
-    offset: Annotated[int, Field(ge=0)]
-    num_bytes: Annotated[int, Field(ge=1, le=MAX_READ_BYTES)]
+    name: Text
+    offset: Annotated[int, Meta(ge=0)]
+    num_bytes: Annotated[int, Meta(ge=1, le=MAX_READ_BYTES)]
 
 
 class Bytes(Message):
@@ -154,8 +159,8 @@ class ListFiles(Message):
 
 
 class FileEntry(Message):
-    name: str  # relative, with "/"
-    num_bytes: Annotated[int, Field(ge=0)]
+    name: Text  # relative, with "/"
+    num_bytes: Annotated[int, Meta(ge=0)]
     xxh3: int  # 64 bits
 
 
@@ -163,15 +168,15 @@ class Files(Message):
     """``files``: all but the manifest and those of shards; ``present``: the shards that are there, [layer] as runs
     [first, end, first, end, ...] of experts."""
 
-    manifest_bytes: Annotated[int, Field(ge=1, le=MAX_MANIFEST_BYTES)]
-    files: list[FileEntry]
-    present: list[list[int]]
+    manifest_bytes: Annotated[int, Meta(ge=1, le=MAX_MANIFEST_BYTES)]
+    files: Annotated[list[FileEntry], _MOST]
+    present: Lists
 
 
 class Echo(Message):
     """Measures the way here and back. Buffer: anything."""
 
-    reply_bytes: Annotated[int, Field(ge=0, le=MAX_ECHO_BYTES)]
+    reply_bytes: Annotated[int, Meta(ge=0, le=MAX_ECHO_BYTES)]
 
 
 class Echoed(Message):
@@ -180,7 +185,7 @@ class Echoed(Message):
 
 class Refused(Message):
     reason: Literal["hello", "request", "shard", "absent", "failed"]  # "hello": introduce yourself first
-    message: str
+    message: Text
 
 
 MESSAGES: dict[str, type[Message]] = {
@@ -193,28 +198,27 @@ MESSAGES: dict[str, type[Message]] = {
 }
 
 
+_ENCODER = Encoder()
+_HEADER = Decoder(tuple[int, int, str, Raw])
+_FIELDS = {name: Decoder(kind) for name, kind in MESSAGES.items()}
+
+
 def encode(request_id: int, message: Message) -> bytes:
-    # Fields as they are, with those of messages in them: what ``model_dump`` gives, without its copy.
-    packed: bytes = msgpack.packb([PROTOCOL_VERSION, request_id, type(message).__name__, vars(message)], default=vars)
-    return packed
+    return _ENCODER.encode((PROTOCOL_VERSION, request_id, type(message).__name__, message))
 
 
 def decode(frame: bytes | memoryview) -> tuple[int, Message]:
     """Read a header. Raises ProtocolError for anything but a well-formed message of this version."""
     try:
-        header: Any = msgpack.unpackb(frame, max_array_len=1 << 20, max_map_len=64, max_str_len=1 << 16)
-    except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as error:
-        raise ProtocolError(f"a frame is not msgpack: {error}") from error
-    if not isinstance(header, list) or len(header) != 4:
-        raise ProtocolError("a header is not [version, request id, type, fields]")
-    version, request_id, kind, fields = header
-    if not isinstance(version, int) or not isinstance(request_id, int) or not isinstance(kind, str):
-        raise ProtocolError("a header is not [version, request id, type, fields]")
+        version, request_id, kind, fields = _HEADER.decode(frame)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a header is not [version, request id, type, fields]: {error}") from error
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"the peer speaks protocol {version}, this moray speaks {PROTOCOL_VERSION}; upgrade both")
-    if kind not in MESSAGES:
+    decoder = _FIELDS.get(kind)
+    if decoder is None:
         raise ProtocolError(f"unknown message type {kind[:40]!r}")
     try:
-        return request_id, MESSAGES[kind].model_validate(fields)
-    except ValidationError as error:
-        raise ProtocolError(f"a {kind} message is malformed: {error.error_count()} wrong fields") from error
+        return request_id, decoder.decode(fields)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a {kind} message is malformed: {error}") from error

@@ -103,7 +103,7 @@ def test_a_node_and_a_link_are_measured() -> None:
         finally:
             client.close()
     with pytest.raises(ProtocolError, match="malformed"):
-        decode(encode(1, Echo.model_construct(reply_bytes=MAX_ECHO_BYTES + 1)))
+        decode(encode(1, Echo(reply_bytes=MAX_ECHO_BYTES + 1)))
 
 
 def test_activations_are_counted_as_they_travel() -> None:
