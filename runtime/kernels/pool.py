@@ -15,6 +15,7 @@ Shared state is one int64 array of cache lines; its words are named below. An od
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 import numpy as np
@@ -202,15 +203,15 @@ def current_pool() -> Pool:
 
 
 def set_num_threads(count: int) -> None:
-    """Give torch and the kernels ``count`` threads, the caller's included; no more than the machine has cores.
+    """Give the kernels ``count`` threads, the caller's included; no more than the machine has cores. And torch, if this
+    process has imported it: expert hosts do without.
 
     Call it in each process that computes, while nothing is computed: an actor with num_cpus=0 would otherwise give
     torch one thread.
     """
-    import torch  # a host that only lends its shards never loads it
-
     count = max(1, min(count, os.cpu_count() or 1))
-    torch.set_num_threads(count)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(count)
     with _making:
         if _pool is None or _pool.num_threads != count:
             _make(count)

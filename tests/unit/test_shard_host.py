@@ -332,8 +332,12 @@ def test_a_host_computes_nothing_for_others(host: ShardHost) -> None:
         host.compute(0, [1], [1], np.zeros((1, 256), np.float32), np.arange(1), "int8", SWIGLU)
 
 
-def test_a_host_that_only_lends_shards_loads_neither_torch_nor_numba(demo: Store) -> None:
-    script = HOST.replace("for line in sys.stdin", "print({'torch', 'numba'} & set(sys.modules))\nfor line in ''")
+@pytest.mark.parametrize(("computes", "loaded"), [(False, "[]"), (True, "['numba']")])
+def test_a_host_loads_numba_only_to_compute_and_torch_never(demo: Store, computes: bool, loaded: str) -> None:
+    prepare = "host.prepare('int8')\n" if computes else ""
+    script = HOST.replace(
+        "for line in sys.stdin", f"{prepare}print(sorted({{'torch', 'numba'}} & set(sys.modules)))\nfor line in ''"
+    )
     with child(script, str(demo.path), "0,0") as process:
         assert read_line(process).startswith(str(process.pid)) and os.getpid() != process.pid
-        assert read_line(process) == "set()"
+        assert read_line(process) == loaded
