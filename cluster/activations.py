@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moray.runtime.arrays import Bytes, Floats, Ints
 from moray.runtime.errors import ProtocolError
-from moray.runtime.kernels.wire import quantize_rows, restore_rows
+from moray.runtime.kernels.wire import read_request, write_request
 from moray.runtime.layout.packed import Numerics, PackedSpec
 
 
@@ -36,15 +35,8 @@ class WireFormat:
 
     def encode(self, x_TH: Floats, row_of_pair: Ints) -> Bytes:
         """The buffer for rows of x that pairs take."""
-        num_rows, num_pairs = len(x_TH), len(row_of_pair)
-        buffer = np.empty(self.num_bytes(num_rows, num_pairs), dtype=np.uint8)
-        buffer[: 4 * num_pairs].view(np.int32)[:] = row_of_pair
-        rest = buffer[4 * num_pairs :]
-        if self.group:
-            codes, peaks = self._views(rest, num_rows)
-            quantize_rows(x_TH, self.group, codes, peaks)
-        else:
-            rest.view(np.float32).reshape(x_TH.shape)[:] = x_TH
+        buffer = np.empty(self.num_bytes(len(x_TH), len(row_of_pair)), dtype=np.uint8)
+        write_request(np.ascontiguousarray(x_TH), np.ascontiguousarray(row_of_pair), self.group, buffer)
         return buffer
 
     def decode(self, data: bytes | memoryview, num_rows: int, num_pairs: int) -> tuple[Floats, Ints]:
@@ -54,19 +46,10 @@ class WireFormat:
                 f"found {len(data)} bytes, expected {num_rows} rows of {self.columns} activations in groups of "
                 f"{self.group} for {num_pairs} pairs"
             )
-        row_of_pair = np.frombuffer(data, dtype=np.uint32, count=num_pairs).astype(np.int64)
-        if row_of_pair.max() >= num_rows:
+        buffer = np.frombuffer(data, dtype=np.uint8)
+        if not buffer.flags.writeable:
+            buffer = buffer.copy()  # to Numba, arrays that may not be written are another type
+        x_TH, row_of_pair = np.empty((num_rows, self.columns), dtype=np.float32), np.empty(num_pairs, dtype=np.int64)
+        if not read_request(buffer, self.group, row_of_pair, x_TH):
             raise ProtocolError(f"a pair takes a row that is not one of the {num_rows}")
-        # Arrays that may be written: for others Numba would compile everything anew.
-        rest = np.frombuffer(data, dtype=np.uint8, offset=4 * num_pairs).copy()
-        if not self.group:
-            return rest.view(np.float32).reshape(num_rows, self.columns), row_of_pair
-        x_TH = np.empty((num_rows, self.columns), dtype=np.float32)
-        restore_rows(*self._views(rest, num_rows), self.group, x_TH)
         return x_TH, row_of_pair
-
-    def _views(self, rest: Bytes, num_rows: int) -> tuple[npt.NDArray[np.int8], Floats]:
-        num_groups = self.columns // self.group
-        end = 4 * num_rows * num_groups
-        peaks = rest[:end].view(np.float32).reshape(num_rows, num_groups)
-        return rest[end:].view(np.int8).reshape(num_rows, self.columns), peaks
