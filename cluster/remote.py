@@ -194,7 +194,7 @@ class RemoteCall:
         """``counts``: pairs of each active expert."""
         self._lanes, self._layer, self._grouping, self._counts, self._x_TH = lanes, layer, grouping, counts, x_TH
         self._hosts, self._offers = {host.number: host for host in hosts}, offers
-        self._is_single = len(x_TH) == 1  # token: each expert has one pair
+        self._is_single = len(x_TH) == 1  # token: each expert has one pair, of its number
         self._lost: set[int] = set()
         self._tried: set[tuple[int, int]] = set()  # position, host
         self.here: Ints = np.empty(0, dtype=np.int64)
@@ -288,7 +288,7 @@ class RemoteCall:
             experts = np.array([positions[i] for i in part.experts], dtype=np.int64)
             counts = [last - first for first, last in zip(part.first, part.last, strict=True)]
             if self._is_single:
-                pairs = starts[experts]
+                pairs = experts
             else:
                 pairs = np.concatenate([starts[positions[i]] + np.arange(a, b) for i, a, b in zip(*part, strict=True)])
             if not self._send_part(host, experts, counts, pairs):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from moray.cluster.keys import Admission
 from moray.cluster.listener import TAKEN_S, Listener, ServerStats
@@ -36,8 +37,11 @@ from moray.cluster.wire import MAX_BUFFER_BYTES, MAX_HEADER_BYTES, Frames, Wire,
 from moray.runtime.errors import ConfigError, MorayError, ProtocolError, StoreError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels.gates import Gate
-from moray.runtime.layout.packed import LAYOUT_ID
+from moray.runtime.layout.packed import LAYOUT_ID, Numerics
 from moray.runtime.layout.shard import ExpertKey
+
+if TYPE_CHECKING:
+    from moray.cluster.activations import WireFormat
 
 _LARGEST = 3e38
 _STRANGERS_BYTES = 4 << 20  # of a message, before Hello
@@ -73,6 +77,7 @@ class DataPlaneServer:
         self._lock = threading.Lock()
         self.stats = ServerStats()
         self._reads = StoreReads(host)
+        self._forms: dict[tuple[int, Numerics], WireFormat] = {}
         self._listener = Listener(address, admission, self.stats, self._serve)
         self.address = self._listener.address
 
@@ -201,20 +206,12 @@ class DataPlaneServer:
         return experts
 
     def _compute(self, request: Compute, buffer: memoryview) -> _Answer:
-        # Imported here: a host that only lends its shards never loads Numba.
-        from moray.cluster.activations import WireFormat
-
         started = perf_counter()
-        layers, layer = self._host.store.manifest.layers, request.layer
-        if not 0 <= layer < len(layers):
-            raise ProtocolError(f"layer {layer} does not exist")
-        gate_up = layers[layer].layout.get("gate_up_proj")
-        if gate_up is None or gate_up.spec is None:
-            raise ProtocolError(f"the experts of MoE layer {layer} have no gate: lease them")
+        layer = request.layer
+        form = self._forms.get((layer, request.numerics)) or self._form(layer, request.numerics)
         if len(request.counts) != len(request.experts) or min(request.counts, default=0) < 1:
             raise ProtocolError("counts must give at least one pair for each expert")
         gate = _gate(request.gate)
-        form = WireFormat.of(gate_up.spec, request.numerics)
         x_TH, row_of_pair = form.decode(buffer, request.num_rows, sum(request.counts))
         y = self._host.compute(
             layer, request.experts, request.counts, x_TH, row_of_pair, request.numerics, gate, waits=False
@@ -225,6 +222,20 @@ class DataPlaneServer:
             return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), NOTHING
         self.stats.count("pairs_computed", len(y))
         return Computed(compute_s=perf_counter() - started), y.data.cast("B")
+
+    def _form(self, layer: int, numerics: Numerics) -> WireFormat:
+        """How the activations of a layer come; remembered."""
+        # Imported here: a host that only lends its shards never loads Numba.
+        from moray.cluster.activations import WireFormat
+
+        layers = self._host.store.manifest.layers
+        if not 0 <= layer < len(layers):
+            raise ProtocolError(f"layer {layer} does not exist")
+        gate_up = layers[layer].layout.get("gate_up_proj")
+        if gate_up is None or gate_up.spec is None:
+            raise ProtocolError(f"the experts of MoE layer {layer} have no gate: lease them")
+        form = self._forms[layer, numerics] = WireFormat.of(gate_up.spec, numerics)
+        return form
 
 
 @lru_cache(maxsize=64)  # a store has a few, and they are asked for with every layer

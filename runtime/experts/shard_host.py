@@ -261,18 +261,12 @@ class ShardHost:
         else returns None at once. One call after the other: they share a claim. Raises KeyError for an expert that does
         not live here, and what keeps one from being loaded.
         """
-        from moray.runtime.experts.fused import FusedExperts
-
-        layout = self.store.manifest.layers[layer].layout
-        if layout.get("gate_up_proj") is None:
-            raise ProtocolError(f"the experts of MoE layer {layer} have no gate: lease them")
         self.prepare(numerics)
         starts = np.array([0, *accumulate(counts)], dtype=np.int64)
         with self._computing:
             kind, fused = self._fused.get(layer, (None, None))
             if fused is None or kind != (numerics, gate):
-                fused = FusedExperts.of(layout, numerics, gate)
-                self._fused[layer] = (numerics, gate), fused
+                fused = self._fuse(layer, numerics, gate)
             try:
                 slots = self._hold(layer, experts, waits)
                 if slots is None:
@@ -281,6 +275,17 @@ class ShardHost:
                 return fused.compute_pairs(x_TH, np.asarray(experts, dtype=np.int64), starts, row_of_pair, shards)
             finally:
                 self._let_go()
+
+    def _fuse(self, layer: int, numerics: Numerics, gate: Gate) -> FusedExperts:
+        """How a layer is computed; remembered."""
+        from moray.runtime.experts.fused import FusedExperts
+
+        layout = self.store.manifest.layers[layer].layout
+        if layout.get("gate_up_proj") is None:
+            raise ProtocolError(f"the experts of MoE layer {layer} have no gate: lease them")
+        fused = FusedExperts.of(layout, numerics, gate)
+        self._fused[layer] = (numerics, gate), fused
+        return fused
 
     def copy_resident(self, key: ExpertKey, start: int, view: memoryview) -> bool:
         """Copy a part of a shard out of the arena. False: it is not in memory, or went meanwhile. From any thread."""
