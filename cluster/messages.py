@@ -221,4 +221,4 @@ def decode(frame: bytes | memoryview) -> tuple[int, Message]:
     try:
         return request_id, decoder.decode(fields)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"a {kind} message is malformed: {error}") from error
+        raise ProtocolError(f"a {kind} message is malformed: {error!s:.200}") from error
