@@ -39,7 +39,7 @@ _MOST = Meta(max_length=1 << 20)  # looked at before memory is taken for what a 
 Text = Annotated[str, Meta(max_length=1 << 16)]
 Numbers = Annotated[list[int], _MOST]
 Lists = Annotated[list[Numbers], _MOST]
-Use = Annotated[list[int], Meta(min_length=1, max_length=1 << 20)]  # [layer, expert, expert, ...] a layer call
+Use = Annotated[Numbers, Meta(min_length=1)]  # [layer, expert, expert, ...] a layer call
 Uses = Annotated[list[Use], _MOST]
 
 
