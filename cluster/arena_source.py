@@ -270,10 +270,14 @@ class _ArenaFetch:
         return self._left[self._of_layer.look_up(self._experts[self._left])]
 
     def _need(self) -> Ints:
-        """Ask every host that lacks something; it keeps what it has while it loads the rest. Returns what is missed."""
-        experts = np.arange(len(self._of_layer.owners)) if self._source._whole_layers else self._experts
-        generations = self._of_layer.leases.generations
-        self._of_layer.look_up(experts)
+        """Ask every host that lacks something; it keeps what it has while it loads the rest. Returns what is missed.
+
+        After ``_ready``, which has looked them up.
+        """
+        experts, generations = self._experts, self._of_layer.leases.generations
+        if self._source._whole_layers:
+            experts = np.arange(len(self._of_layer.owners))
+            self._of_layer.look_up(experts)
         for index, host, mine in self._by_host(experts):
             if host.link.is_lost:
                 self._asked.discard(index)

@@ -50,11 +50,19 @@ _Answer = tuple[Message | None, memoryview]  # None: the message has no reply
 
 
 class _Client:
-    """Who is at the other end of a connection."""
+    """Who is at the other end of a connection.
+
+    One thread receives what it sends: who has the ``turn``. What it needs is loaded by the thread that has heard of it,
+    which another one would have to be woken for, and a second thread takes its place for as long.
+    """
 
     def __init__(self, wire: Wire) -> None:
         self.wire, self.memory = wire, ReadMemory()
         self.name = ""  # before Hello
+        self.turn = threading.Lock()
+        self.second: threading.Thread | None = None
+        self.is_needing = self.is_loading = False  # who has the turn is to load something; the other one loads
+        self.is_garbled = False  # what came cannot be understood, nor what comes after it
         wire.max_header_bytes = wire.max_buffer_bytes = _STRANGERS_BYTES
 
 
@@ -89,12 +97,38 @@ class DataPlaneServer:
     def _serve(self, wire: Wire) -> None:
         client = _Client(wire)
         try:
-            while True:
-                self._receive(client, wire.receive())
-        except ProtocolError:
-            self.stats.count("rejected")  # too large: what comes after it cannot be understood
+            self._take_turns(client)
         finally:
+            if client.second is not None:
+                client.second.join()
+            if client.is_garbled:
+                self.stats.count("rejected")
             self._forget(client)
+
+    def _take_turns(self, client: _Client) -> None:
+        """Until the connection ends."""
+        try:
+            while True:
+                with client.turn:
+                    self._receive_until_needed(client)
+                self._host.load_needed()
+                client.is_loading = False
+        except ConnectionError:
+            pass  # it ended, as connections do
+        except ProtocolError:  # too large
+            client.is_garbled = True
+        finally:
+            client.wire.shut()  # for the other thread
+
+    def _receive_until_needed(self, client: _Client) -> None:
+        while not client.is_needing:
+            self._receive(client, client.wire.receive())
+        if client.second is None:
+            client.second = threading.Thread(
+                target=self._take_turns, args=(client,), name="moray-data-plane", daemon=True
+            )
+            client.second.start()
+        client.is_needing, client.is_loading = False, True
 
     def _receive(self, client: _Client, frames: Frames) -> None:
         header, buffer = frames
@@ -127,7 +161,8 @@ class DataPlaneServer:
         match message:
             case Need():
                 self._note(message.uses)
-                self._host.need(client.name, message.layer, message.experts)
+                self._host.need(client.name, message.layer, message.experts, loads=client.is_loading)
+                client.is_needing = not client.is_loading
                 return None, NOTHING
             case Ask():
                 failure = self._host.failure(message.layer, message.experts)

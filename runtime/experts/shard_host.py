@@ -139,10 +139,11 @@ class ShardHost:
             states = [self._manager.state(index) for index in self._indices(layer, experts)]
         return [expert for expert, state in zip(experts, states, strict=True) if state is not State.RESIDENT]
 
-    def need(self, client: str, layer: int, experts: Sequence[int]) -> None:
+    def need(self, client: str, layer: int, experts: Sequence[int], *, loads: bool = True) -> None:
         """A client's layer needs these: they are loaded, and stay until it needs others or releases them.
 
-        Raises KeyError for an expert that does not live here.
+        ``loads``: by other threads; else the caller must call ``load_needed``. Raises KeyError for an expert that does
+        not live here.
         """
         indices = self._indices(layer, experts)
         with self._loader.lock:
@@ -153,7 +154,12 @@ class ShardHost:
                 self._prefetch.needed(indices, [self._loader.loaded_bytes(index) for index in indices])
             self._manager.need(client, indices)
             self._tell_whether_hints_help()
-            self._loader.wake()
+            if loads:
+                self._loader.wake()
+
+    def load_needed(self) -> None:
+        """Load what clients need and nobody loads yet, in this thread: another one would have to be woken."""
+        self._loader.load_demanded()
 
     def failure(self, layer: int, experts: Sequence[int]) -> MorayError | None:
         """What kept one of these from being loaded."""

@@ -142,40 +142,60 @@ class Loader:
                         return
                     self._work.wait(self._pause_s())
                     found = self._find()
-                job, piece = found
-                self._wake_another()
-                lane = self._lane(job)
-                job.in_flight += 1
-                self._note_reading(lane, 1)
-            error = self._read(job, piece)
+                self._begin_piece(found[0])
+            self._carry_out(*found)
+
+    def load_demanded(self) -> None:
+        """Load what clients wait for, as far as nobody does yet, in the calling thread: none must be woken for it."""
+        while True:
             with self.lock:
-                self._note_reading(lane, -1)
-                job.in_flight -= 1
-                if error is None:
-                    self._note_read(lane, len(job.piece(piece)))
-                    job.read.add(piece)
-                else:
-                    job.error = error
-            self._advance(job)
+                found = self._find(Urgency.DEMAND)
+                if found is None:
+                    return self._wake_another()
+                self._begin_piece(found[0])
+            self._carry_out(*found)
+
+    def _begin_piece(self, job: Job) -> None:
+        self._wake_another()
+        job.in_flight += 1
+        self._note_reading(self._lane(job), 1)
+
+    def _carry_out(self, job: Job, piece: int) -> None:
+        """Read a piece, and end the load if that was the last one."""
+        lane = self._lane(job)
+        error = self._read(job, piece)
+        with self.lock:
+            self._note_reading(lane, -1)
+            job.in_flight -= 1
+            if error is None:
+                self._note_read(lane, len(job.piece(piece)))
+                job.read.add(piece)
+            else:
+                job.error = error
+        self._advance(job)
 
     def _wake_another(self) -> None:
         """If there may be something to read. (Waking a thread for nothing costs the computing beside it more.)"""
         if self._manager.is_asked or self._manager.wants_to_fill or any(job.has_unread for job in self._jobs):
             self._work.notify()
 
-    def _find(self) -> tuple[Job, int] | None:
-        """A piece to read: of the most urgent load that has one left, or of a new load if that is more urgent."""
+    def _find(self, least: Urgency = Urgency.FILL) -> tuple[Job, int] | None:
+        """A piece to read: of the most urgent load that has one left, or of a new load if that is more urgent.
+
+        ``least``: nothing less urgent is looked for.
+        """
         if self._is_closed or not (
             self._has_room(self._disk_lane) or (self._peers and self._has_room(self._peer_lane))
         ):
             return None
         self._end_given_up()
-        waiting = [job for job in self._jobs if job.has_unread and not self._is_over(job)]
+        unread = [job for job in self._jobs if job.has_unread and self._urgency(job) <= least]
+        waiting = [job for job in unread if not self._is_over(job)]
         ready = [job for job in waiting if self._has_room(self._lane(job)) and not self._is_throttled(job)]
-        best = min(ready, key=lambda job: (self._manager.urgency(job.load.expert), job.order), default=None)
+        best = min(ready, key=lambda job: (self._urgency(job), job.order), default=None)
         num_waiting = len(waiting) - len(ready)
         while num_waiting < _MOST_WAITING:
-            load = self._next_load(best)
+            load = self._next_load(least if best is None else self._urgency(best) - 1)
             if load is None:
                 break
             job = self._begin(load)
@@ -186,8 +206,8 @@ class Loader:
         if best is None:
             return None
         if best not in self._jobs or self._is_over(best):  # it gave way to one that was begun
-            return self._find()
-        urgency, lane = self._manager.urgency(best.load.expert), self._lane(best)
+            return self._find(least)
+        urgency, lane = self._urgency(best), self._lane(best)
         if lane.reading >= _HINT_DEPTH and (urgency is Urgency.HINT or (lane is self._peer_lane and urgency)):
             return None
         if urgency is Urgency.REPLICA:
@@ -197,15 +217,14 @@ class Loader:
         best.next_piece += 1
         return best, best.next_piece - 1
 
-    def _next_load(self, best: Job | None) -> Load | None:
-        """A load to begin, if one is more urgent than the most urgent piece that can be read."""
-        urgency = Urgency.FILL + 1 if best is None else self._manager.urgency(best.load.expert)
-        if urgency is Urgency.DEMAND:
+    def _next_load(self, least: int) -> Load | None:
+        """A load to begin, of this urgency or a higher one; there is none above ``Urgency.DEMAND``."""
+        if least < Urgency.DEMAND:
             return None
-        least, may_replicate = Urgency(urgency - 1), self._may_replicate
-        load = self._manager.next_load(least, self._prefetch.admit, may_replicate=may_replicate)
+        may_replicate = self._may_replicate
+        load = self._manager.next_load(Urgency(least), self._prefetch.admit, may_replicate=may_replicate)
         if load is None and self._end_given_up():  # a demand found every slot taken: those are free now
-            load = self._manager.next_load(least, self._prefetch.admit, may_replicate=may_replicate)
+            load = self._manager.next_load(Urgency(least), self._prefetch.admit, may_replicate=may_replicate)
         return load
 
     @property

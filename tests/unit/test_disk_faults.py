@@ -9,17 +9,21 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.capped import capped, hosts_and_source
-from helpers.hosts import make_host
+from helpers.data_plane import connected
+from helpers.hosts import make_host, new_address, serving
 from helpers.reference import greedy
+from helpers.waiting import until
 
 from moray.cluster.arena_source import ArenaSource
-from moray.cluster.messages import Ask
+from moray.cluster.client import HostClient
+from moray.cluster.messages import Ask, Coming, Need, Ping
 from moray.runtime.errors import CorruptShardError, MorayError, StoreError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.generation.runner import Runner
@@ -299,6 +303,58 @@ def test_a_disk_that_stalls_for_seconds_costs_only_time(demo: Store, disk: Disk,
         done = disk.once(stall)
         assert generate(made.runner) == expected
         assert done.is_set()
+
+
+@contextmanager
+def stalled_for(disk: Disk, host: ShardHost) -> Iterator[tuple[HostClient, list[str]]]:
+    """A client whose disk stands still, and the names of the threads that read from it meanwhile; then it goes on."""
+    go_on, readers = threading.Event(), list[str]()
+    address = new_address("stalled")
+
+    def stall(real: Read, *arguments: Any) -> int:
+        readers.append(threading.current_thread().name)
+        assert go_on.wait(60)
+        return real(*arguments)
+
+    with serving(address, host), connected(address) as client:
+        client.greet()
+        disk.fault = stall
+        try:
+            yield client, readers
+        finally:
+            go_on.set()
+
+
+def test_what_is_needed_is_read_by_the_thread_that_has_heard_of_it(demo: Store, disk: Disk) -> None:
+    """And the client is heard meanwhile: else a host whose disk stands still would be taken for lost."""
+    host = make_host(demo, list(demo.manifest.shards), num_slots=SLOTS, prefetch="off")
+    host._loader._depth.depth = 4
+    first, second, third = absent(host, 0)[:3]
+    with stalled_for(disk, host) as (client, readers):
+        client.send(Need(layer=0, experts=[first]))
+        until(lambda: "moray-data-plane" in readers)
+        client.request(Ping())
+        client.send(Need(layer=0, experts=[first, second]))  # nobody is left to read and to receive
+        client.send(Need(layer=0, experts=[first, second, third]))
+        assert isinstance(client.request(Ask(layer=0, experts=[first, second, third]))[0], Coming)
+        until(lambda: len(readers) == 4)
+        assert readers.count("moray-data-plane") == 1
+        client.request(Ping())
+        assert set(absent(host, 0)) >= {first, second, third}
+    until(lambda: not {first, second, third} & set(absent(host, 0)))
+    host.close()
+
+
+def test_a_client_that_goes_while_its_shard_is_read_leaves_no_claim(demo: Store, disk: Disk) -> None:
+    host = make_host(demo, list(demo.manifest.shards), num_slots=SLOTS, prefetch="off")
+    threads = threading.active_count()
+    with stalled_for(disk, host) as (client, readers):
+        client.send(Need(layer=0, experts=absent(host, 0)[:1]))
+        until(lambda: bool(readers))
+        client._connection.wire.shut()
+    until(lambda: threading.active_count() == threads)  # serving has ended
+    assert not host._manager._claims
+    host.close()
 
 
 # ------------------------------------------------------------------------------------------- ends

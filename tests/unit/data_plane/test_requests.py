@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
-from helpers.data_plane import connected
+from helpers.data_plane import Peer, check_alive, connected, header
 from helpers.hosts import TOKEN
+from helpers.waiting import until
 
 from moray.cluster.client import HelloRequiredError, HostAddress, HostClient
 from moray.cluster.messages import Ask, Coming, Hint, Need, Release, Welcome
@@ -118,3 +121,19 @@ def test_an_expert_that_lives_elsewhere_is_refused_and_counted(
         with pytest.raises(ProtocolError, match="does not live here"):
             client.receive(client.send(kind(layer=0, experts=[3], uses=[[layer, expert]])))
     assert server.stats.rejected == rejected + len(kinds) + 2
+
+
+def test_a_message_that_is_too_large_ends_the_connection_and_is_counted_once(
+    server: DataPlaneServer, address: HostAddress
+) -> None:
+    """Also when two threads receive in turn, as they do since something was needed."""
+    peer, rejected = Peer(address), server.stats.rejected
+    peer.greet()
+    peer.send([header("Need")])
+    check_alive(peer)
+    peer.wire._sock.sendall(struct.pack("<II", 1 << 30, 0))
+    with pytest.raises(ConnectionError):
+        peer.receive()
+    until(lambda: server.stats.rejected == rejected + 1 and "peer" not in server._known)
+    assert server.stats.rejected == rejected + 1
+    peer.close()
