@@ -122,7 +122,7 @@ class _Predictor:
     def _trunk_s(self, tokens: int) -> float:
         trunk, speed = self._trunk, self._speed
         read_s = (trunk.bytes_per_token + tokens * trunk.kv_bytes) / speed.bytes_per_s
-        return read_s + tokens * trunk.bytes_per_token / speed.token_bytes_per_s + trunk.num_layers * _LAYER_S
+        return read_s + (tokens - 1) * trunk.bytes_per_token / speed.token_bytes_per_s + trunk.num_layers * _LAYER_S
 
     def _token(self, index: int) -> _LayerPart:
         """One token's experts of a layer: means over its calls."""

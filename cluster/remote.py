@@ -20,6 +20,7 @@ from moray.cluster.health import LONGEST_S
 from moray.cluster.keys import KeyPair
 from moray.cluster.messages import Compute, GateSpec
 from moray.cluster.remote_host import OnChange, RemoteHost, RemoteStats, Request
+from moray.cluster.wire import look_out
 from moray.runtime.arrays import Bools, Floats, Ints
 from moray.runtime.cpu import usable_cores
 from moray.runtime.kernels.gates import Gate
@@ -134,8 +135,7 @@ class RemoteLanes:
     def wait(self, hosts: Sequence[RemoteHost], due_s: float, most_s: float) -> None:
         """Until something comes from one of these, at most ``most_s``. ``due_s``: until a reply is expected.
 
-        Around then this thread stays awake, if there is another core for those that receive: being woken takes as long
-        as a part of the way itself.
+        Around then this thread stays awake, if there is another core for those that receive.
         """
         poll = select.poll()
         for host in hosts:
@@ -144,9 +144,8 @@ class RemoteLanes:
         if asleep_ms > 0 and poll.poll(asleep_ms):
             return
         started = monotonic()
-        while self._may_look and monotonic() - started < min(_LOOK_S, most_s):
-            if poll.poll(0):
-                return
+        if self._may_look and look_out(poll, min(_LOOK_S, most_s)):
+            return
         poll.poll(max(0, 1 + int(1000 * (most_s - 1e-3 * max(0, asleep_ms) - (monotonic() - started)))))
 
     def stats(self) -> list[RemoteStats]:

@@ -34,6 +34,7 @@ from moray.cluster.messages import (
 from moray.cluster.reads import READS, ReadMemory, StoreReads
 from moray.cluster.stream import NOTHING
 from moray.cluster.wire import MAX_BUFFER_BYTES, MAX_HEADER_BYTES, Frames, Wire, is_local
+from moray.runtime.cpu import spare_core
 from moray.runtime.errors import ConfigError, MorayError, ProtocolError, StoreError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels.gates import Gate
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from moray.cluster.activations import WireFormat
 
 _LARGEST = 3e38
+_AWAKE_S = 1e-3  # after an answer, while requests come faster than that
 _STRANGERS_BYTES = 4 << 20  # of a message, before Hello
 
 _Answer = tuple[Message | None, memoryview]  # None: the message has no reply
@@ -63,6 +65,8 @@ class _Client:
         self.second: threading.Thread | None = None
         self.is_needing = self.is_loading = False  # who has the turn is to load something; the other one loads
         self.is_garbled = False  # what came cannot be understood, nor what comes after it
+        self.answered_at = 0.0  # the last Compute
+        self.awake_s = 0.0
         wire.max_header_bytes = wire.max_buffer_bytes = _STRANGERS_BYTES
 
 
@@ -86,6 +90,7 @@ class DataPlaneServer:
         self.stats = ServerStats()
         self._reads = StoreReads(host)
         self._forms: dict[tuple[int, Numerics], WireFormat] = {}
+        self._has_spare_core = spare_core()
         self._listener = Listener(address, admission, self.stats, self._serve)
         self.address = self._listener.address
 
@@ -122,7 +127,7 @@ class DataPlaneServer:
 
     def _receive_until_needed(self, client: _Client) -> None:
         while not client.is_needing:
-            self._receive(client, client.wire.receive())
+            self._receive(client, client.wire.receive(client.awake_s))
         if client.second is None:
             client.second = threading.Thread(
                 target=self._take_turns, args=(client,), name="moray-data-plane", daemon=True
@@ -171,7 +176,7 @@ class DataPlaneServer:
                 self._host.need(client.name, message.layer, message.experts)
                 return Coming(), NOTHING
             case Compute():
-                return self._compute(message, buffer)
+                return self._compute(client, message, buffer)
             case Ping():
                 return Pong(resident=self._host.resident() if message.wants_resident else None), NOTHING
             case Hint():
@@ -240,8 +245,9 @@ class DataPlaneServer:
             experts[key.layer].append(key.expert)
         return experts
 
-    def _compute(self, request: Compute, buffer: memoryview) -> _Answer:
+    def _compute(self, client: _Client, request: Compute, buffer: memoryview) -> _Answer:
         started = perf_counter()
+        client.awake_s = self._awake_s(started - client.answered_at)
         layer = request.layer
         form = self._forms.get((layer, request.numerics)) or self._form(layer, request.numerics)
         if len(request.counts) != len(request.experts) or min(request.counts, default=0) < 1:
@@ -256,7 +262,13 @@ class DataPlaneServer:
             self._host.hint(layer, absent, is_prediction=False)
             return Refused(reason="absent", message=f"experts {absent} of layer {layer} are not in memory yet"), NOTHING
         self.stats.count("pairs_computed", len(y))
-        return Computed(compute_s=perf_counter() - started), y.data.cast("B")
+        client.answered_at = perf_counter()
+        return Computed(compute_s=client.answered_at - started), y.data.cast("B")
+
+    def _awake_s(self, since_answer_s: float) -> float:
+        """How long to wait awake for a client's next request: who is loading meanwhile needs the interpreter."""
+        is_worth_it = since_answer_s < _AWAKE_S and self._has_spare_core and self._host.is_idle
+        return _AWAKE_S if is_worth_it else 0.0
 
     def _form(self, layer: int, numerics: Numerics) -> WireFormat:
         """How the activations of a layer come; remembered."""

@@ -26,6 +26,7 @@ from moray.runtime.store.store import Store
 if TYPE_CHECKING:
     from moray.cluster.client import HostClient
 
+_LEAST_SHARE = 0.01  # of an expert's time with one token, that its bytes take
 _LAUNCH_S = 2e-5  # of the kernels, once a layer
 _WORKING_SET_BYTES = 128 << 20  # more than most caches, so that memory is measured
 _GROUP_BYTES = 32 << 20  # of the experts computed by one call
@@ -50,7 +51,9 @@ class ComputeSpeed:
 
     def rate(self, shard_bytes: int) -> Rate:
         """For the cost model: experts of one size, all of a layer's at a host launched at once."""
-        return Rate(_LAUNCH_S, 1 / self.bytes_per_s, shard_bytes / self.token_bytes_per_s)
+        byte_s, token_byte_s = 1 / self.bytes_per_s, 1 / self.token_bytes_per_s
+        # ``bytes_per_s`` is with a first token, which the cost model adds.
+        return Rate(_LAUNCH_S, max(byte_s - token_byte_s, _LEAST_SHARE * byte_s), shard_bytes * token_byte_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -69,17 +70,17 @@ class Wire:
         self.has_received = True
         return message
 
-    def receive(self) -> Frames:
-        """The next message. Raises like ``try_receive``."""
+    def receive(self, awake_s: float = 0.0) -> Frames:
+        """The next message; the first ``awake_s`` of each wait awake. Raises like ``try_receive``."""
         while (message := self.try_receive()) is None:
-            self.wait(None)
+            self.wait(None, awake_s)
         return message
 
-    def wait(self, timeout_ms: float | None) -> bool:
+    def wait(self, timeout_ms: float | None, awake_s: float = 0.0) -> bool:
         """Until something can be read, or the connection has ended. What was received before must have been taken."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(timeout_ms))
+        return look_out(poll, awake_s) or bool(poll.poll(timeout_ms))
 
     def _next(self) -> Frames | None:
         """A message out of what was read."""
@@ -199,6 +200,15 @@ class Wire:
     def close(self) -> None:
         """Nobody may use it any more."""
         self._sock.close()
+
+
+def look_out(poll: select.poll, seconds: float) -> bool:
+    """Wait awake: being woken takes as long as a part of a message's way itself. Whether something came."""
+    deadline = monotonic() + seconds if seconds > 0 else 0.0
+    while monotonic() < deadline:
+        if poll.poll(0):
+            return True
+    return False
 
 
 def is_local(address: str) -> bool:

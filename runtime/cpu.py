@@ -1,4 +1,4 @@
-"""How many cores this process may compute with."""
+"""How many cores this process may compute with, and whether it may wait awake."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ def usable_cores() -> int:
     """The cores that this process may run on, or fewer if its control groups (a container's limit) allow less time."""
     cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
     return cores if quota is None else min(cores, max(1, int(quota)))
+
+
+def spare_core(cpus: Path = Path("/sys/devices/system/cpu")) -> bool:
+    """Whether a thread that waits awake leaves a core to others: a hardware thread of the same core is none."""
+    if usable_cores() < 2:
+        return False
+    siblings = [cpus / f"cpu{number}/topology/thread_siblings_list" for number in os.sched_getaffinity(0)]
+    return len({file.read_text() for file in siblings if file.is_file()}) > 1
 
 
 def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -111,6 +111,12 @@ class ShardHost:
         """Whether nothing is ever evicted here."""
         return self._manager.holds_all
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being loaded."""
+        with self._loader.lock:
+            return self._loader.is_idle
+
     def assign(self, assigned: Sequence[ExpertKey]) -> None:
         """From now on these are what it fills its arena with, in this order. Evicts nothing by itself.
 

@@ -7,7 +7,7 @@ import pytest
 
 from moray.deploy.config import EngineConfig
 from moray.runtime import cpu
-from moray.runtime.cpu import cpu_quota, usable_cores
+from moray.runtime.cpu import cpu_quota, spare_core, usable_cores
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(None, 4), (64.0, 4), (4.0, 4), (3.9, 3), (1.0, 1), (0.25, 1)])
@@ -47,3 +47,20 @@ def test_quotas_of_version_1_groups_are_found_at_the_root_of_a_container(tmp_pat
     assert cpu_quota(groups, tmp_path / "sys") is None
     quota.write_text("250000\n")
     assert cpu_quota(groups, tmp_path / "sys") == 2.5
+
+
+@pytest.mark.parametrize(
+    ("siblings", "quota", "expected"),
+    [
+        (["0", "1"], None, True), (["0-1", "0-1"], None, False), (["0,2", "1,3", "0,2", "1,3"], None, True),
+        (["0"], None, False), (["0", "1"], 1.5, False), ([], None, False),
+    ],
+)  # fmt: skip
+def test_a_hardware_thread_of_the_same_core_is_no_spare_core(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, siblings: list[str], quota: float | None, expected: bool
+) -> None:
+    for number, text in enumerate(siblings):
+        write(tmp_path / f"cpu{number}/topology/thread_siblings_list", text + "\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(len(siblings) or 2)))
+    monkeypatch.setattr(cpu, "cpu_quota", lambda: quota)
+    assert spare_core(tmp_path) is expected

@@ -106,6 +106,19 @@ def test_a_node_and_a_link_are_measured() -> None:
         decode(encode(1, Echo(reply_bytes=MAX_ECHO_BYTES + 1)))
 
 
+@pytest.mark.parametrize("token_bytes_per_s", [1e11, 2e10])
+def test_a_speed_is_that_of_experts_with_one_token_each(token_bytes_per_s: float) -> None:
+    """The first token's arithmetic is in it, as it is when a node is measured; only further ones cost more."""
+    rate = ComputeSpeed(1e10, token_bytes_per_s).rate(1_000_000)
+    one_s, many_s = (rate.seconds(1_000_000, tokens) for tokens in (1, 65))
+    assert one_s == pytest.approx(rate.fixed_s + 1e-4)
+    assert many_s - one_s == pytest.approx(64 * 1e6 / token_bytes_per_s)
+
+
+def test_a_speed_whose_bytes_would_cost_nothing_still_has_a_price_for_them() -> None:
+    assert ComputeSpeed(1e10, 1e9).rate(1_000_000).byte_s > 0
+
+
 def test_activations_are_counted_as_they_travel() -> None:
     with Store.open(demo_store()) as opened:
         manifest = opened.manifest
@@ -238,4 +251,4 @@ def test_links_and_rates_as_people_write_them() -> None:
             parse_link(wrong)
     node = plan_config_of_flags(["a,memory=1GiB,cores=2,compute=7GB/s,prompts=9GB/s,disk=3GB/s"], []).nodes["a"]
     assert (node.speed, node.disk_bytes_per_s) == (ComputeSpeed(7e9, 9e9), 3e9)
-    assert replace(node.speed, bytes_per_s=1.0).rate(10).byte_s == 1.0
+    assert replace(node.speed, bytes_per_s=1.0).rate(10).byte_s == pytest.approx(1.0)

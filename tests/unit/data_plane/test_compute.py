@@ -14,8 +14,10 @@ from moray.cluster.activations import WireFormat
 from moray.cluster.client import HostClient
 from moray.cluster.messages import Compute, Computed, GateSpec, Ping, Pong
 from moray.cluster.server import DataPlaneServer
+from moray.cluster.wire import Frames, Wire
 from moray.runtime.arrays import Floats
 from moray.runtime.errors import ProtocolError
+from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.kernels.reference import quantize_activations
@@ -43,6 +45,44 @@ def test_outputs_computed_by_a_host_are_the_same_bits(client: HostClient, demo: 
     ones = np.ones((7, 1), dtype=np.float32)
     expected = ops.moe_layer(x, ones, grouping, LayerKernel(*kernels), at + up.offset, at + down.offset)
     assert_same_bits(np.frombuffer(buffer, dtype=np.float32).reshape(7, HIDDEN), expected)
+
+
+def test_a_host_waits_awake_while_requests_come_fast_and_it_loads_nothing(
+    monkeypatch: pytest.MonkeyPatch, client: HostClient, server: DataPlaneServer, demo: Store
+) -> None:
+    awake: list[float] = []
+    since: list[float] = []
+    receive = Wire.receive
+
+    def note(self: Wire, awake_s: float = 0.0) -> Frames:
+        awake.append(awake_s)
+        return receive(self, awake_s)
+
+    def ask(gap_s: float) -> None:
+        """``gap_s`` after the last answer."""
+        monkeypatch.setattr(server, "_awake_s", lambda since_s: since.append(since_s) or choose(gap_s))
+        request = Compute(layer=0, experts=[3], counts=[1], num_rows=1, numerics="int8")
+        reply, _ = client.request(request, wire(demo, "int8").encode(rows(1), np.arange(1)).data)
+        client.request(Ping())  # by then its thread has waited for this one
+        assert isinstance(reply, Computed)
+
+    choose = server._awake_s
+    monkeypatch.setattr(Wire, "receive", note)
+    monkeypatch.setattr(server, "_has_spare_core", True)
+    ask(1.0)
+    assert set(awake) == {0.0}
+    ask(1e-5)
+    assert awake[-1] > 0
+    ask(1.0)
+    assert awake[-1] == 0
+    monkeypatch.setattr(ShardHost, "is_idle", False)
+    ask(1e-5)
+    assert awake[-1] == 0
+    monkeypatch.setattr(ShardHost, "is_idle", True)
+    monkeypatch.setattr(server, "_has_spare_core", False)
+    ask(1e-5)
+    assert awake[-1] == 0
+    assert all(0 < since_s < 60 for since_s in since[1:])
 
 
 def test_activations_that_are_not_numbers_stay_in_their_rows(client: HostClient, demo: Store) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import sleep
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from moray.cluster.keys import Admission, KeyPair
 from moray.cluster.tls import client_context
-from moray.cluster.wire import Wire, new_socket
+from moray.cluster.wire import Wire, look_out, new_socket
 from moray.runtime.errors import ConfigError, ProtocolError
 
 pytestmark = pytest.mark.timeout(60)  # what hangs fails soon
@@ -182,3 +184,30 @@ def test_sizes_beyond_what_is_expected_are_refused() -> None:
 def test_what_is_no_address_is_a_config_error(address: str) -> None:
     with pytest.raises(ConfigError, match="expected tcp://IP:PORT or ipc://NAME"):
         new_socket(address)
+
+
+@pytest.mark.parametrize("awake_s", [0.0, 0.01, 60.0])
+@pytest.mark.parametrize("is_secret", [False, True])
+def test_messages_come_to_who_waits_awake_and_to_who_fell_asleep(is_secret: bool, awake_s: float) -> None:
+    with wires(is_secret) as (one, other):
+        found: list[bytes] = []
+
+        def wait() -> None:
+            for _ in range(3):
+                found.append(bytes(other.receive(awake_s)[0]))
+
+        waiting = in_background(wait)
+        for number in range(3):
+            sleep(0.03)
+            one.send(bytes([number]))
+        waiting.join()
+        assert found == [bytes([number]) for number in range(3)]
+
+
+def test_looking_out_ends_with_what_comes_or_with_its_time() -> None:
+    with wires(False) as (one, other):
+        poll = select.poll()
+        poll.register(other, select.POLLIN)
+        assert not look_out(poll, 0.0) and not look_out(poll, 0.001)
+        one.send(b"here")
+        assert look_out(poll, 60.0) and other.receive()[0] == b"here"
