@@ -1,4 +1,4 @@
-"""Which instruction set the kernels are compiled for."""
+"""Which instruction set the kernels are compiled for, and where their prefetches go."""
 
 from __future__ import annotations
 
@@ -29,4 +29,14 @@ def best_instruction_set(features: dict[str, bool]) -> str:
     return "avxvnni" if features.get("avxvnni") else "avx2"
 
 
+def prefetch_locality(cpu: str) -> int:
+    """LLVM's locality of software prefetches on a CPU of this LLVM name: 3 is into all caches, 2 all but the nearest.
+
+    AMD's nearest cache can wait for few lines at once: asking for more of them there is slower than not asking
+    (docs/measured.md, Bench). Of Intel's, 3 was measured to be better than none, 2 was not tried.
+    """
+    return 2 if cpu.startswith("znver") else 3
+
+
 INSTRUCTION_SET = detect_instruction_set()
+PREFETCH_LOCALITY = prefetch_locality(llvm.get_host_cpu_name())

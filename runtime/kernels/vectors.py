@@ -14,7 +14,7 @@ from functools import partial
 from llvmlite import ir
 from numba.core import cgutils
 
-from moray.runtime.kernels.isa import PORTABLE
+from moray.runtime.kernels.isa import PORTABLE, PREFETCH_LOCALITY
 from moray.runtime.layout import fp4
 
 LANES = 16
@@ -77,7 +77,7 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     pointer = I8.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(PREFETCH_LOCALITY), I32(1)])
 
 
 def load_halves(builder: ir.IRBuilder, address: ir.Value, instruction_set: str) -> ir.Value:

@@ -16,7 +16,13 @@ from helpers.matrices import assert_same_bits, random_matrix
 
 from moray.runtime.kernels import ops, reference
 from moray.runtime.kernels.block import Variant
-from moray.runtime.kernels.isa import INSTRUCTION_SET, INSTRUCTION_SETS, best_instruction_set, detect_instruction_set
+from moray.runtime.kernels.isa import (
+    INSTRUCTION_SET,
+    INSTRUCTION_SETS,
+    best_instruction_set,
+    detect_instruction_set,
+    prefetch_locality,
+)
 from moray.runtime.kernels.memory import all_equal
 from moray.runtime.kernels.ops import MatrixKernel
 from moray.runtime.kernels.pool import current_pool, set_num_threads
@@ -106,6 +112,11 @@ def test_the_instruction_set_can_be_chosen_and_is_checked(monkeypatch: pytest.Mo
 )
 def test_the_best_instruction_set_is_found(features: dict[str, bool], expected: str) -> None:
     assert best_instruction_set(features) == expected
+
+
+@pytest.mark.parametrize(("cpu", "locality"), [("znver2", 2), ("znver4", 2), ("sapphirerapids", 3), ("generic", 3)])
+def test_where_prefetches_go_depends_on_the_cpu(cpu: str, locality: int) -> None:
+    assert prefetch_locality(cpu) == locality
 
 
 def test_torch_and_the_kernels_get_the_same_threads() -> None:
