@@ -2,10 +2,12 @@
 
     python benchmarks/batch.py                                     # both geometries, uniformly random choices
     python benchmarks/batch.py --models qwen3 --rounds 9
+    python benchmarks/batch.py --recipe experts=hqq4,attention=hqq4,embeddings=hqq8
 
-Stores of random hqq4 weights with planted choices (make_store.py): 2 layers of Mixtral-8x7B, 4 of Qwen3-30B-A3B, each
-in this process, all experts in memory. B sequences at different places are prefilled, then decode greedily; after id t
-must come t + 1, for every sequence and B.
+Stores of random weights with planted choices (make_store.py): 2 layers of Mixtral-8x7B, 4 of Qwen3-30B-A3B (--layers:
+so many of each) and the whole output head, 16 bits unless ``--recipe`` says otherwise; each in this process, all
+experts in memory. B sequences at different places are prefilled, then decode greedily; after id t must come t + 1, for
+every sequence and B.
 
 *step*: median seconds of one forward pass over a new token of each of B sequences, without sampling. *in turn*: of B
 passes of one token each. *bytes*: what a step reads: the trunk (an embedding's rows are not counted), each expert that
@@ -132,9 +134,9 @@ def measure(
     return Steps(median(together), median(apart), num_bytes, reading_s, multiplying_s)
 
 
-def run(name: str, geometry: Geometry, root: Path, routing: str, rounds: int, steps: int) -> None:
+def run(name: str, geometry: Geometry, root: Path, routing: str, recipe: Recipe, rounds: int, steps: int) -> None:
     replay = replay_of(routing, geometry)
-    path = write_store(root / name, geometry, Recipe.parse(DEFAULT_RECIPE), replay=replay)
+    path = write_store(root / name, geometry, recipe, replay=replay)
     buffer, products = np.ones(_READ_BYTES, dtype=np.uint8), products_of_token(geometry)
     results: dict[int, list[Steps]] = {size: [] for size in BATCHES}
     machines = []
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--layers", type=int, help="of each model")
     parser.add_argument("--routing", default="random", help="as make_store.py's; must plant choices (random)")
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"as moray convert's ({DEFAULT_RECIPE})")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12, help="of a round, each B (12)")
     arguments = parser.parse_args()
@@ -194,7 +197,8 @@ def main() -> None:
         geometry = MODELS[name]
         geometry = replace(geometry, layers=arguments.layers or geometry.layers)
         with working_directory(5 << 29) as root:
-            run(name, geometry, root, arguments.routing, arguments.rounds, arguments.steps)
+            recipe = Recipe.parse(arguments.recipe)
+            run(name, geometry, root, arguments.routing, recipe, arguments.rounds, arguments.steps)
         gc.collect()
 
 

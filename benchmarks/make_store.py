@@ -100,7 +100,7 @@ class RandomWeights:
         codes = np.full((spec.rows, spec.columns), middle, dtype=np.uint8)
         scales = np.full((spec.rows, spec.num_groups), unit, dtype=np.float32)
         zeros = np.full_like(scales, middle)
-        codes[:, :planted] = levels + middle
+        codes[:, :planted] = levels + np.int16(middle)
         if std:
             codes[:, planted:] = self._random.integers(0, 2 * middle, codes[:, planted:].shape, dtype=np.uint8)
             scales[:, groups:] = _scale(spec.bits, std)

@@ -42,10 +42,18 @@ _BLOCKS = {
 }
 
 
-def _cases(instruction_set: str) -> list[tuple[int, int]]:
+def blocks_at_once(variant: Variant) -> tuple[int, ...]:
+    """Row blocks at once of tiles of 1, 2, ... MAX_WIDTH pairs."""
+    blocks = _BLOCKS[variant.instruction_set]
+    if variant.encoding in ("bf16", "f16"):  # two columns of each block at once
+        return (*blocks[:4], 1, 1, 1, 1)
+    return blocks
+
+
+def _cases(variant: Variant) -> list[tuple[int, int]]:
     """Row blocks and widths of the tiles that are compiled."""
     single = [(1, width) for width in range(1, MAX_WIDTH + 1)]
-    return sorted({*single, *((blocks, i + 1) for i, blocks in enumerate(_BLOCKS[instruction_set]))})
+    return sorted({*single, *((blocks, i + 1) for i, blocks in enumerate(blocks_at_once(variant)))})
 
 
 @intrinsic(prefer_literal=True)
@@ -63,7 +71,7 @@ def _tile(
         _number, num_blocks, width, *others = args
         done = builder.append_basic_block("done")
         switch = builder.switch(builder.add(builder.mul(num_blocks, I64(MAX_WIDTH + 1)), width), done)
-        for blocks, tokens in _cases(variant.instruction_set):
+        for blocks, tokens in _cases(variant):
             case = builder.append_basic_block(f"blocks{blocks}width{tokens}")
             switch.add_case(I64(blocks * (MAX_WIDTH + 1) + tokens), case)
             builder.position_at_end(case)
@@ -103,7 +111,7 @@ def tile_of(pair, start, end):
 
 
 def _make_items(number: int) -> Any:
-    blocks_of = (0, *_BLOCKS[Variant.of_number(number).instruction_set])  # of each width
+    blocks_of = (0, *blocks_at_once(Variant.of_number(number)))  # of each width
 
     def items(params, first, last):
         rows, columns, group = word(params, ROWS), word(params, COLUMNS), word(params, GROUP)
