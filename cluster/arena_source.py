@@ -33,6 +33,7 @@ from moray.runtime.kernels.memory import (
 )
 from moray.runtime.layout.packed import LAYOUT_ID
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.store.manifest import NUMERICS_ID
 from moray.runtime.store.store import Store
 
 _CLIENT = "compute"  # an engine has one: a new one takes the place of one that died, whose claims are dropped
@@ -346,7 +347,7 @@ class _ArenaFetch:
 
 def check_welcome(welcome: Welcome, store: Store) -> None:
     """Raises ClusterError unless a host has the same shards, and computes with them by the same rules."""
-    mine = (store.fingerprint, LAYOUT_ID, store.manifest.numerics_id)
+    mine = (store.fingerprint, LAYOUT_ID, NUMERICS_ID)
     theirs = (welcome.store_fingerprint, welcome.layout_id, welcome.numerics_id)
     if mine != theirs:
         raise ClusterError(

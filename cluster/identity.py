@@ -29,8 +29,8 @@ class NodeIdentity:
 
 
 def identity_of(store: Store) -> NodeIdentity:
-    """This process's, with this store. A store's own numerics id counts: it says what its shards were made for."""
-    return NodeIdentity(moray.__version__, LAYOUT_ID, f"{NUMERICS_ID}/{store.manifest.numerics_id}", store.fingerprint)
+    """This process's, with this store (whose own numerics id is a part of its fingerprint)."""
+    return NodeIdentity(moray.__version__, LAYOUT_ID, NUMERICS_ID, store.fingerprint)
 
 
 def check_identity(ours: NodeIdentity, theirs: NodeIdentity, our_node: str, their_node: str) -> None:

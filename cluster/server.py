@@ -40,6 +40,7 @@ from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.kernels.gates import Gate
 from moray.runtime.layout.packed import LAYOUT_ID, Numerics
 from moray.runtime.layout.shard import ExpertKey
+from moray.runtime.store.manifest import NUMERICS_ID
 
 if TYPE_CHECKING:
     from moray.cluster.activations import WireFormat
@@ -222,7 +223,7 @@ class DataPlaneServer:
             host_id=self._host_id,
             store_fingerprint=self._fingerprint,
             layout_id=LAYOUT_ID,
-            numerics_id=self._host.store.manifest.numerics_id,
+            numerics_id=NUMERICS_ID,
             arena_pid=arena.pid,
             arena_fd=arena.fd,
             arena_bytes=arena.num_bytes,

@@ -27,7 +27,7 @@ from moray.runtime.errors import ConfigError, MorayError
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.memory import format_bytes
 from moray.runtime.planning.profiles import profile_of
-from moray.runtime.store.manifest import Manifest
+from moray.runtime.store.manifest import NUMERICS_ID, Manifest
 from moray.runtime.store.store import Store
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "expert encodings": ", ".join(encodings),
         "format": manifest.format_version,
         "layout": manifest.layout_id,
-        "numerics": f"{manifest.numerics_id} (kernels bit-identical across CPUs), float (reference)",
+        "numerics": f"{NUMERICS_ID} (kernels bit-identical across CPUs), float (reference)",
         "source": ", ".join(f"{key} {value}" for key, value in (manifest.source | manifest.versions).items()),
     } | ({"notes": "; ".join(manifest.notes)} if manifest.notes else {})
 

@@ -284,14 +284,14 @@ def _add_group(
     xs: ir.Value,
     xsum: ir.Value,
 ) -> None:
-    """sums[t] += (float(dots[t]) - zero * xsum[t]) * (scale * xs[t]), in this order, unfused."""
+    """sums[t] = fma(fma(-zero, xsum[t], float(dots[t])), scale * xs[t], sums[t])."""
     for t in range(len(sums[0])):
         x_scale = v.broadcast(builder, v.offset(builder, xs, 4 * t), F32)
         x_sum = v.broadcast(builder, v.offset(builder, xsum, 4 * t), F32)
         for total, dot, (scale, zero) in zip(sums, dots, scales, strict=True):
-            centred = builder.fsub(builder.sitofp(dot[t], VF32), builder.fmul(zero, x_sum))
-            term = builder.fmul(centred, builder.fmul(scale, x_scale))
-            builder.store(builder.fadd(builder.load(total[t]), term), total[t])
+            centred = v.fma(builder, builder.fneg(zero), x_sum, builder.sitofp(dot[t], VF32))
+            factor = builder.fmul(scale, x_scale)
+            builder.store(v.fma(builder, centred, factor, builder.load(total[t])), total[t])
 
 
 def _emit_float_group(
@@ -303,7 +303,7 @@ def _emit_float_group(
     scales: list[tuple[ir.Value, ir.Value]],
     sums: Sums,
 ) -> None:
-    """sums[t] += ((code - zero) * scale) * x[t], column after column."""
+    """sums[t] = fma((code - zero) * scale, x[t], sums[t]), column after column."""
     width = len(sums[0])
 
     def add(quads: list[ir.Value], quad: ir.Value) -> None:
@@ -322,7 +322,7 @@ def _emit_float_group(
 
 
 def _emit_plain(builder: ir.IRBuilder, variant: Variant, ops: Operands, sums: Sums) -> None:
-    """sums[t] += w[column] * x[column, t], column after column."""
+    """sums[t] = fma(w[column], x[column, t], sums[t]), column after column."""
     per_vector, width = 1 if variant.encoding == "f32" else 2, len(sums[0])
     blocks = _starts(builder, ops, len(sums))
     with cgutils.for_range(builder, builder.sdiv(ops.columns, I64(per_vector))) as loop:
@@ -350,4 +350,4 @@ def _add_column(builder: ir.IRBuilder, sums: Sums, weights: Sequence[ir.Value], 
     for t in range(len(sums[0])):
         value = v.broadcast(builder, v.offset(builder, x, 4 * t), F32)
         for total, weight in zip(sums, weights, strict=True):
-            builder.store(builder.fadd(builder.load(total[t]), builder.fmul(weight, value)), total[t])
+            builder.store(v.fma(builder, weight, value, builder.load(total[t])), total[t])

@@ -22,7 +22,7 @@ def detect_instruction_set() -> str:
 
 def best_instruction_set(features: dict[str, bool]) -> str:
     """The best instruction set of a CPU with these LLVM features."""
-    if not (features.get("avx2") and features.get("f16c")):
+    if not (features.get("avx2") and features.get("f16c") and features.get("fma")):
         return PORTABLE
     if features.get("avx512bw"):
         return "avx512vnni" if features.get("avx512vnni") else "avx512"

@@ -25,7 +25,7 @@ from moray.runtime.store.migrations import FORMAT_VERSION, MIGRATIONS, migrate
 
 MANIFEST_NAME = "manifest.msgpack"
 TRUNK_NAME = "trunk.safetensors"
-NUMERICS_ID = "int8-v1"  # the rules of class int8 (docs/format.md); another rule is another id
+NUMERICS_ID = "int8-v2"  # the rules of class int8 (docs/format.md); another rule is another id
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from helpers.hosts import cluster_of, make_host, new_address, serving, watching
 from helpers.reference import greedy
 from helpers.waiting import num_open_files, until_closed
 
+from moray.cluster import server
 from moray.cluster.arena_source import ArenaSource
 from moray.cluster.client import HostAddress
 from moray.cluster.messages import Ask
@@ -128,9 +129,9 @@ def test_another_store_is_refused_and_nothing_stays_open(demo: Store) -> None:
         until_closed(before)
 
 
-def test_another_rule_of_numerics_is_refused(demo: Store) -> None:
+def test_another_rule_of_numerics_is_refused(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with cluster_of(demo, 1) as hosts:
-        hosts[0][1].store = Store(demo.path, replace(demo.manifest, numerics_id="int8-v0"))
+        monkeypatch.setattr(server, "NUMERICS_ID", "int8-v0")
         with pytest.raises(ClusterError, match="int8-v0"):
             ArenaSource(demo, [hosts[0][0]])
 

@@ -102,10 +102,11 @@ def test_the_instruction_set_can_be_chosen_and_is_checked(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("features", "expected"),
     [
-        ({"avx512vnni": True, "avx512bw": True, "avx2": True, "f16c": True}, "avx512vnni"),
-        ({"avx512vnni": False, "avx512bw": True, "avx2": True, "f16c": True}, "avx512"),
-        ({"avxvnni": True, "avx2": True, "f16c": True}, "avxvnni"),
-        ({"avx2": True, "f16c": True}, "avx2"),
+        ({"avx512vnni": True, "avx512bw": True, "avx2": True, "f16c": True, "fma": True}, "avx512vnni"),
+        ({"avx512vnni": False, "avx512bw": True, "avx2": True, "f16c": True, "fma": True}, "avx512"),
+        ({"avxvnni": True, "avx2": True, "f16c": True, "fma": True}, "avxvnni"),
+        ({"avx2": True, "f16c": True, "fma": True}, "avx2"),
+        ({"avx2": True, "f16c": True}, "portable"),
         ({"avx2": True}, "portable"),
         ({}, "portable"),
     ],

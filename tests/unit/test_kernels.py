@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from helpers.kernels import (
     seeds,
 )
 from helpers.matrices import assert_same_bits, random_matrix, specs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -42,6 +43,26 @@ def test_int8_equals_the_reference_bit_for_bit(spec: PackedSpec, batch: int, thr
     set_num_threads(threads)
     y = ops.linear(x, packed, MatrixKernel.of(spec, "int8"))
     assert_same_bits(y, reference.matmul(x, packed, spec))
+
+
+_ANY_FLOAT = st.floats(width=32, min_value=-(2.0**50), max_value=2.0**50)
+
+
+@settings(max_examples=500, deadline=None)
+@given(_ANY_FLOAT, _ANY_FLOAT, _ANY_FLOAT)
+@example(1 + 2**-23, 2**-24 * (1 - 2**-23), 1 + 2**-23)  # float64 makes a tie of it: rounded twice it is one too many
+@example(-1 - 2**-23, 2**-24 * (1 - 2**-23), -1 - 2**-23)
+@example(1 + 2**-23, 2**-24, 1.0)
+@example(0.0, -1.0, 0.0)
+def test_the_definition_of_fma_rounds_once(a: float, b: float, c: float) -> None:
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    one, other, addend = (np.array([value], dtype=np.float32) for value in (a, b, c))
+    (found,) = reference.fma(one, other, addend)
+    neighbours = [Fraction(float(np.nextafter(found, np.float32(end)))) for end in (-np.inf, np.inf)]
+    distance, others = abs(Fraction(float(found)) - exact), [abs(value - exact) for value in neighbours]
+    assert distance <= min(others)
+    if distance in others:
+        assert found.view(np.uint32) % 2 == 0
 
 
 @pytest.mark.parametrize(

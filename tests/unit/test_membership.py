@@ -14,6 +14,7 @@ from moray.cluster.nodes import NodeInfo
 from moray.deploy.config import demo_store
 from moray.runtime.errors import ClusterError, ResourceError
 from moray.runtime.planning.host_plan import plan_host_slots
+from moray.runtime.store.manifest import NUMERICS_ID
 from moray.runtime.store.store import Store
 
 COMPUTE = NodeInfo("compute", {"role": "compute"}, 0, "compute")
@@ -80,6 +81,8 @@ def test_a_host_that_serves_too_late_is_nobodys() -> None:
 def test_only_equal_identities_go_together() -> None:
     with Store.open(demo_store()) as store:
         ours = identity_of(store)
+        older = Store(store.path, replace(store.manifest, numerics_id="int8-v1"))
+        assert identity_of(older).numerics == ours.numerics == NUMERICS_ID  # a store has no rules of its own
     check_identity(ours, ours, "left", "right")
     for name, remedy in (("moray", "same version"), ("numerics", "same version"), ("store", "copy its directory")):
         with pytest.raises(

@@ -15,6 +15,7 @@ from moray.cluster.server import DataPlaneServer
 from moray.runtime.errors import ProtocolError
 from moray.runtime.experts.shard_host import ShardHost
 from moray.runtime.layout.packed import LAYOUT_ID
+from moray.runtime.store.manifest import NUMERICS_ID
 from moray.runtime.store.store import Store
 
 pytestmark = pytest.mark.timeout(60)  # what hangs fails soon
@@ -27,7 +28,7 @@ def test_a_host_says_what_it_holds(client: HostClient, host: ShardHost, demo: St
         host_id="host-7",
         store_fingerprint=demo.fingerprint,
         layout_id=LAYOUT_ID,
-        numerics_id=demo.manifest.numerics_id,
+        numerics_id=NUMERICS_ID,
         arena_pid=ref.pid,
         arena_fd=ref.fd,
         arena_bytes=ref.num_bytes,
