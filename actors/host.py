@@ -16,6 +16,7 @@ from moray.cluster.keys import Admission, KeyPair
 from moray.cluster.peers import Peers
 from moray.cluster.server import DataPlaneServer
 from moray.runtime.arena import Arena, ArenaRef
+from moray.runtime.cpu import usable_cores
 from moray.runtime.errors import HostLostError, MorayError
 from moray.runtime.events import HostRestarted
 from moray.runtime.experts.shard_host import HostStats, ShardHost
@@ -24,9 +25,14 @@ from moray.runtime.prefetch.replication import ReplicationBudget
 from moray.runtime.store.store import Store
 from moray.runtime.topology import cores_of_host, on_cores, read_cores
 
+_START_CORES = 2  # what imports and tries the model meanwhile computes with
+
 
 class ExpertHost:
-    """Fills its arena when it is made, and serves over the data plane meanwhile and until its process ends."""
+    """Serves over the data plane from when it is made until its process ends, and fills its arena meanwhile.
+
+    On the compute actor's node it leaves disk and cores to the trunk until ``fill`` is called.
+    """
 
     def __init__(self, config: HostConfig, home: Home) -> None:
         exit_with(config.owner)
@@ -68,6 +74,10 @@ class ExpertHost:
         """Copy these here in the background, the hottest first, in place of what is used less."""
         self._host.replicate(keys)
 
+    def fill(self) -> None:
+        """The compute actor is ready."""
+        self._host.fill()
+
     def stats(self) -> HostStats:
         return replace(self._host.stats(), host_id=self._host_id)
 
@@ -89,6 +99,8 @@ class ExpertHost:
         options: dict[str, Any] = {"policy": caching.policy, "prefetch": caching.prefetch}
         if caching.replication:
             options["replication"] = ReplicationBudget(caching.replication)
+        if not is_remote and not orders.num_restarts:
+            options["start_reads"] = max(0, usable_cores() - _START_CORES)
         self._host = ShardHost(
             store,
             config.keys,

@@ -162,6 +162,8 @@ def start_actors(
         remote_reports = tuple(call(orchestrator.remote_reports))
         remote = call(orchestrator.admit, call(compute.public_key))
         compute_report = call(compute.attach, addresses, remote)
+        for host in hosts:
+            host.fill.remote()  # one that was killed meanwhile does it by itself
         call(orchestrator.record_hosts, addresses)
         if is_joined:
             call(orchestrator.watch)

@@ -13,7 +13,8 @@ its end of the calls included), of the turn that took the median time to the fir
 *Target*: 1.2 x (bytes needed / raw bandwidth) + 5 s. *Bytes needed*: of the trunk, and of the experts that were read or
 computed for this token (each once). *Raw bandwidth*: disk.py, in the same run; 0 bytes a second counts as no limit.
 *Floor*, each the median of as many turns: a process that imports torch and transformers as they are, and one that does
-a bare ``ray.init`` with its defaults but no dashboard.
+a bare ``ray.init`` with its defaults but no dashboard; and the bytes needed (8 GB at most) of memory that no process
+had, each page of it written once by as many threads as there are cores: what a virtual machine may have to ask for.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from time import time
 from typing import Any
 
 _ALLOWED, _EXTRA_S = 1.2, 5.0
+_MOST_FRESH_BYTES = 8 * 10**9
 _FLOORS = {
     "import torch, transformers": "import torch, transformers.modeling_utils",
     "ray.init": "import os; os.environ['RAY_AUTH_MODE'] = 'disabled'; import ray; "
@@ -132,6 +134,20 @@ def main() -> None:
     _print(turns, floors, store_bandwidth(store, 0.2, 1).bytes_per_s)
 
 
+def _fresh_memory_s(num_bytes: int) -> float:
+    """Seconds to get so many bytes of memory from the kernel, in a process of its own."""
+    code = f"""if True:
+        from concurrent.futures import ThreadPoolExecutor
+        from time import perf_counter
+        import os, numpy as np
+        parts = np.array_split(np.empty({num_bytes}, np.uint8), count := len(os.sched_getaffinity(0)))
+        def touch(part): part[::4096] = 1
+        started = perf_counter()
+        with ThreadPoolExecutor(count) as pool: list(pool.map(touch, parts))
+        print(perf_counter() - started)"""
+    return float(_run(["-c", code]))
+
+
 def _print(turns: list[dict[str, Any]], floors: dict[str, list[str]], bandwidth: float) -> None:
     turns = sorted(turns, key=lambda turn: turn["marks"]["first token"])
     turn = turns[len(turns) // 2]
@@ -147,6 +163,9 @@ def _print(turns: list[dict[str, Any]], floors: dict[str, list[str]], bandwidth:
     print(f"first token / target: {median(first) / target:.2f}")
     for name, seconds in floors.items():
         print(f"floor, {name}: {median(map(float, seconds)):.2f} s")
+    fresh = min(turn["bytes"], _MOST_FRESH_BYTES)
+    seconds = _fresh_memory_s(fresh)
+    print(f"floor, fresh memory: {seconds * turn['bytes'] / fresh:.2f} s ({fresh / seconds / 1e9:.2f} GB/s)")
 
 
 if __name__ == "__main__":

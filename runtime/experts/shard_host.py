@@ -71,10 +71,12 @@ class ShardHost:
         assigned: Sequence[ExpertKey] | None = None,
         peers: PeerReaders | None = None,
         replication: ReplicationBudget | None = None,
+        start_reads: int | None = None,
     ) -> None:
         """``keys``: in layer order. ``arena``: the one this host had before it was restarted. ``num_slots``: experts
         that are in memory at once; None: all. ``assigned``: those that it fills its arena with, in this order; None:
-        all. ``peers``: where shards come from that the store lacks or has damaged. Raises ResourceError.
+        all. ``peers``: where shards come from that the store lacks or has damaged. ``start_reads``: most reads at once
+        to fill the arena until ``fill`` is called; None: it need not be. Raises ResourceError.
         """
         self._num_threads = num_threads
         self.store, self.keys = store, list(keys)
@@ -102,7 +104,7 @@ class ShardHost:
         self._prefetch = HostPrefetch(prefetch, layer_of, [entry.num_bytes for entry in entries])
         budget = replication or ReplicationBudget()
         self._loader = Loader(
-            self._manager, self.arena, DiskReader(store), self.keys, entries, self._prefetch, budget, peers
+            self._manager, self.arena, DiskReader(store), self.keys, entries, self._prefetch, budget, peers, start_reads
         )
         self.arena.wants_hints = prefetch != "off" and not self.holds_all
 
@@ -129,6 +131,10 @@ class ShardHost:
             self.assigned = list(assigned)
             self._manager.assign(indices)
             self._loader.wake()
+
+    def fill(self) -> None:
+        """Fill the arena with what is assigned as fast as it goes: the engine's start needs disk and cores no more."""
+        self._loader.fill()
 
     def resident(self) -> list[list[int]]:
         """[layer]: which of the assigned experts are in memory."""

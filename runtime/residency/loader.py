@@ -81,7 +81,9 @@ class Loader:
         prefetch: HostPrefetch,
         replication: ReplicationBudget,
         peers: PeerReaders | None = None,
+        start_reads: int | None = None,
     ) -> None:
+        """``start_reads``: most reads at once to fill memory until ``fill``; None: it fills from the beginning."""
         self._manager, self._arena, self._prefetch, self._replication = manager, arena, prefetch, replication
         self._disk, self._peers = disk, peers
         self._keys, self._entries = keys, entries
@@ -95,6 +97,7 @@ class Loader:
         self._disk_lane, self._peer_lane = _Lane(), _Lane()
         self._started, self._changed_at = 0, perf_counter()
         self._depth = DepthTuner()
+        self._start_reads = start_reads
         self._told_busy_s = 0.0
         self._is_closed = False
         self._threads = [
@@ -113,6 +116,12 @@ class Loader:
             thread.join()
         self._jobs.clear()  # those begun hold memory of the arena
         self._disk.close()
+
+    def fill(self) -> None:
+        """From now on fill memory as fast as it goes."""
+        with self.lock:
+            self._start_reads = None
+            self.wake()
 
     def wake(self) -> None:
         """The manager has new wishes. Call with ``lock`` held.
@@ -188,6 +197,8 @@ class Loader:
             self._has_room(self._disk_lane) or (self._peers and self._has_room(self._peer_lane))
         ):
             return None
+        if self._start_reads is not None and self._disk_lane.reading + self._peer_lane.reading >= self._start_reads:
+            least = min(least, Urgency.REPLICA)
         self._end_given_up()
         unread = [job for job in self._jobs if job.has_unread and self._urgency(job) <= least]
         waiting = [job for job in unread if not self._is_over(job)]

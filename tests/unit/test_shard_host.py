@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Thread
+from threading import Condition, Event, Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from moray.runtime.kernels import ops
 from moray.runtime.kernels.gates import SWIGLU
 from moray.runtime.kernels.ops import Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.shard import ExpertKey
-from moray.runtime.residency import loader
+from moray.runtime.residency import depth, loader
 from moray.runtime.store.store import Store
 
 KEYS = [ExpertKey(0, 0), ExpertKey(0, 3), ExpertKey(1, 7), ExpertKey(2, 1)]
@@ -136,6 +137,55 @@ def test_a_corrupt_shard_is_read_again_and_told(demo: Store, tmp_path: Path) -> 
                 made.compute(2, [1], [1], np.zeros((1, 256), np.float32), np.arange(1), "int8", SWIGLU)
         finally:
             made.close()
+
+
+def test_while_an_engine_starts_only_what_is_needed_is_loaded(demo: Store) -> None:
+    made = ShardHost(demo, KEYS, 1, start_reads=0)
+    try:
+        made.need("a", 2, [1])
+        with made._loader.lock:
+            assert made._loader.lock.wait_for(lambda: made.arena.directory[3] >= 0, 60)
+            assert made._loader.is_idle and made._loader._find() is None
+        assert made.arena.directory.tolist() == [NOWHERE, NOWHERE, NOWHERE, 0]
+        made.fill()
+        assert made.wait_filled(60)
+        assert all(made.arena.directory >= 0)
+    finally:
+        made.close()
+
+
+def test_spare_cores_fill_while_an_engine_starts(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "DEPTHS", (4,))
+    monkeypatch.setattr(loader, "PIECE_BYTES", 65536)
+    reading, peak, is_met = Condition(), [0, 0], False
+    real = os.preadv
+
+    def read(*arguments: Any) -> int:
+        nonlocal is_met
+        with reading:
+            peak[0] += 1
+            peak[1] = max(peak)
+            is_met = is_met or peak[0] > 1
+            reading.notify_all()
+            assert not filling.is_set() or reading.wait_for(lambda: is_met, 30)
+        try:
+            return real(*arguments)
+        finally:
+            with reading:
+                peak[0] -= 1
+
+    filling = Event()
+    monkeypatch.setattr(os, "preadv", read)
+    made = ShardHost(demo, list(demo.manifest.shards), 1, start_reads=1)
+    try:
+        with made._loader.lock:
+            assert made._loader.lock.wait_for(lambda: (made.arena.directory >= 0).sum() > 8, 60)
+        assert peak[1] == 1
+        filling.set()
+        made.fill()
+        assert made.wait_filled(60) and is_met
+    finally:
+        made.close()
 
 
 # ----------------------------------------------------------------------------- restart and take back
