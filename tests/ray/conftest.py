@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 
 import pytest
 import ray
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.cluster_utils import Cluster
 
 from moray.cluster import ray_session
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ray_token() -> Iterator[None]:
-    """A token of these tests' own: raylets that a test starts find no other where nobody ever ran Ray."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        yield
+def ray_token() -> None:
+    """With RAY_AUTH_MODE=token raylets that tests start want a token, and make none as ``ray.init`` does."""
+    ensure_token_if_auth_enabled()
 
 
 @pytest.fixture(scope="module")
