@@ -18,8 +18,9 @@ Rows, as the paper's; the tokens are the same in all, and checked:
 ``--tokens`` tokens after a prompt of 16. *step* is seconds / token after the first; medians over ``--rounds`` rounds.
 All other numbers are of the counters between (capped.py).
 - *hit rate*: uses that found their expert in memory without a prefetch's help, of all uses. *read*: bytes read a token.
-- *raw bandwidth* is disk.py's, measured before each row: disks differ from minute to minute. For what follows each
-  row's waiting is scaled to the round's median bandwidth.
+- *disk*: bytes read / the time in which the disk had something to read, of the engine itself. Disks differ from minute
+  to minute, so for what follows each row's waiting is scaled to the median of the round's rows. *raw bandwidth* is
+  disk.py's, measured before each row.
 - *The cache's gain*: without cache and prefetch / without prefetch. *Implied*: waiting scales with misses, so
   T0 / (T0 - W0 + W0 * (1 - h) / (1 - h0)), with T0, W0, h0 the step, waiting and hit rate without cache, h with it.
 - *Overlap*: what the prefetch saved, step without prefetch - full. *Possible*: a prediction comes a layer ahead, so of
@@ -90,9 +91,15 @@ class Round:
     def bandwidth(self) -> float:
         return median(self.bandwidths.values())
 
+    def rate(self, row: str) -> float:
+        """Bytes a second while it read."""
+        counters = self.samples[row].counters
+        return counters.read_bytes / counters.reading_s if counters.reading_s else 1.0
+
     def waiting_s(self, row: str) -> float:
-        """Of a token, at the round's bandwidth."""
-        return self.samples[row].per_unit("wait_s") * self.bandwidths[row] / self.bandwidth
+        """Of a token, at the median of the rows' rates."""
+        usual = median(self.rate(name) for name in self.samples)
+        return self.samples[row].per_unit("wait_s") * self.rate(row) / usual
 
     def computing_s(self, row: str) -> float:
         return self.samples[row].seconds - self.samples[row].per_unit("wait_s")
@@ -167,9 +174,11 @@ def print_bits(bits: int, rounds: Sequence[Round]) -> None:
         cells = [f"{1 / median(step):.3f}", f"{1e3 * median(step):.1f}", f"{1e3 * min(step):.1f}-{1e3 * max(step):.1f}"]
         cells.append(f"{median(sample.counters.hit_rate for sample in samples):.1%}")
         cells += [f"{_median(samples, part) * scale:.1f}" for part, scale in (("wait_s", 1e3), ("read_bytes", 1e-6))]
+        cells.append(f"{median(found.rate(name) for found in rounds) / 1e9:.2f}")
         counts = [f"{_median(samples, part):.1f}" for part in ("misses", "prefetched", "late", "wasted")]
         rows.append((name, *cells, *counts))
     header = ("medians, a token", "tokens/s", "step, ms", "lowest-highest", "hit rate", "waiting, ms", "read, MB")
+    header = (*header, "disk, GB/s")
     print_table((*header, "misses", "prefetched", "of these late", "wasted"), rows)
     print()
     _print_findings([Findings.of(found) for found in rounds], median(found.recall for found in rounds))

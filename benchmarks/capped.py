@@ -88,6 +88,7 @@ class Counters:
     used_bytes: int
     missed_bytes: int  # of misses and of prefetched: what had to come from the disk
     read_bytes: int  # everything read from the disk, wasted reads included
+    reading_s: float  # in which the disk had at least one read to do
     wait_s: float  # in which the step loop waited for experts
     compute_s: float  # of the experts' kernels
     layer_calls: int
@@ -120,6 +121,7 @@ def read_counters(engine: moray.Engine) -> Counters:
         used_bytes=sum(stats.experts.bytes_by_source.values()),
         missed_bytes=(misses + prefetched) * shard_bytes,
         read_bytes=sum(host.loader.bytes_read for host in stats.hosts),
+        reading_s=sum(host.loader.busy_s for host in stats.hosts),
         wait_s=stats.fetches.wait_s,
         compute_s=stats.experts.compute_s,
         layer_calls=stats.experts.layer_calls,

@@ -88,6 +88,7 @@ class _Host:
         self.num_experts = sum(len(experts) for experts in welcome.experts)
         self.info = SourceInfo(welcome.host_id, "arena", self.num_experts, welcome.arena_bytes)
         self.uses: list[list[int]] = []
+        self.hinted: dict[int, set[int]] = {}  # layer -> experts that it was told to load ahead of its next call
 
     def directory_of(self, layer: _Layer, experts: Ints) -> Ints:
         """What the directory says of experts of this host: their slots, or why there is none."""
@@ -159,7 +160,8 @@ class ArenaSource:
             mine = experts if len(self._hosts) == 1 else [e for e in experts if owners[e] == index]
             if mine:
                 host.uses.append([layer, *mine])
-            if len(host.uses) > _MAX_USES:
+            is_wrong = bool(host.hinted.pop(layer, set()).difference(experts))  # what it still loads should end now
+            if mine and is_wrong or len(host.uses) > _MAX_USES:
                 host.link.send(Hint(layer=layer, experts=[], uses=host.take_uses()))
 
     def hint(self, layer: int, experts: list[int]) -> None:
@@ -168,6 +170,7 @@ class ArenaSource:
         for index, host in enumerate(self._hosts):
             mine = [e for e in absent if owners[e] == index]
             if mine and host.arena.wants_hints:
+                host.hinted[layer] = set(mine)
                 host.link.send(Hint(layer=layer, experts=mine, uses=host.take_uses()))
 
     def describe(self) -> list[SourceInfo]:
@@ -285,6 +288,7 @@ class _ArenaFetch:
                 host.link.check()
             elif index not in self._asked and (generations[mine] < 0).any():
                 self._asked.add(index)
+                host.hinted.pop(self._layer, None)  # the host sees itself what came true
                 host.link.send(Need(layer=self._layer, experts=mine.tolist(), uses=host.take_uses()))
         return self._experts[generations[self._experts] < 0]
 

@@ -29,7 +29,8 @@ from moray.runtime.store.disk import DiskReader
 from moray.runtime.store.manifest import ShardEntry
 from moray.runtime.store.reader import PIECE_BYTES, PeerReaders, ShardReader
 
-_HINT_DEPTH = 2  # predicted experts' pieces in flight: what a demand may have to wait for; from hosts all but demands'
+# Predicted experts' pieces in flight, and their size: what a demand may have to wait for. From hosts all but demands'.
+_HINT_DEPTH, _HINT_PIECE_BYTES = 2, 1 << 20
 _PEER_DEPTH = 4  # pieces in flight from other hosts: their disks and the link work at once
 _ATTEMPTS = 2  # a shard that fails its checksum is read from disk once more
 _MOST_WAITING = 8  # loads begun whose disk, or other hosts, have no time for them yet
@@ -279,7 +280,8 @@ class Loader:
         self.errors.pop(load.expert, None)
         key, entry = self._keys[load.expert], self._entries[load.expert]
         readers = self._readers(key)
-        job = Job(load, key, entry, memory, self._started, is_new_memory, PIECE_BYTES, readers)
+        piece_bytes = _HINT_PIECE_BYTES if load.urgency is Urgency.HINT else PIECE_BYTES
+        job = Job(load, key, entry, memory, self._started, is_new_memory, piece_bytes, readers)
         self._started += 1
         self._jobs.append(job)
         return job

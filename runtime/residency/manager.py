@@ -7,6 +7,9 @@ Events come in (``need``, ``release``, ``used``, ``hint``, ``replicate``, ``load
 ``next_load`` says what to load next, into which slot, in place of what. A slot belongs to at most one expert from the
 beginning of its load, so that the budget, which is the number of slots, holds at every moment.
 
+A prediction takes the place of what is worth least, but once: if its layer contradicts it in mid-load, the slot is kept
+free for the next prediction or demand. (The paper keeps what it loads speculatively apart from the cache, section 3.2.)
+
 Experts are numbers 0 to N-1, in layer order. A client *claims* the experts it needs: they are loaded first, and never
 evicted before it releases them or needs others.
 """
@@ -72,6 +75,7 @@ class ResidencyManager:
         self._urgency: dict[int, Urgency] = {}  # of LOADING experts
         self._given_up: set[int] = set()  # LOADING experts whose load should stop
         self._free = list(range(num_slots))[::-1]
+        self._staging: list[int] = []  # free too, but not to be filled: given back by predictions
         self._claims: dict[str, set[int]] = {}
         self._claimed: dict[int, int] = {}  # by how many clients, of those that are claimed
         self._demands: list[int] = []
@@ -251,13 +255,14 @@ class ResidencyManager:
         else:
             self._failed.add(expert)
         del self._urgency[expert]
-        self._free.append(self._slot.pop(expert))
+        is_staging = expert in self._unused_hints and not self.holds_all
+        (self._staging if is_staging else self._free).append(self._slot.pop(expert))
         self._policy.evicted(expert)
         self._waste(expert)
 
     def validate(self) -> None:
         """Raises AssertionError unless the accounts agree with each other."""
-        slots = list(self._slot.values()) + self._free
+        slots = [*self._slot.values(), *self._free, *self._staging]
         assert sorted(slots) == list(range(self._num_slots)), "a slot belongs to two, or to none"
         for e, state in enumerate(self._state):
             assert (e in self._slot) == (state in (State.LOADING, State.RESIDENT)), f"{e} is {state}"
@@ -295,10 +300,7 @@ class ResidencyManager:
             self._claims[client] = experts
 
     def _contradict(self, experts: Sequence[int]) -> None:
-        """A layer needs these: what else was predicted for it is not loaded, or takes the place of nothing better.
-
-        (The paper keeps what it loads speculatively apart from the cache until it is used, section 3.2.)
-        """
+        """A layer needs these: what else was predicted for it is not loaded, or takes the place of nothing better."""
         layers = {self._layer_of[e] for e in experts}
         for e in [e for e, is_prediction in self._hints.items() if is_prediction and self._layer_of[e] in layers]:
             del self._hints[e]
@@ -313,14 +315,14 @@ class ResidencyManager:
         self._urgency[expert] = Urgency.DEMAND
 
     def _begin(self, expert: int, urgency: Urgency) -> Load | None:
-        victim = None
-        if not self._free:
+        first, second = (self._staging, self._free) if urgency is Urgency.HINT else (self._free, self._staging)
+        free, victim = first or second, None
+        if free:
+            slot = free.pop()
+        else:
             victim = self._victim(expert, urgency)
             if victim is None:
                 return None
-        if victim is None:
-            slot = self._free.pop()
-        else:
             slot = self._slot.pop(victim)
             self._state[victim] = State.EVICTING
             self._policy.evicted(victim)

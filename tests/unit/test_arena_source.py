@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +115,31 @@ def test_the_hot_path_sends_nothing(demo: Store) -> None:
         before = server.stats.requests
         generate(runner)
         assert server.stats.requests == before == 1  # Hello
+    host.close()
+
+
+def test_a_host_is_told_at_once_what_was_predicted_wrong(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the layer had all that it needed: else the host would read on what nobody waits for."""
+    host = make_host(demo, list(demo.manifest.shards), num_slots=3 * len(demo.manifest.layers), prefetch="on")
+    address = new_address("only")
+    with serving(address, host), source_of(demo, [address]) as source:
+        sent: list[Any] = []
+        monkeypatch.setattr(source._hosts[0].link, "send", sent.append)
+        experts = np.arange(demo.manifest.layers[1].num_experts)
+        is_here = source.in_memory(1, experts)
+        here, absent = experts[is_here].tolist(), experts[~is_here].tolist()
+        source.hint(1, absent[:2])
+        source.used(1, here[:2])
+        source.used(1, here[:2])  # nothing was predicted for this call
+        source.hint(1, absent[:1])
+        source.used(1, [here[0], absent[0]])
+        source.hint(1, absent[1:])
+        assert [(message.experts, message.uses) for message in sent] == [
+            (absent[:2], []),
+            ([], [[1, *here[:2]]]),
+            (absent[:1], [[1, *here[:2]]]),
+            (absent[1:], [[1, here[0], absent[0]]]),
+        ]
     host.close()
 
 

@@ -28,7 +28,7 @@ from moray.runtime.residency import loader
 from moray.runtime.residency.manager import State
 from moray.runtime.store.store import Store
 
-loader.PIECE_BYTES = 8192
+loader.PIECE_BYTES, loader._HINT_PIECE_BYTES = 8192, 4096
 path, num_slots, num_events, seed = sys.argv[1], *(int(word) for word in sys.argv[2:])
 store = Store.open(path)
 keys = list(store.manifest.shards)

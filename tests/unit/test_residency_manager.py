@@ -140,6 +140,46 @@ def test_a_prediction_ends_with_the_call_that_it_was_for() -> None:
     manager.validate()
 
 
+def test_wrong_predictions_take_one_place_between_them() -> None:
+    """What the first of them took is kept for the next one, and for a demand: free memory is not filled there."""
+    manager = manager_of([2, 4], 2)
+    fill(manager)
+    for wrong in (3, 4):
+        manager.hint([wrong])
+        load = manager.next_load()
+        assert load is not None and load.urgency is Urgency.HINT
+        manager.used([5])
+        assert manager.is_given_up(wrong)
+        manager.failed(wrong)
+        assert not manager.wants_to_fill and manager.next_load() is None
+        manager.validate()
+    assert manager.stats.evictions == 1 and manager.num_resident == 1
+    manager.need("a", [5])
+    load = manager.next_load()
+    assert load is not None and load.victim is None
+    assert manager.stats.evictions == 1
+
+
+def test_a_budget_decides_of_every_prediction_but_where_memory_was_never_used() -> None:
+    manager, asked = manager_of([2, 4], 3), []
+
+    def admit(expert: int) -> bool:
+        asked.append(expert)
+        return expert != 4
+
+    manager.hint([2])
+    assert manager.next_load(Urgency.HINT, admit) is not None and not asked
+    fill(manager)
+    for wrong, is_admitted in ((3, True), (5, True), (4, False)):
+        manager.hint([wrong])
+        assert (manager.next_load(Urgency.HINT, admit) is not None) == is_admitted
+        manager.used([2])
+        if is_admitted:
+            manager.failed(wrong)
+    assert asked == [3, 5, 4]
+    manager.validate()
+
+
 @pytest.mark.parametrize("is_found", [True, False])
 def test_what_somebody_will_ask_for_again_is_no_prediction(is_found: bool) -> None:
     """It is loaded whatever other clients' calls of its layer need, also if it was predicted before."""
