@@ -161,7 +161,7 @@ class ArenaSource:
             if mine:
                 host.uses.append([layer, *mine])
             is_wrong = bool(host.hinted.pop(layer, set()).difference(experts))  # what it still loads should end now
-            if mine and is_wrong or len(host.uses) > _MAX_USES:
+            if (mine and is_wrong) or len(host.uses) > _MAX_USES:
                 host.link.send(Hint(layer=layer, experts=[], uses=host.take_uses()))
 
     def hint(self, layer: int, experts: list[int]) -> None:

@@ -22,7 +22,7 @@ from moray.runtime.model.families import build_model, expert_modules, load_confi
 from moray.runtime.model.layer_modules import fuse_layers
 from moray.runtime.model.model_modules import fuse_model, fuse_steps
 from moray.runtime.model.norm_modules import fuse_norms
-from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
+from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear, unpack_plain
 from moray.runtime.model.router_modules import fuse_routers
 from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
@@ -46,6 +46,8 @@ def load_model(store: Store, numerics: Numerics, device: torch.device) -> PreTra
         fuse_routers(model)
         fuse_attention(model, numerics)
         fuse_model(model)
+    else:
+        unpack_plain(model, dtype)
     return model
 
 

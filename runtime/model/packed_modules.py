@@ -44,6 +44,21 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
+def unpack_plain(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn unquantized packed matrices into usual ones: a device would put them in order at every call.
+
+    They take as many bytes then. One whose memory an embedding shares stays packed.
+    """
+    shared = {module.packed.data_ptr() for module in model.modules() if isinstance(module, PackedEmbedding)}
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, PackedLinear) or module.spec.is_quantized or module.packed.data_ptr() in shared:
+            continue
+        usual = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        usual.weight = nn.Parameter(dequantize(module.packed, module.spec, dtype), requires_grad=False)
+        usual.bias = module.bias  # type: ignore[assignment]
+        model.set_submodule(path, usual)
+
+
 class PackedEmbedding(nn.Module):
     """Row lookup in a packed table [V, H]."""
 
