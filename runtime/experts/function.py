@@ -169,6 +169,11 @@ class ExpertsBinding:
     def _compute_part(self, module: Any, x_TH: torch.Tensor, pairs: Pairs, positions: Ints, lease: Lease) -> bool:
         """Keep the outputs of some of the active experts, or False if their lease did not hold."""
         part, ones = pairs.part(positions)
+        if self._fused is not None and self.device is None:  # straight to where it belongs
+            x_TH = x_TH.contiguous()
+            at = (x_TH.data_ptr(), ones.data_ptr(), pairs.y_PH.ctypes.data)
+            self._fused.compute_at(*at, part, lease.addresses, pairs.rows)
+            return lease.is_valid()
         y_PH = self._compute(module, x_TH, ones, part, lease)
         if not lease.is_valid():
             return False

@@ -10,7 +10,7 @@ import numpy as np
 from moray.runtime.arrays import Floats, Ints
 from moray.runtime.kernels import ops
 from moray.runtime.kernels.gates import Gate
-from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
+from moray.runtime.kernels.ops import EVERY_ROW, NO_BIASES, Grouping, LayerKernel, MatrixKernel
 from moray.runtime.layout.packed import Numerics
 from moray.runtime.layout.shard import ShardLayout, ShardTensor
 
@@ -33,14 +33,16 @@ class FusedExperts:
         biases = layout.get("gate_up_proj_bias"), layout.get("down_proj_bias")
         return cls(kernel, gate_up.offset, down.offset, *biases)
 
-    def compute_at(self, x: int, weights: int, out: int, grouping: Grouping, shards_E: Ints) -> None:
+    def compute_at(
+        self, x: int, weights: int, out: int, grouping: Grouping, shards_E: Ints, rows: Ints = EVERY_ROW
+    ) -> None:
         """Weighted sums of the experts at ``shards_E``, by addresses: ``ops.moe_layer_at``."""
         gate_up_biases, down_biases = (
             NO_BIASES if bias is None else shards_E + bias.offset for bias in (self.gate_up_bias, self.down_bias)
         )
         ops.moe_layer_at(
             x, weights, out, grouping, self.kernel, shards_E + self.gate_up_at, shards_E + self.down_at,
-            gate_up_biases, down_biases,
+            gate_up_biases, down_biases, rows,
         )  # fmt: skip
 
     def compute_pairs(self, x_TH: Floats, experts: Ints, starts: Ints, row_of_pair: Ints, shards_E: Ints) -> Floats:

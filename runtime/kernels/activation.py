@@ -27,7 +27,7 @@ GATE_UP, BIASES, KIND, LIMIT, ALPHA = range(13, 18)
 NUM_PARAMS = 18
 
 # Words of the params of ``combine``.
-C_Y, C_POSITIONS, C_WEIGHTS, C_OUT, C_TOP_K, C_COLUMNS, C_SLICES, C_BIASES, C_EXPERT = range(9)
+C_Y, C_POSITIONS, C_WEIGHTS, C_OUT, C_ROWS, C_TOP_K, C_COLUMNS, C_SLICES, C_BIASES, C_EXPERT = range(10)
 
 # Words of the params of ``normalize``.
 N_X, N_WEIGHT, N_OUT, N_COLUMNS, N_EPSILON = range(5)
@@ -113,17 +113,18 @@ def activate(params, first, last):
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
 def combine(params, first, last):
-    """out[t] = sum over k, in the router's order, of weights[t, k] * y[positions[t, k]]; negative: skip.
+    """out[rows[t]] = sum over k, in the router's order, of weights[t, k] * y[positions[t, k]]; negative: skip.
 
-    Items: (token, slice). y float32 [P, H], positions int64 [T, K], weights float32 [T, K], out float32 [T, H].
-    Biases, if there are, are added to y first: in place, each row of y is used once.
+    Items: (token, slice). y float32 [P, H], positions int64 [T, K], weights float32 [T, K], out float32 [., H], rows
+    int64 [T], or 0: row t is out[t]. Biases, if there are, are added to y first: in place, each row of y is used once.
     """
     columns, top_k, slices = word(params, C_COLUMNS), word(params, C_TOP_K), word(params, C_SLICES)
     for item in range(first, last):
         token = item // slices
         at = (item - token * slices) * SLICE
         count = min(SLICE, columns - at)
-        out = word(params, C_OUT) + 4 * (token * columns + at)
+        place = word(word(params, C_ROWS), token) if word(params, C_ROWS) else token
+        out = word(params, C_OUT) + 4 * (place * columns + at)
         for c in range(count):
             store_zero(out + 4 * c)
         for k in range(top_k):

@@ -101,11 +101,11 @@ def count_use(active, starts, shard_bytes, owners, tokens, bytes_by_owner):
 
 
 @njit(nogil=True, cache=True)
-def _set_sum(params, y, positions, weights, columns, out):
-    """Params of the weighted sum, without biases. Returns its items."""
+def _set_sum(params, y, positions, weights, columns, out, rows):
+    """Params of the weighted sum, without biases. ``rows``: address of int64 [T], or 0. Returns its items."""
     slices = act.num_slices(columns, 0)
     params[act.C_Y], params[act.C_POSITIONS], params[act.C_WEIGHTS] = y, address_of(positions), weights
-    params[act.C_OUT], params[act.C_TOP_K] = out, positions.shape[1]
+    params[act.C_OUT], params[act.C_ROWS], params[act.C_TOP_K] = out, rows, positions.shape[1]
     params[act.C_COLUMNS], params[act.C_SLICES] = columns, slices
     return positions.shape[0] * slices
 
@@ -116,14 +116,14 @@ def _set_sum(params, y, positions, weights, columns, out):
 )  # fmt: skip
 def moe_layer(
     pool, functions, gate, gate_up, gate_up_at, gate_up_biases, down, down_at, down_biases, starts, token_of_pair,
-    positions, x, weights, out, scratch,
+    positions, x, weights, out, rows, scratch,
 ):  # fmt: skip
     """out = sum over experts of weight * down(gate(gate_up(x))), in one launch.
 
     gate: the fields of a Gate; gate_up, down: int64 [K_FIELDS]; gate_up_at, down_at: int64 [E] addresses of packed
     matrices; gate_up_biases, down_biases: int64 [E] addresses of float32 biases, empty if there are none; the
-    grouping as ``group_by_expert`` gives it; x float32 [T, H], weights float32 [T, K], out float32 [T, H], written,
-    and scratch by address.
+    grouping as ``group_by_expert`` gives it; x float32 [T, H], weights float32 [T, K], out float32 [., H], of which row
+    rows[t] (int64 [T], or 0: row t) is written, and scratch by address.
     """
     num_pairs, num_experts = token_of_pair.shape[0], starts.shape[0] - 1
     hidden, width = down[K_ROWS], gate_up[K_ROWS] // 2
@@ -151,7 +151,7 @@ def moe_layer(
     set_phase(phases, 2, functions[F_ACTIVATE], address_of(params[2]), items, 1)
     down_items = set_product(params[3], down, params[2], address_of(down_at), starts_at, num_experts, y)
     set_phase(phases, 3, down[K_ITEMS], address_of(params[3]), down_items, chunk_of(down[K_BLOCK_BYTES]))
-    items = _set_sum(params[4], y, positions, weights, hidden, out)
+    items = _set_sum(params[4], y, positions, weights, hidden, out, rows)
     params[4, act.C_BIASES] = address_of(down_biases) if down_biases.shape[0] else 0
     params[4, act.C_EXPERT] = expert_at
     set_phase(phases, 4, functions[F_COMBINE], address_of(params[4]), items, 1)
@@ -165,7 +165,7 @@ def moe_layer(
 def combine_pairs(pool, functions, y, positions, weights, columns, out):
     """out[t] = sum over k of weights[t, k] * y[positions[t, k]]: the last phase of ``moe_layer`` alone."""
     params, phases = np.empty(act.NUM_PARAMS, np.int64), np.empty((1, PHASE_FIELDS), np.int64)
-    items = _set_sum(params, y, positions, weights, columns, out)
+    items = _set_sum(params, y, positions, weights, columns, out, np.int64(0))
     params[act.C_BIASES] = params[act.C_EXPERT] = 0
     set_phase(phases, 0, functions[F_COMBINE], address_of(params), items, 1)
     carry_out(pool, phases, 4 * positions.size * columns, np.int64(0))

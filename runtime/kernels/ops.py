@@ -247,15 +247,16 @@ def moe_layer_at(
     down_addresses: Ints,
     gate_up_biases: Ints = NO_BIASES,
     down_biases: Ints = NO_BIASES,
+    rows: Ints = EVERY_ROW,
 ) -> None:
-    """``moe_layer`` with x [T, H], weights [T, K] and out [T, H], written, by their addresses."""
+    """``moe_layer`` with x [T, H], weights [T, K] and out [., H] by address. rows [T]: where in out each token goes."""
     pool, gate_up, down = current_pool(), layer.gate_up, layer.down
     with pool.lock:
         scratch = SCRATCH.address(layer.scratch_bytes(len(grouping.token_of_pair)))
         moe.moe_layer(
             pool.address, FUNCTIONS, layer.gate.fields, gate_up.fields, gate_up_addresses, gate_up_biases,
             down.fields, down_addresses, down_biases, grouping.starts, grouping.token_of_pair, grouping.positions,
-            x, weights, out, scratch,
+            x, weights, out, rows.ctypes.data if len(rows) else 0, scratch,
         )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def routed_layer(
     moe_layer(
         pool, functions, gate, gate_up, _moved(shards, fields[GATE_UP]), _biases(shards, fields[GATE_UP_BIAS]), down,
         _moved(shards, fields[DOWN]), _biases(shards, fields[DOWN_BIAS]), starts, token_of_pair, positions, x,
-        chosen[1], out, scratch,
+        chosen[1], out, np.int64(0), scratch,
     )  # fmt: skip
     if not all_equal(held, expected):
         return False

@@ -166,9 +166,9 @@ class Loader:
             self._carry_out(*found)
 
     def _begin_piece(self, job: Job) -> None:
-        self._wake_another()
         job.in_flight += 1
         self._note_reading(self._lane(job), 1)
+        self._wake_another()
 
     def _carry_out(self, job: Job, piece: int) -> None:
         """Read a piece, and end the load if that was the last one."""
@@ -186,6 +186,8 @@ class Loader:
 
     def _wake_another(self) -> None:
         """If there may be something to read. (Waking a thread for nothing costs the computing beside it more.)"""
+        if not self._has_room_somewhere:
+            return  # whoever ends a read wakes another
         if self._manager.is_asked or self._manager.wants_to_fill or any(job.has_unread for job in self._jobs):
             self._work.notify()
 
@@ -194,9 +196,7 @@ class Loader:
 
         ``least``: nothing less urgent is looked for.
         """
-        if self._is_closed or not (
-            self._has_room(self._disk_lane) or (self._peers and self._has_room(self._peer_lane))
-        ):
+        if self._is_closed or not self._has_room_somewhere:
             return None
         if self._start_reads is not None and self._disk_lane.reading + self._peer_lane.reading >= self._start_reads:
             least = min(least, Urgency.REPLICA)
@@ -259,6 +259,10 @@ class Loader:
 
     def _lane(self, job: Job) -> _Lane:
         return self._disk_lane if job.reader is self._disk else self._peer_lane
+
+    @property
+    def _has_room_somewhere(self) -> bool:
+        return self._has_room(self._disk_lane) or (self._peers is not None and self._has_room(self._peer_lane))
 
     def _has_room(self, lane: _Lane) -> bool:
         return lane.reading < (self._depth.depth if lane is self._disk_lane else _PEER_DEPTH)

@@ -100,6 +100,11 @@ def check_layer(layer: tuple[PackedSpec, PackedSpec], tokens: int, k: int, seed:
         set_num_threads(threads)
         out = ops.moe_layer(x, weights, grouping, LayerKernel(*kernels), up_at, down_at)
         assert_same_bits(out, expected)
+    places, wide = rng.permutation(tokens + 3), np.full((tokens + 3, layer[1].rows), 7.0, dtype=np.float32)
+    at = x.ctypes.data, weights.ctypes.data, wide.ctypes.data
+    ops.moe_layer_at(*at, grouping, LayerKernel(*kernels), up_at, down_at, rows=places[:tokens])
+    assert_same_bits(wide[places[:tokens]], expected)
+    assert (wide[places[tokens:]] == 7).all()
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer[0].encoding}-{layer[1].encoding}")
