@@ -17,6 +17,9 @@ not count. ``--rounds`` rounds, each with other prompts; everything below is wit
 - *compute*: the same step with everything resident; with --no-resident, for stores larger than memory, the capped step
   without the time in which the step loop waited for experts;
 - *limit*: the larger of disk and compute. *x limit*: step / limit; the goal is at most 1.15.
+
+Of decodes, what the dependencies between layers leave possible is printed too (step_floor.py): *floor*, without
+predictions, *foreseen floor*, with those that the store's replay has; all within a round, as above.
 """
 
 from __future__ import annotations
@@ -35,12 +38,23 @@ from disk import store_bandwidth
 from offload_runs import DECODE, Ask, Sample, run_all
 from replay import Kind, Replay, load_replay
 from replay_prompts import ReplayPrompts
+from step_floor import Misses, Times, replay_misses
 
 from moray.runtime.memory import format_bytes
 from moray.runtime.store.store import Store
 
 GOAL = 1.15
 _PREFILLS = (64, 512)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds of a token, and simulated misses and those of them that the layer before predicted."""
+
+    floor_s: float
+    foreseen_s: float
+    missed: float
+    foreseen: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Step:
     disk_s: float
     compute_s: float
     bandwidth: float
+    floor: Floor | None  # of a decode with an arena
 
     @property
     def limit_s(self) -> float:
@@ -81,7 +96,7 @@ def make_asks(replay: Replay, kind: Kind, seed: int, tokens: int) -> tuple[list[
 def measure_round(store: Path, options: Options, seed: int, arguments: argparse.Namespace) -> list[Step]:
     replay, steps = load_replay(store), []
     with Store.open(store) as opened:
-        shard_bytes = opened.manifest.layers[0].layout.num_bytes
+        shard_bytes, slot_bytes = opened.manifest.layers[0].layout.num_bytes, opened.manifest.slot_bytes
     for kind in arguments.routing:
         bandwidth = store_bandwidth(store, 0.3).bytes_per_s
         warm, asks = make_asks(replay, kind, seed, arguments.tokens)
@@ -89,17 +104,25 @@ def measure_round(store: Path, options: Options, seed: int, arguments: argparse.
         resident = capped
         if not arguments.no_resident:
             resident = run_all(store, Options(), arguments.threads, warm, asks, replay)
+        misses = None
+        if options.arena_bytes is not None:
+            misses = replay_misses([*warm, *asks], replay, options.arena_bytes // slot_bytes)
         pairs = zip(capped, resident, strict=True)
-        steps += [against_limit(kind, sample, other, bandwidth, shard_bytes) for sample, other in pairs]
+        steps += [against_limit(kind, sample, other, bandwidth, shard_bytes, misses) for sample, other in pairs]
     return steps
 
 
-def against_limit(kind: Kind, sample: Sample, resident: Sample, bandwidth: float, shard_bytes: int) -> Step:
-    """``resident`` is ``sample`` itself where nothing can be measured without waiting."""
+def against_limit(
+    kind: Kind, sample: Sample, resident: Sample, bandwidth: float, shard_bytes: int, misses: Misses | None
+) -> Step:
+    """``resident`` is ``sample`` itself where nothing can be measured without waiting. ``misses``: of the decode."""
     missed = sample.per_unit("missed_bytes")
     if sample.phase != DECODE:
         missed = min(missed, sample.distinct_experts * shard_bytes)
     compute = resident.seconds - (resident.per_unit("wait_s") if resident is sample else 0.0)
+    floor = None
+    if misses is not None and sample.phase == DECODE:
+        floor = find_floor(misses, shard_bytes / bandwidth, compute, resident)
     return Step(
         routing=kind,
         phase=sample.phase,
@@ -111,7 +134,18 @@ def against_limit(kind: Kind, sample: Sample, resident: Sample, bandwidth: float
         disk_s=missed / bandwidth,
         compute_s=compute,
         bandwidth=bandwidth,
+        floor=floor,
     )
+
+
+def find_floor(misses: Misses, read_s: float, step_s: float, resident: Sample) -> Floor:
+    """``read_s``: of one expert. ``step_s``: of a token without waiting."""
+    num_layers = misses.missed_TL.shape[1]
+    experts_s = resident.per_unit("compute_s")
+    active = resident.counters.uses // resident.counters.layer_calls
+    floors = misses.floors(Times(read_s, experts_s / num_layers, step_s - experts_s), active)
+    tokens = len(misses.missed_TL)
+    return Floor(*floors, misses.missed_TL.sum() / tokens, misses.foreseen_TL.sum() / tokens)
 
 
 def print_steps(steps: Sequence[Step]) -> None:
@@ -127,6 +161,21 @@ def print_steps(steps: Sequence[Step]) -> None:
         rows.append((f"{phase}, {routing}", *cells))
     header = ("", "step, ms", "missed, MB", "read, MB", "hit rate", "waiting, ms", "disk, ms", "compute, ms", "x limit")
     print_table((*header, "lowest-highest", f"goal {GOAL}"), rows)
+    print_floors([step for step in steps if step.floor is not None])
+
+
+def print_floors(steps: Sequence[Step]) -> None:
+    for routing in dict.fromkeys(step.routing for step in steps):
+        pairs = [(step, step.floor) for step in steps if step.routing == routing and step.floor is not None]
+        missed, foreseen = (median(getattr(floor, name) for _, floor in pairs) for name in ("missed", "foreseen"))
+        print(
+            f"\n{DECODE}, {routing}: {missed:.1f} experts missed a token, {foreseen:.1f} of them foreseen (simulated)"
+        )
+        for name, what in (("floor_s", "floor"), ("foreseen_s", "foreseen floor")):
+            least = median(getattr(floor, name) for _, floor in pairs)
+            limits = median(getattr(floor, name) / step.limit_s for step, floor in pairs)
+            steps_over = median(step.step_s / getattr(floor, name) for step, floor in pairs)
+            print(f"{what}: {1e3 * least:.1f} ms, {limits:.2f} of the limit; step / {what} {steps_over:.2f}")
 
 
 _COLUMNS = ("step_s", "missed_bytes", "read_bytes", "hit_rate", "wait_s", "disk_s", "compute_s")
