@@ -141,7 +141,7 @@ def run(name: str, geometry: Geometry, root: Path, routing: str, recipe: Recipe,
     results: dict[int, list[Steps]] = {size: [] for size in BATCHES}
     machines = []
     with in_process(path) as runner, torch.inference_mode(), Store.open(path) as store:
-        trunk_bytes = trunk_bytes_read(build_model(load_config(path), torch.float32, "meta"), store.manifest)
+        trunk_bytes = trunk_bytes_read(build_model(load_config(path), torch.float32, "meta"), store.manifest, "cpu")
         torch.set_num_threads(1)  # as the step loop does it
         batch = make_batch_forward(runner.model, cache_kind_of(runner.model))
         assert batch is not None and batch.kind == "fused"

@@ -199,7 +199,7 @@ def measure_decode(
     with running_engine(plain, console) as (engine, start_s):
         report = engine.actors.compute_report
         dtype = torch.float32 if report.device == "cpu" else torch.bfloat16
-        trunk_bytes = trunk_bytes_read(build_model(model_config, dtype, "meta"), manifest)
+        trunk_bytes = trunk_bytes_read(build_model(model_config, dtype, "meta"), manifest, report.device)
         lengths = [tokens for tokens in PREFILL_TOKENS if tokens < report.context_length]
         rounds: list[Round] = []
         with working_set([memory_spec], 1) as memory, console.status("measuring") as status:

@@ -23,10 +23,10 @@ def convert(
     recipe: Annotated[
         str,
         typer.Option(
-            help="One scheme for experts and attention, or COMPONENT=SCHEME,... Components: experts, attention, "
-            "shared, dense, embeddings. Schemes: none, hqq8, hqq4, hqq3, hqq2, each with :GROUP, all but hqq8 also "
-            "with :GROUP:s8 (second-level scales); keep: codes of a pre-quantized checkpoint as published. "
-            "Or a whole recipe: paper-4bit, paper-3bit, paper-2bit."
+            help="One scheme for experts and attention, the other components get hqq8 (none, keep: for all); or "
+            "COMPONENT=SCHEME,... Components: experts, attention, shared, dense, embeddings. Schemes: none, hqq8, "
+            "hqq4, hqq3, hqq2, each with :GROUP, all but hqq8 also with :GROUP:s8 (second-level scales); keep: codes "
+            "of a pre-quantized checkpoint as published. Or a whole recipe: paper-4bit, paper-3bit, paper-2bit."
         ),
     ] = "hqq4",
     lora: Annotated[

@@ -15,11 +15,11 @@ from moray.runtime.model.components import COMPONENTS, Component
 _DEFAULTS: dict[int, tuple[int, Meta]] = {8: (64, "f16"), 4: (64, "f16"), 3: (64, "f16"), 2: (16, "u8")}
 _ENCODINGS: dict[int, Encoding] = {8: "q8", 4: "q4", 3: "q3", 2: "q2"}
 _MAX_GROUP = 256
-_DEFAULT_COMPONENTS: tuple[Component, ...] = ("experts", "attention")
+_CHOSEN: tuple[Component, ...] = ("experts", "attention")  # what a recipe of one scheme is about
 _SECOND_LEVEL = "s8"
 _KEEP = "keep"
 
-DEFAULT_RECIPE = "experts=hqq4:64,attention=hqq4:64"
+DEFAULT_RECIPE = "hqq4"
 
 #: Whole recipes by name: those of mixtral-offloading (arXiv 2312.17238).
 PRESETS = {
@@ -59,6 +59,7 @@ class Scheme:
 
 NONE = Scheme()
 KEEP = Scheme(keep=True)
+_OTHERS = Scheme(8, *_DEFAULTS[8])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +81,16 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str = DEFAULT_RECIPE) -> Recipe:
-        """Read ``SCHEME`` (for experts and attention; ``keep``: for all), ``COMPONENT=SCHEME,...``, or a preset's name.
+        """Read ``SCHEME``, ``COMPONENT=SCHEME,...`` or a preset's name.
 
-        Raises RecipeError naming what is unknown and what is allowed.
+        One scheme is for experts and attention, and the others get 8 bits: few weights that every token reads.
+        ``none`` and ``keep`` are for all. Raises RecipeError naming what is unknown and what is allowed.
         """
         text = PRESETS.get(text.strip(), text)
         if "=" not in text:
             scheme = _parse_scheme(text)
-            return cls({component: scheme for component in (COMPONENTS if scheme == KEEP else _DEFAULT_COMPONENTS)})
+            is_for_all = scheme in (NONE, KEEP)
+            return cls({c: scheme if is_for_all or c in _CHOSEN else _OTHERS for c in COMPONENTS})
         schemes: dict[Component, Scheme] = {}
         for part in text.split(","):
             name, equals, scheme_text = part.partition("=")

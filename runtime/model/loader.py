@@ -22,7 +22,7 @@ from moray.runtime.model.families import build_model, expert_modules, load_confi
 from moray.runtime.model.layer_modules import fuse_layers
 from moray.runtime.model.model_modules import fuse_model, fuse_steps
 from moray.runtime.model.norm_modules import fuse_norms
-from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear, unpack_plain
+from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear, unpack_wide
 from moray.runtime.model.router_modules import fuse_routers
 from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
@@ -40,14 +40,14 @@ def load_model(store: Store, numerics: Numerics, device: torch.device) -> PreTra
     store.verify_trunk()
     model = build_model(load_config(store.path), dtype)
     _load_trunk(model, store, numerics, dtype)
-    nn.Module.to(model, device)
-    if device.type == "cpu":
+    if device.type != "cpu":
+        unpack_wide(model, dtype, device)
+        nn.Module.to(model, device)
+    else:
         fuse_norms(model)
         fuse_routers(model)
         fuse_attention(model, numerics)
         fuse_model(model)
-    else:
-        unpack_plain(model, dtype)
     return model
 
 

@@ -6,6 +6,8 @@ Unquantized weights are packed too (16 bits as published), so a float32 trunk ne
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -13,7 +15,9 @@ from moray.runtime.kernels import ops
 from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
 from moray.runtime.kernels.lookup import lookup
 from moray.runtime.kernels.ops import MatrixKernel
-from moray.runtime.layout.packed import Numerics, PackedSpec
+from moray.runtime.layout.packed import ROWS, Numerics, PackedSpec
+
+_BLOCKS_AT_ONCE = 256  # 4096 rows
 
 
 class PackedLinear(nn.Module):
@@ -44,19 +48,43 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
-def unpack_plain(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn unquantized packed matrices into usual ones: a device would put them in order at every call.
+def is_unpacked(spec: PackedSpec) -> bool:
+    """Whether a device multiplies by such a matrix in the type that it computes with, unpacked once at loading.
 
-    They take as many bytes then. One whose memory an embedding shares stays packed.
+    Wide codes save a device little memory, and it has no kernel for them: they would be dequantized at every call.
     """
-    shared = {module.packed.data_ptr() for module in model.modules() if isinstance(module, PackedEmbedding)}
+    return spec.bits >= 8
+
+
+def unpack_wide(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Turn packed matrices that ``is_unpacked`` names into usual ones there, and the embedding that is one of them too.
+
+    Other embeddings stay packed: looking up rows dequantizes only those. To be called before the model is moved, which
+    would make two of a tied weight.
+    """
+    weights: dict[int, nn.Parameter] = {}  # by the address of the packed bytes
     for path, module in list(model.named_modules()):
-        if not isinstance(module, PackedLinear) or module.spec.is_quantized or module.packed.data_ptr() in shared:
+        if not isinstance(module, PackedLinear) or not is_unpacked(module.spec):
             continue
+        weight = nn.Parameter(_unpacked(module.packed, module.spec, dtype, device), requires_grad=False)
         usual = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        usual.weight = nn.Parameter(dequantize(module.packed, module.spec, dtype), requires_grad=False)
-        usual.bias = module.bias  # type: ignore[assignment]
+        usual.weight, usual.bias = weight, module.bias  # type: ignore[assignment]
         model.set_submodule(path, usual)
+        weights[module.packed.data_ptr()] = weight
+    for path, module in list(model.named_modules()):
+        if isinstance(module, PackedEmbedding) and (tied := weights.get(module.packed.data_ptr())) is not None:
+            table = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+            table.weight = tied
+            model.set_submodule(path, table)
+
+
+def _unpacked(packed: torch.Tensor, spec: PackedSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[R, C], a part at a time: dequantizing takes a multiple of the result in between."""
+    weight = torch.empty(spec.rows, spec.columns, dtype=dtype, device=device)
+    blocks = packed.view(spec.num_blocks, spec.block_bytes).split(_BLOCKS_AT_ONCE)
+    for part, rows in zip(blocks, weight.split(_BLOCKS_AT_ONCE * ROWS), strict=True):
+        rows.copy_(dequantize(part.reshape(-1).to(device), replace(spec, rows=len(rows)), dtype))
+    return weight
 
 
 class PackedEmbedding(nn.Module):

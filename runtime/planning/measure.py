@@ -30,20 +30,21 @@ from moray.runtime.model.batch_cache import can_be_padded
 from moray.runtime.model.families import build_model, context_length, expert_modules, load_config
 from moray.runtime.model.kv_layer import new_cache
 from moray.runtime.model.loader import compute_dtype
-from moray.runtime.model.weights_read import trunk_bytes_read
+from moray.runtime.model.weights_read import trunk_bytes, trunk_bytes_read
 from moray.runtime.planning.profile import CHUNKS, ModelProfile, SequenceMemory, Workspace
-from moray.runtime.store.manifest import ExpertsLayer, Manifest
+from moray.runtime.store.manifest import ExpertsLayer
 from moray.runtime.store.store import Store
 
 _BLOCK = 128  # tokens: a multiple of the blocks in which families compress their caches
 _WHOLE_PROMPTS = (64, 128, 256)  # lengths at which models are measured that take whole prompts
 _MAX_LENGTH = 1 << 22
 _ATEN: Any = torch.ops.aten
+_CPU = torch.device("cpu")
 
 
-def measure_profile(store: Store, dtype: torch.dtype) -> ModelProfile:
-    """The profile of a store's model, computing in ``dtype``. Raises what ``load_config`` and ``build_model`` raise."""
-    model = build_model(load_config(store.path), dtype, "meta")
+def measure_profile(store: Store, device: torch.device = _CPU) -> ModelProfile:
+    """The profile of a store's model on a device. Raises what ``load_config`` and ``build_model`` raise."""
+    model = build_model(load_config(store.path), compute_dtype(device), "meta")
     experts = [
         _Experts(layer, module) for layer, (_, module) in zip(store.manifest.layers, expert_modules(model), strict=True)
     ]
@@ -52,26 +53,13 @@ def measure_profile(store: Store, dtype: torch.dtype) -> ModelProfile:
     workspace = _workspace(trial, sequence, experts)
     config = model.config.get_text_config()
     return ModelProfile(
-        trunk_bytes(model, store.manifest),
+        trunk_bytes(model, store.manifest, device.type),
         context_length(config),
         sequence,
         workspace,
-        trunk_bytes_read(model, store.manifest),
+        trunk_bytes_read(model, store.manifest, device.type),
         _experts_per_token(experts),
     )
-
-
-def trunk_bytes(model: PreTrainedModel, manifest: Manifest) -> int:
-    """Bytes of a loaded trunk: packed weights as stored, everything else in the model's types, each weight once.
-
-    ``model``: as ``build_model`` makes it, for example on the meta device.
-    """
-    total = sum(buffer.nbytes for buffer in model.buffers())
-    for name, parameter in model.named_parameters():  # a tied weight comes once
-        path, _, kind = name.rpartition(".")
-        is_packed = kind == "weight" and path in manifest.packed_trunk
-        total += manifest.packed_trunk[path].num_bytes if is_packed else parameter.nbytes
-    return total
 
 
 def _experts_per_token(experts: list[_Experts]) -> tuple[int, ...]:
@@ -345,7 +333,7 @@ def main(store_path: str, device: str) -> None:
     """Print a profile as JSON, or an error as its class's name and its message."""
     try:
         with Store.open(store_path) as store:
-            print(measure_profile(store, compute_dtype(torch.device(device))).encode())
+            print(measure_profile(store, torch.device(device)).encode())
     except MorayError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
 

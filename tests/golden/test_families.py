@@ -22,7 +22,7 @@ PROMPT = [3, 17, 42, 99, 7, 150, 23, 64, 5, 88, 120, 31]
 def _could_batch(path: Path) -> bool:
     """What ``moray info`` says of the store."""
     with Store.open(path) as opened:
-        return measure_profile(opened, torch.float32).sequence.can_batch
+        return measure_profile(opened).sequence.can_batch
 
 
 #: How tokens of several sequences are computed, where it is not with padding.

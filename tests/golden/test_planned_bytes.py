@@ -36,7 +36,7 @@ def _fed(made: Runner, kind: type, capacity: int, *steps: int) -> int:
 def test_planned_bytes_are_those_of_the_loaded_model(family: str, store: Callable[..., Path]) -> None:
     path = store(family, "none")
     with Store.open(path) as opened:
-        profile = measure_profile(opened, torch.float32)
+        profile = measure_profile(opened)
     with runner(path, "float") as made:
         tensors = [*made.model.parameters(), *made.model.buffers()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -56,7 +56,7 @@ def test_a_generation_stays_below_its_reservation(family: str, store: Callable[.
     """Through the step loop: prompts in chunks, kept caches that are cut and grow again, at every step."""
     path = store(family, "none")
     with Store.open(path) as opened:
-        profile = measure_profile(opened, torch.float32)
+        profile = measure_profile(opened)
     limits = GenerationLimits(512, _CHUNK, _budget(profile), profile.sequence)
     with runner(path, "float", limits) as made:
         loop, used = made._loop, []

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.capped import capped
 from helpers.checkpoints import tiny_checkpoint
 from helpers.reference import runner
@@ -209,7 +208,7 @@ def test_windows_and_states_are_computed_again_as_they_were(family: str, store: 
     """Keys, windows of them and states, in padded batches or in turn, with room for hardly two sequences."""
     path = store(family, "none")
     with Store.open(path) as opened:
-        memory = measure_profile(opened, torch.float32).sequence
+        memory = measure_profile(opened).sequence
     limits = GenerationLimits(512, 16, kv_bytes=2 * memory.kv_bytes(150, 16), sequence=memory)
     batch = [
         GenerationRequest(str(i), tuple(3 + (7 * j * j + i) % 180 for j in range(50)), 90, SamplingParams(0.5, seed=i))
@@ -310,7 +309,7 @@ def test_a_prompt_of_32000_tokens_is_served_within_the_planned_memory(tmp_path: 
     checkpoint = tiny_checkpoint("mixtral", tmp_path / "checkpoint", max_position_embeddings=32768)
     convert(checkpoint, tmp_path / "store")
     with Store.open(tmp_path / "store") as opened:
-        memory = measure_profile(opened, torch.float32).sequence
+        memory = measure_profile(opened).sequence
     limits = GenerationLimits(32768, kv_bytes=memory.kv_bytes(32768, 512), sequence=memory)
     prompt = tuple(3 + (7 * i * i) % 180 for i in range(32_000))
     with runner(tmp_path / "store", "int8") as made:

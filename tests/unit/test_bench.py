@@ -206,7 +206,7 @@ def test_trunk_bytes_of_the_embedded_model(demo: Store) -> None:
     model = build_model(load_config(demo_store()), torch.float32, "meta")
     # Every trunk weight is read (the embedding is the output head too); those that are not packed as float32.
     loose = sum(p.numel() for n, p in model.named_parameters() if n.removesuffix(".weight") not in packed(demo))
-    assert trunk_bytes_read(model, demo.manifest) == 4 * loose + sum(s.num_bytes for s in packed(demo).values())
+    assert trunk_bytes_read(model, demo.manifest, "cpu") == 4 * loose + sum(s.num_bytes for s in packed(demo).values())
 
 
 def packed(store: Store) -> dict[str, PackedSpec]:
@@ -215,9 +215,9 @@ def packed(store: Store) -> dict[str, PackedSpec]:
 
 def test_an_input_embedding_of_its_own_is_not_read(demo: Store) -> None:
     config = load_config(demo_store())
-    tied = trunk_bytes_read(build_model(config, torch.float32, "meta"), demo.manifest)
+    tied = trunk_bytes_read(build_model(config, torch.float32, "meta"), demo.manifest, "cpu")
     config.tie_word_embeddings = False
-    untied = trunk_bytes_read(build_model(config, torch.float32, "meta"), demo.manifest)
+    untied = trunk_bytes_read(build_model(config, torch.float32, "meta"), demo.manifest, "cpu")
     embedding = demo.manifest.packed_trunk["model.embed_tokens"].num_bytes
     assert untied == tied - embedding + 4 * config.vocab_size * config.hidden_size  # a head in float32
 

@@ -198,7 +198,7 @@ def test_a_tied_head_is_stored_once_whatever_its_name(tmp_path: Path) -> None:
     tensors = load_file(path / SINGLE)
     embedding = tensors.pop("model.embed_tokens.weight")
     save_file(tensors | {"lm_head.weight": embedding}, path / SINGLE)
-    convert(path, tmp_path / "store")
+    convert(path, tmp_path / "store", "none")
     trunk = read_trunk(Store.open(tmp_path / "store"))
     assert torch.equal(trunk["model.embed_tokens.weight"], embedding) and "lm_head.weight" not in trunk
 

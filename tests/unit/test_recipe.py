@@ -6,11 +6,13 @@ from moray.runtime.convert.recipe import KEEP, NONE, PRESETS, Recipe, Scheme
 from moray.runtime.errors import RecipeError
 from moray.runtime.model.components import COMPONENTS
 
+OTHERS = [Scheme(8, 64)] * 3  # shared, dense, embeddings
 
-def test_the_default_quantizes_experts_and_attention() -> None:
+
+def test_the_default_has_4_bits_and_8_for_the_few_weights_that_every_token_reads() -> None:
     recipe = Recipe.parse()
-    assert recipe["experts"] == recipe["attention"] == Scheme(4, 64)
-    assert recipe["shared"] == recipe["dense"] == recipe["embeddings"] == NONE
+    assert [recipe[c] for c in COMPONENTS] == [Scheme(4, 64), Scheme(4, 64), *OTHERS]
+    assert str(recipe) == "experts=hqq4:64,attention=hqq4:64,shared=hqq8:64,dense=hqq8:64,embeddings=hqq8:64"
 
 
 @pytest.mark.parametrize(
@@ -23,9 +25,9 @@ def test_the_default_quantizes_experts_and_attention() -> None:
         ("hqq4:32:s8", Scheme(4, 32, "u8")),
     ],
 )
-def test_one_scheme_means_experts_and_attention(text: str, scheme: Scheme) -> None:
+def test_one_scheme_is_for_experts_and_attention(text: str, scheme: Scheme) -> None:
     recipe = Recipe.parse(text)
-    assert [recipe[c] for c in COMPONENTS] == [scheme, scheme, NONE, NONE, NONE]
+    assert [recipe[c] for c in COMPONENTS] == [scheme, scheme, *OTHERS]
 
 
 @pytest.mark.parametrize(("name", "experts"), [("4bit", (4, 64)), ("3bit", (3, 64)), ("2bit", (2, 16))])

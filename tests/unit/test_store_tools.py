@@ -264,7 +264,7 @@ def test_stores_of_one_checkpoint_differ_by_their_recipe(store: Callable[..., Pa
     errors = {name: entry["error"] for name, entry in facts["tensors"].items()}
     assert 0.02 < errors["model.layers.*.mlp.experts.*.down_proj"] < 0.2
     assert 0.02 < errors["model.layers.*.self_attn.q_proj"] < 0.2
-    assert errors["model.norm"] == 0 and errors["lm_head"] == 0
+    assert 0.002 < errors["lm_head"] < 0.01 and errors["model.norm"] == 0
 
 
 def test_the_error_is_of_what_changed(store: Callable[..., Path], tmp_path: Path) -> None:
