@@ -2,17 +2,17 @@
 
     python benchmarks/batch.py                                     # both geometries, uniformly random choices
     python benchmarks/batch.py --models qwen3 --rounds 9
-    python benchmarks/batch.py --recipe experts=hqq4,attention=hqq4,embeddings=hqq8
+    python benchmarks/batch.py --recipe experts=hqq4,attention=hqq4   # a head of 16 bits
 
 Stores of random weights with planted choices (make_store.py): 2 layers of Mixtral-8x7B, 4 of Qwen3-30B-A3B (--layers:
-so many of each) and the whole output head, 16 bits unless ``--recipe`` says otherwise; each in this process, all
+so many of each) and the whole output head, 8 bits unless ``--recipe`` says otherwise; each in this process, all
 experts in memory. B sequences at different places are prefilled, then decode greedily; after id t must come t + 1, for
 every sequence and B.
 
 *step*: median seconds of one forward pass over a new token of each of B sequences, without sampling. *in turn*: of B
 passes of one token each. *bytes*: what a step reads: the trunk (an embedding's rows are not counted), each expert that
 at least one of the B tokens chose, and the sequences' keys and values. *reading*: bytes / bandwidth, that of the faster
-reader of ``runtime/kernels/readers.py``, measured before every round of all B and in the same run. *of reading*:
+reader of ``runtime/kernels/readers.py``, the mean of measurements just before and just after the steps. *of reading*:
 reading / step; 1 would be reading alone. *multiplying*: what the int8 products of a step take at the rate of
 products.py, where nothing is read. *of bound*: the larger of reading and multiplying, / step.
 """
@@ -22,7 +22,9 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -57,10 +59,17 @@ _PROMPT = 48  # tokens of the shortest
 
 @dataclass(frozen=True)
 class Machine:
-    """What it does at its best, measured just before: bytes and int8 products a second."""
+    """What it does at its best: bytes and int8 products a second."""
 
     bandwidth: float
     products: float
+
+    @classmethod
+    def measure(cls, buffer: np.ndarray) -> Machine:
+        return cls(read_bandwidth(buffer, len(os.sched_getaffinity(0)), passes=3), product_rate())
+
+    def mean(self, other: Machine) -> Machine:
+        return Machine((self.bandwidth + other.bandwidth) / 2, (self.products + other.products) / 2)
 
 
 @dataclass(frozen=True)
@@ -108,10 +117,17 @@ def products_of_token(geometry: Geometry) -> int:
 
 
 def measure(
-    runner: Runner, batch: BatchForward, size: int, steps: int, trunk_bytes: int, products: int, machine: Machine
-) -> Steps:
+    runner: Runner,
+    batch: BatchForward,
+    size: int,
+    steps: int,
+    trunk_bytes: int,
+    products: int,
+    measure_machine: Callable[[], Machine],
+) -> tuple[Steps, Machine]:
     """B sequences, ``steps`` tokens each in one pass, then as many in turn."""
     tokens, caches = prefill(runner.model, size)
+    machine = measure_machine()
     before, together, apart, kv_bytes = runner.stats(), [], [], 0
     for _ in range(steps):
         started = perf_counter()
@@ -119,7 +135,7 @@ def measure(
         together.append(perf_counter() - started)
         tokens = follow(tokens, logits)
         kv_bytes += sum(layer.keys.nbytes + layer.values.nbytes for cache in caches for layer in cache.layers)
-    after = runner.stats()
+    after, machine = runner.stats(), machine.mean(measure_machine())
     for _ in range(max(3, steps // 3)):
         started = perf_counter()
         rows = [
@@ -131,7 +147,7 @@ def measure(
     read = sum(after.bytes_by_source.values()) - sum(before.bytes_by_source.values())
     num_bytes = trunk_bytes + (read + kv_bytes) / steps
     reading_s, multiplying_s = num_bytes / machine.bandwidth, size * products / machine.products
-    return Steps(median(together), median(apart), num_bytes, reading_s, multiplying_s)
+    return Steps(median(together), median(apart), num_bytes, reading_s, multiplying_s), machine
 
 
 def run(name: str, geometry: Geometry, root: Path, routing: str, recipe: Recipe, rounds: int, steps: int) -> None:
@@ -146,11 +162,13 @@ def run(name: str, geometry: Geometry, root: Path, routing: str, recipe: Recipe,
         batch = make_batch_forward(runner.model, cache_kind_of(runner.model))
         assert batch is not None and batch.kind == "fused"
         for number in range(-1, rounds):
-            machines.append(Machine(read_bandwidth(buffer, len(os.sched_getaffinity(0)), passes=3), product_rate()))
             for size in BATCHES:
-                steps_of = measure(runner, batch, size, steps, trunk_bytes, products, machines[-1])
+                found, machine = measure(
+                    runner, batch, size, steps, trunk_bytes, products, partial(Machine.measure, buffer)
+                )
                 if number >= 0:
-                    results[size].append(steps_of)
+                    results[size].append(found)
+                    machines.append(machine)
     report(name, geometry, results, machines)
 
 
