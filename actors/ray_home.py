@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.exceptions import RpcError
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from moray.actors.calls import call, fetch
 from moray.actors.ledger import COMPUTE, StartOrders
@@ -19,6 +21,7 @@ from moray.runtime.arena import ArenaRef
 from moray.runtime.events import Event
 
 _KV_NAMESPACE = b"moray"
+_FORGET_S = 2.0
 
 
 def named(name: str) -> dict[str, Any]:
@@ -57,7 +60,10 @@ class KeyValueMemory:
         return state
 
     def forget(self) -> None:
-        _internal_kv_del(self.engine.encode(), namespace=_KV_NAMESPACE)
+        """What does not answer any more has nothing to forget, and Ray would wait for it for a minute."""
+        connected: Any = ray._private.worker.global_worker
+        with suppress(RpcError):
+            connected.gcs_client.internal_kv_del(self.engine.encode(), False, _KV_NAMESPACE, timeout=_FORGET_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,7 +227,10 @@ def leave(session: RaySession) -> None:
     if session.started_here and ray.is_initialized():
         ending = _family(session)
         ray.shutdown()
-        psutil.wait_procs(ending, timeout=_END_TIMEOUT_S)
+        _, lasting = psutil.wait_procs(ending, timeout=_END_TIMEOUT_S)
+        for process in lasting:  # without Ray's control service they would try to reach it for a minute
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _family(session: RaySession) -> list[psutil.Process]:

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(180)  # what hangs fails
 
 KEY = ExpertKey(4, 3)
 
-# Syncs, and says which parts are written.
+# Syncs, and says which parts are written; waits for the end of its input after some of them.
 SYNC = """
 import resource, sys
 from pathlib import Path
@@ -44,15 +44,19 @@ from moray.cluster.keys import read_keys
 from moray.cluster.peers import RemoteStore
 from moray.cluster.store_server import store_address
 from moray.runtime.store import sync
-source, store, keys, file_bytes, commit_bytes = sys.argv[1:]
+source, store, keys, file_bytes, commit_bytes, hold_after = sys.argv[1:]
 sync._COMMIT_BYTES = int(commit_bytes)
 if int(file_bytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_bytes), -1))
 class Told:
     def start(self, total_bytes, what):
+        self.num_parts = 0 if what == "bringing" else -1000
         print("start", what, flush=True)
     def advance(self, num_bytes, what):
         print(what, flush=True)
+        self.num_parts += 1
+        if self.num_parts == int(hold_after):
+            sys.stdin.read()
 pair = read_keys(Path(keys))
 try:
     sync.sync_store(RemoteStore(store_address(source, pair), pair), Path(store), Told())
@@ -177,7 +181,7 @@ def test_what_is_damaged_or_missing_is_repaired_in_place(demo: Store, tmp_path: 
 
 @pytest.mark.parametrize(
     ("is_known", "num_kills"),
-    [(False, 2), (True, 2), *(pytest.param(known, 12, marks=pytest.mark.long) for known in (False, True))],
+    [(False, 2), (True, 2), *(pytest.param(known, 9, marks=pytest.mark.long) for known in (False, True))],
 )
 def test_a_copy_that_is_killed_again_and_again_becomes_the_store(
     demo: Store, keys_file: Path, tmp_path: Path, is_known: bool, num_kills: int
@@ -188,19 +192,21 @@ def test_a_copy_that_is_killed_again_and_again_becomes_the_store(
         partial_copy(demo, path, kept)
         (path / TRUNK_NAME).unlink()
     randomly = random.Random(num_kills)
-    kills = [*(randomly.randrange(1, 12) for _ in range(num_kills - 1)), 8]  # after so many lines, 5 at most of files
+    kills = [*(randomly.randrange(1, 4) for _ in range(num_kills - 1)), 8]  # after so many parts, 5 at most of files
+    assert sum(kills) + num_kills < 39  # of 39 or 53
     with served(demo, keys_file) as address:
-        for num_lines in kills:
-            with child(SYNC, address, str(path), str(keys_file), "0", "500000") as process:
+        for num_parts in kills:
+            hold_after = str(num_parts + 1)  # it may be in the next part meanwhile, but not at the end
+            with child(SYNC, address, str(path), str(keys_file), "0", "500000", hold_after) as process:
                 while read_line(process) != "start bringing":
                     pass
-                for _ in range(num_lines):
+                for _ in range(num_parts):
                     read_line(process)
             assert (path / MANIFEST_NAME).exists() == is_known
             if is_known and (path / TRUNK_NAME).exists():
                 with Store.open(path) as store:
                     assert set(kept) <= set(store.present) and len(list(store.verify())) == len(store.present) + 1
-        with child(SYNC, address, str(path), str(keys_file), "0", "500000") as process:
+        with child(SYNC, address, str(path), str(keys_file), "0", "500000", "0") as process:
             num_brought = 0
             while (line := read_line(process)) != "end":
                 num_brought += line.startswith("expert")
@@ -213,7 +219,8 @@ def test_a_full_disk_is_told_and_the_rerun_goes_on(
 ) -> None:
     path = tmp_path / "copy"
     with served(demo, keys_file) as address:
-        with child(SYNC, address, str(path), str(keys_file), str(2 << 20), "500000") as process:  # the trunk is larger
+        file_bytes = str(2 << 20)  # the trunk is larger
+        with child(SYNC, address, str(path), str(keys_file), file_bytes, "500000", "0") as process:
             lines = []
             while (line := read_line(process)) != "end":
                 lines.append(line)
