@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
+TRITON := $(VENV)/.installed-triton
 
-.PHONY: demo test lint fmt clean
+.PHONY: demo test triton lint fmt clean
 
 demo: $(BASE)
 	$(BIN)/python -m moray.deploy.cli demo
@@ -17,6 +18,9 @@ test: $(DEV)
 	# Else each of the test processes would compile the kernels for itself.
 	$(BIN)/python -m moray.runtime.kernels.compile deploy/demo/store int8
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+# 1 GB. With it `make test` also runs the GPU's kernels, in Triton's interpreter.
+triton: $(TRITON)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -43,3 +47,7 @@ $(BASE): pyproject.toml | $(BIN)/pip
 $(DEV): pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
 	touch $(BASE) $@
+
+$(TRITON): pyproject.toml | $(DEV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[triton]'
+	touch $@

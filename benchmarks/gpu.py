@@ -1,4 +1,4 @@
-"""The model on a CUDA device: tokens/s of the demonstration store, and the speed of dequantization.
+"""The model on a CUDA device: tokens/s of the demonstration store, and the speed of its kernels.
 
 Needs no Ray and no installation, and also runs beside other versions of torch (2.8 or newer) and transformers (5.17 or
 newer) than moray pins. From the repository's root, on a machine with torch, transformers, numba, msgpack, psutil and
@@ -9,11 +9,13 @@ xxhash:
 `--device cpu` tries it out where there is no GPU; `--store` measures another store.
 
 What it measures:
-- *dequantize*: one matrix of 14336 x 4096 (a Mixtral-8x7B projection) to bfloat16. *GB/s* are packed bytes read plus
-  bfloat16 bytes written, a second; *x copy* is the ratio to a device-to-device copy of as many bytes, counted likewise.
-  Medians of 20 calls after 3, each between two synchronizations.
-- *linear*: the same matrix with one token, through ``PackedLinear`` (which dequantizes it whole), and torch's own
-  product with the bfloat16 matrix.
+- one matrix of 14336 x 4096 (a Mixtral-8x7B projection), eight copies of it in turn so that no cache holds it, by the
+  device's own time: 16 calls in one CUDA graph, median of 20 replays after 3.
+  *dequantize*, to bfloat16: *GB/s* are packed bytes read plus bfloat16 bytes written, a second; *x copy* is the ratio
+  to a device-to-device copy of as many bytes, counted likewise; *by torch*: GB/s of plain torch operations.
+  *1 token*, *8*, *16*: ``PackedLinear`` with so many, in us, and for one token its packed GB/s and their ratio to the
+  copy; *call*: us of one call with a synchronization after it. *bf16, by torch* is torch's product with the bfloat16
+  matrix.
 - *tokens/s*: a ``Runner`` with its experts in this process's memory and a cache on the device for all, a half and a
   quarter of them, lanes chosen by the cost model; then without a cache hit (one slot, every shard copied at each use)
   and with all experts on the CPU; batch 1, greedy, a prompt of 64 tokens, 64 decode steps; medians of ``--rounds``
@@ -27,7 +29,8 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -36,21 +39,22 @@ import numpy as np
 import torch
 from common import describe_machine, in_process, print_table
 
+from moray.runtime.device.kernels import dequantize, why_not
 from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.runner import Runner
-from moray.runtime.kernels.dequantize import dequantize
+from moray.runtime.kernels import dequantize as plain
 from moray.runtime.layout.packed import VECTOR_BYTES, PackedSpec
 from moray.runtime.model.packed_modules import PackedLinear
 from moray.runtime.store.store import Store
 
 _ROWS, _COLUMNS = 14336, 4096
 _SPECS = (
-    PackedSpec(_ROWS, _COLUMNS, "bf16"),
     PackedSpec(_ROWS, _COLUMNS, "q8", 64),
     PackedSpec(_ROWS, _COLUMNS, "q4", 64),
     PackedSpec(_ROWS, _COLUMNS, "q3", 64),
     PackedSpec(_ROWS, _COLUMNS, "q2", 16),
 )
+_COPIES, _CALLS = 8, 16
 _TOKENS = 64
 _DEMO = Path(__file__).parents[1] / "deploy" / "demo" / "store"
 
@@ -81,29 +85,57 @@ def random_packed(spec: PackedSpec, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(packed.reshape(-1)).to(device)
 
 
+def device_seconds(works: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Of one of 16 calls of the works in turn, without what launching them takes."""
+    turns = [works[i % len(works)] for i in range(_CALLS)]
+    for work in works:
+        work()
+    if device.type != "cuda":
+        return seconds_of(lambda: [work() for work in turns], device) / _CALLS
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in turns:
+            work()
+    return seconds_of(graph.replay, device) / _CALLS
+
+
 @torch.inference_mode()
-def print_dequantize(device: torch.device) -> None:
+def print_matrix(device: torch.device) -> None:
     rows = []
-    x = torch.randn(1, _COLUMNS, device=device, dtype=torch.bfloat16)
-    dense = torch.randn(_ROWS, _COLUMNS, device=device, dtype=torch.bfloat16)
-    plain_us = 1e6 * seconds_of(lambda: torch.nn.functional.linear(x, dense), device)
+    dense = [torch.randn(_ROWS, _COLUMNS, device=device, dtype=torch.bfloat16) for _ in range(_COPIES)]
+    plain_us = []
+    for tokens in (1, 8, 16):
+        x = torch.randn(tokens, _COLUMNS, device=device, dtype=torch.bfloat16)
+        works = [partial(torch.nn.functional.linear, x, matrix) for matrix in dense]
+        plain_us.append(f"{1e6 * device_seconds(works, device):.0f}")
+    rows.append(("bf16, by torch", "-", "-", "-", plain_us[0], "-", "-", *plain_us[1:], "-"))
+    del dense
     for spec in _SPECS:
-        packed = random_packed(spec, device)
+        packed = [random_packed(spec, device) for _ in range(_COPIES)]
         moved = spec.num_bytes + 2 * _ROWS * _COLUMNS
-        rate = moved / seconds_of(lambda packed=packed, spec=spec: dequantize(packed, spec, torch.bfloat16), device)
-        copy = torch.empty(moved // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(copy)
-        copy_rate = moved / seconds_of(lambda copy=copy, target=target: target.copy_(copy), device)
-        cells = [f"{rate / 1e9:.1f}", f"{rate / copy_rate:.3f}", *_linear_cells(packed, spec, x, device)]
-        rows.append((f"{spec.encoding} g{spec.group}" if spec.group else spec.encoding, *cells, f"{plain_us:.0f}"))
-    print_table(("14336 x 4096", "dequantize, GB/s", "x copy", "PackedLinear, us", "torch bf16, us"), rows)
+        rate = moved / device_seconds([partial(dequantize, each, spec, torch.bfloat16) for each in packed], device)
+        by_torch = moved / seconds_of(partial(plain.dequantize, packed[0], spec, torch.bfloat16), device)
+        copy = torch.empty(_COPIES, moved // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(copy[0])
+        copy_rate = moved / device_seconds([partial(target.copy_, each) for each in copy], device)
+        cells = [f"{rate / 1e9:.1f}", f"{rate / copy_rate:.3f}", f"{by_torch / 1e9:.1f}"]
+        cells += _linear_cells(packed, spec, copy_rate, device)
+        rows.append((f"{spec.encoding} g{spec.group}", *cells))
+    header = ("14336 x 4096", "dequantize, GB/s", "x copy", "by torch", "1 token, us", "packed GB/s", "x copy")
+    print_table((*header, "8, us", "16, us", "call, us"), rows)
 
 
-def _linear_cells(packed: torch.Tensor, spec: PackedSpec, x: torch.Tensor, device: torch.device) -> list[str]:
+def _linear_cells(packed: list[torch.Tensor], spec: PackedSpec, copy_rate: float, device: torch.device) -> list[str]:
     if device.type == "cpu":  # there it would be another kernel
-        return ["-"]
-    linear = PackedLinear(packed, spec, None, "float")
-    return [f"{1e6 * seconds_of(lambda: linear(x), device):.0f}"]
+        return 6 * ["-"]
+    linears, seconds = [PackedLinear(each, spec, None, "float") for each in packed], []
+    for tokens in (1, 8, 16):
+        x = torch.randn(tokens, _COLUMNS, device=device, dtype=torch.bfloat16)
+        seconds.append(device_seconds([partial(linear, x) for linear in linears], device))
+    rate = spec.num_bytes / seconds[0]
+    call = seconds_of(partial(linears[0], x[:1]), device)
+    one, eight, sixteen, called = (f"{1e6 * each:.0f}" for each in (*seconds, call))
+    return [one, f"{rate / 1e9:.1f}", f"{rate / copy_rate:.3f}", eight, sixteen, called]
 
 
 def measure_rates(runner: Runner, rounds: int) -> tuple[float, float]:
@@ -150,7 +182,9 @@ def main() -> None:
         raise SystemExit("torch sees no CUDA device; run this on a machine with one, or try it out with --device cpu")
     print(describe_machine())
     print(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}\n")
-    print_dequantize(device)
+    reason = why_not(device) if device.type == "cuda" else None
+    print(f"Triton kernels: {reason or ('used' if device.type == 'cuda' else 'not on the CPU')}\n")
+    print_matrix(device)
     print()
     print_rates(arguments.store, device, arguments.rounds)
 

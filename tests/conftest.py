@@ -18,6 +18,8 @@ settings.register_profile("moray", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("moray")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads: those that spin take cores from other processes
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # else Triton, if there is one, looks for a GPU; read when it is imported
 os.environ.pop("COLUMNS", None)  # readline gives it to child processes, and rich keeps what it finds first
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="moray-tests-")  # engines of tests keep their traffic there
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)

@@ -138,6 +138,7 @@ def check_gpu() -> Iterator[Check]:
 def _try_gpu(index: int) -> Check:
     import torch
 
+    from moray.runtime.device.kernels import why_not
     from moray.runtime.memory import format_bytes
 
     name = torch.cuda.get_device_name(index)
@@ -147,7 +148,12 @@ def _try_gpu(index: int) -> Check:
     except RuntimeError as error:
         remedy = "install the torch build that fits this GPU and its driver (pytorch.org), or use `--device cpu`"
         return Check("gpu", "problem", f"{name} does not compute: {describe(error)}", remedy)
-    return Check("gpu", "ok", f"{name}, {format_bytes(free)} free of {format_bytes(total)}")
+    found = f"{name}, {format_bytes(free)} free of {format_bytes(total)}"
+    reason = why_not(torch.device("cuda", index))
+    if reason is None:
+        return Check("gpu", "ok", f"{found}; Triton kernels compile and compute right")
+    remedy = "Triton comes with torch's CUDA builds and needs a C compiler (gcc) and a GPU from Turing (2018) on"
+    return Check("gpu", "warning", f"{found}; torch dequantizes experts, which is slow: {reason:.300}", remedy)
 
 
 def judge_no_gpu(has_driver: bool, cuda_version: str | None, reasons: list[str]) -> Check:

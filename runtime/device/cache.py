@@ -90,10 +90,14 @@ class DeviceCache:
         entries = self._entries
         return [(entry := entries.get(expert)) is not None and entry.transfer is None for expert in experts]
 
-    def shard(self, expert: int) -> torch.Tensor:
-        """uint8 [num_bytes] of an expert that is resident, or whose copy the device's computing has joined."""
-        entry = self._entries[expert]
-        return self._slots[entry.slot, : entry.num_bytes]
+    @property
+    def memory(self) -> torch.Tensor:
+        """uint8 [num_slots * slot_bytes]: all slots."""
+        return self._slots.view(-1)
+
+    def offset(self, expert: int) -> int:
+        """In ``memory``, of an expert that is resident, or whose copy the device's computing has joined."""
+        return self._entries[expert].slot * self.slot_bytes
 
     def trial(self, address: int, target: torch.Tensor) -> None:
         """Copy as ``copy`` does, but into ``target``, and wait for it: to measure. May be called by another thread."""

@@ -11,9 +11,8 @@ within tolerances and not bit for bit; ``lanes="device-copy"`` and ``"host-cpu"`
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import cycle
 from time import perf_counter
 from typing import Any
@@ -23,50 +22,18 @@ import torch
 
 from moray.runtime.arrays import Floats, Ints
 from moray.runtime.device.cache import DeviceCache, Entry
+from moray.runtime.device.compute import DeviceCompute, LayerCall, LayerParts, activate
 from moray.runtime.device.tier import DeviceTier
 from moray.runtime.device.transfer import bytes_at
 from moray.runtime.experts.source import FixedLease, Lease
 from moray.runtime.kernels import ops
-from moray.runtime.kernels.dequantize import dequantize
-from moray.runtime.kernels.ops import NO_BIASES, Grouping, LayerKernel, MatrixKernel
+from moray.runtime.kernels.ops import NO_BIASES, Grouping
 from moray.runtime.lanes.calibrate import Load
 from moray.runtime.lanes.cost import Work, choose
 from moray.runtime.lanes.lane import Lane, Resource
-from moray.runtime.layout.shard import ShardLayout, ShardTensor
+from moray.runtime.layout.shard import ShardTensor
 
 # Shapes: T tokens, K experts a token, P pairs, E active experts, H hidden.
-
-
-@dataclass(frozen=True, slots=True)
-class LayerParts:
-    """What a layer's shards hold, and the CPU's kernels for it. ``fused``: None if the gate has no kernel."""
-
-    layout: ShardLayout
-    up: ShardTensor
-    down: ShardTensor
-    up_bias: ShardTensor | None
-    down_bias: ShardTensor | None
-    up_kernel: MatrixKernel
-    down_kernel: MatrixKernel
-    fused: LayerKernel | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call: its inputs, and where the outputs of the pairs go."""
-
-    module: Any
-    x_TH: torch.Tensor
-    grouping: Grouping
-    starts: list[int]
-    token_of_pair: torch.Tensor  # on the device
-    experts: list[int]  # numbers over all layers
-    addresses: list[int]  # 0 where nothing is leased
-    is_valid: Callable[[], bool]
-    y_PH: torch.Tensor  # float32
-
-    def pairs(self, i: int) -> slice:
-        return slice(self.starts[i], self.starts[i + 1])
 
 
 class DeviceExperts:
@@ -76,6 +43,12 @@ class DeviceExperts:
         self._tier, self._layer, self._parts = tier, layer, parts
         self._first = tier.first_expert[layer]
         self._num_bytes = parts.layout.num_bytes
+        self._on_device = DeviceCompute(parts, tier.device)
+
+    def warm_up(self, module: Any, dtype: torch.dtype) -> None:
+        """Compile what the layer needs on the device, before rates learn from how long its work takes."""
+        if self._tier.cache is not None and self._tier.device.type != "cpu":
+            self._on_device.warm_up(module, self._tier.cache.memory, dtype)
 
     def missing(self, active: Ints) -> Ints:
         """bool [E]: which experts are not on the device, and so must be leased for the next ``compute``."""
@@ -116,21 +89,20 @@ class DeviceExperts:
         tier.record(self._layer, grouping.active, chosen, self._num_bytes)
         return _combine(call.y_PH, grouping, weights_TK).to(x_TH.dtype)
 
-    def _call(self, module: Any, x_TH: torch.Tensor, grouping: Grouping, lease: Lease) -> _Call:
+    def _call(self, module: Any, x_TH: torch.Tensor, grouping: Grouping, lease: Lease) -> LayerCall:
         num_pairs = len(grouping.token_of_pair)
-        return _Call(
+        return LayerCall(
             module=module,
             x_TH=x_TH,
             grouping=grouping,
             starts=grouping.starts.tolist(),
-            token_of_pair=torch.from_numpy(grouping.token_of_pair).to(x_TH.device),
             experts=(grouping.active + self._first).tolist(),
             addresses=lease.addresses.tolist(),
             is_valid=lease.is_valid,
             y_PH=torch.empty(num_pairs, x_TH.shape[1], device=x_TH.device, dtype=torch.float32),
         )
 
-    def _choose(self, call: _Call) -> tuple[list[Lane], int]:
+    def _choose(self, call: LayerCall) -> tuple[list[Lane], int]:
         """Lanes, and the index of an expert to copy beside them or -1."""
         tier = self._tier
         if tier.cache is None:
@@ -157,7 +129,7 @@ class DeviceExperts:
         """
         hidden, turns = self._parts.down_kernel.spec.rows, cycle(shards.tolist())
 
-        def call_of(tokens: int) -> _Call:
+        def call_of(tokens: int) -> LayerCall:
             x = torch.randn(tokens, hidden).to(self._tier.device, dtype)
             pairs = np.arange(tokens)
             one = Grouping(np.zeros(1, dtype=np.int64), np.array([0, tokens]), pairs, pairs[:, None])
@@ -178,7 +150,7 @@ class DeviceExperts:
         @torch.inference_mode()
         def on_device(tokens: int) -> int:
             call = call_of(tokens)
-            self._compute_expert(call, 0, copied[0])
+            self._on_device.compute(call, [0], copied[0], [0])
             call.y_PH[-1, -1].item()  # waits for it
             return self._num_bytes
 
@@ -190,7 +162,7 @@ class DeviceExperts:
 
     # ----------------------------------------------------------------------------------- computing
 
-    def _run(self, call: _Call, lanes: list[Lane]) -> None:
+    def _run(self, call: LayerCall, lanes: list[Lane]) -> None:
         """Fill ``call.y_PH``."""
         assert len(lanes) == len(call.experts)
         on_cpu = [i for i, lane in enumerate(lanes) if lane is Lane.HOST_CPU]
@@ -218,7 +190,7 @@ class DeviceExperts:
                 y_device = call.module.post_expert_norm(y_device.to(call.x_TH.dtype)).float()
             call.y_PH[torch.from_numpy(pairs).to(call.y_PH.device)] = y_device
 
-    def _compute_on_device(self, call: _Call, indices: list[int], concurrent: bool) -> None:
+    def _compute_on_device(self, call: LayerCall, indices: list[int], concurrent: bool) -> None:
         """Hits first, while copies are under way; then each copy when it is there. Waits for the ends of copies."""
         cache = self._tier.cache
         assert cache is not None, "a lane on the device needs --device-memory"
@@ -248,7 +220,7 @@ class DeviceExperts:
     def _start_copies(
         self,
         cache: DeviceCache,
-        call: _Call,
+        call: LayerCall,
         absent: deque[int],
         under_way: deque[tuple[int, Entry]],
         concurrent: bool,
@@ -259,33 +231,22 @@ class DeviceExperts:
                 return
             under_way.append((absent.popleft(), entry))
 
-    def _copy(self, cache: DeviceCache, call: _Call, i: int, concurrent: bool) -> Entry | None:
+    def _copy(self, cache: DeviceCache, call: LayerCall, i: int, concurrent: bool) -> Entry | None:
         assert call.addresses[i], f"expert {call.experts[i]} is neither leased nor on the device"
         return cache.copy(call.experts[i], call.addresses[i], self._num_bytes, call.is_valid, concurrent)
 
-    def _compute_experts(self, cache: DeviceCache, call: _Call, indices: list[int], is_timed: bool) -> None:
+    def _compute_experts(self, cache: DeviceCache, call: LayerCall, indices: list[int], is_timed: bool) -> None:
+        # What is dequantized first costs more a byte, and decoding would be expected to cost that much.
+        is_timed = is_timed and self._on_device.is_uniform(call, indices)
         if is_timed:
             self._tier.clock.start()
-        for i in indices:
-            self._compute_expert(call, i, cache.shard(call.experts[i]))
+        self._on_device.compute(call, indices, cache.memory, [cache.offset(call.experts[i]) for i in indices])
         if is_timed:
             tokens = sum(call.starts[i + 1] - call.starts[i] for i in indices)
             self._tier.clock.stop(len(indices) * self._num_bytes, tokens)
         cache.used([call.experts[i] for i in indices])
 
-    def _compute_expert(self, call: _Call, i: int, shard: torch.Tensor) -> None:
-        """Dequantize one expert and use torch's matrix products."""
-        parts, module, dtype = self._parts, call.module, call.x_TH.dtype
-        pairs = slice(call.starts[i], call.starts[i + 1])
-        up = call.x_TH[call.token_of_pair[pairs]] @ _matrix(shard, parts.up, dtype).T
-        if parts.up_bias is not None:
-            up = up + _vector(shard, parts.up_bias, dtype)
-        y = _activate(module, up) @ _matrix(shard, parts.down, dtype).T
-        if parts.down_bias is not None:
-            y = y + _vector(shard, parts.down_bias, dtype)
-        call.y_PH[pairs] = (module.post_expert_norm(y) if module.has_post_expert_norm else y).float()
-
-    def _compute_on_cpu(self, call: _Call, x: Floats, part: Grouping, shards: Ints) -> tuple[Floats, float]:
+    def _compute_on_cpu(self, call: LayerCall, x: Floats, part: Grouping, shards: Ints) -> tuple[Floats, float]:
         """In the helper's thread. float32 [pairs of ``part``, H], before a norm, and the seconds it took."""
         started = perf_counter()
         parts = self._parts
@@ -306,7 +267,7 @@ class DeviceExperts:
             if parts.up_bias is not None:
                 up += _vectors_at(up_bias, parts.up_bias)[expert_of_pair]
             # The gate may have parameters of its own, and they are on the device.
-            h = _activate(call.module, up.to(call.x_TH.device)).cpu().contiguous()
+            h = activate(call.module, up.to(call.x_TH.device)).cpu().contiguous()
             y = parts.down_kernel.matmul(h.numpy(), down_at, part.starts)
             if parts.down_bias is not None:
                 y += _vectors_at(down_bias, parts.down_bias)[expert_of_pair].numpy()
@@ -337,20 +298,6 @@ def _combine(y_PH: torch.Tensor, grouping: Grouping, weights_TK: torch.Tensor) -
     for k in range(weights.shape[1]):
         out.addcmul_(y_TKH[:, k], weights[:, k, None])
     return out
-
-
-def _activate(module: Any, up: torch.Tensor) -> torch.Tensor:
-    h: torch.Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    return h
-
-
-def _matrix(shard: torch.Tensor, tensor: ShardTensor, dtype: torch.dtype) -> torch.Tensor:
-    assert tensor.spec is not None
-    return dequantize(shard[tensor.offset : tensor.offset + tensor.num_bytes], tensor.spec, dtype)
-
-
-def _vector(shard: torch.Tensor, tensor: ShardTensor, dtype: torch.dtype) -> torch.Tensor:
-    return shard[tensor.offset : tensor.offset + tensor.num_bytes].view(torch.float32).to(dtype)
 
 
 def _vectors_at(addresses: Ints, tensor: ShardTensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from moray.runtime.arrays import Ints
-from moray.runtime.device.experts import DeviceExperts, LayerParts
+from moray.runtime.device.compute import LayerParts, activate
+from moray.runtime.device.experts import DeviceExperts
 from moray.runtime.device.fetch import DeviceFetch
 from moray.runtime.device.tier import DeviceTier
 from moray.runtime.device.transfer import bytes_at
@@ -233,24 +234,21 @@ class ExpertsBinding:
         x, weights = x_TH.numpy(), weights_TK.numpy()
         experts_of_pair = np.repeat(np.arange(len(grouping.active)), np.diff(grouping.starts))
         up = torch.from_numpy(self._up_kernel.matmul(x, up_at, grouping.starts, grouping.token_of_pair))
-        h = self._activate(module, up + self._biases(self._up_bias, shards_E)[experts_of_pair])
+        h = activate(module, up + self._biases(self._up_bias, shards_E)[experts_of_pair])
         y = self._down_kernel.matmul(h.contiguous().numpy(), down_at, grouping.starts)
         y_PH = torch.from_numpy(y) + self._biases(self._down_bias, shards_E)[experts_of_pair]
         if module.has_post_expert_norm:
             y_PH = module.post_expert_norm(y_PH)
         return torch.from_numpy(ops.combine(y_PH.contiguous().numpy(), grouping, weights))
 
-    def use_device(self, tier: DeviceTier) -> None:
+    def use_device(self, tier: DeviceTier) -> DeviceExperts:
         """From now on some experts are computed on a device, or all of them."""
         parts = LayerParts(
             self._layout, self._up, self._down, self._up_bias, self._down_bias, self._up_kernel, self._down_kernel,
             None if self._fused is None else self._fused.kernel,
         )  # fmt: skip
         self.device = DeviceExperts(tier, self.layer, parts)
-
-    def _activate(self, module: Any, up: torch.Tensor) -> torch.Tensor:
-        h: torch.Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-        return h
+        return self.device
 
     def _biases(self, bias: ShardTensor | None, shards_E: Ints) -> torch.Tensor:
         """float32 [E, R], or zeros [E, 1] that broadcast."""

@@ -1,4 +1,4 @@
-"""The packed layout in plain torch operations, on any device: the lane of devices that have no tuned kernel yet.
+"""The packed layout in plain torch operations, on any device: rows of embeddings, and devices without Triton kernels.
 
 Class ``gpu-*``: compared with the reference within tolerances, not bit for bit.
 """

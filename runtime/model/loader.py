@@ -22,7 +22,7 @@ from moray.runtime.model.families import build_model, expert_modules, load_confi
 from moray.runtime.model.layer_modules import fuse_layers
 from moray.runtime.model.model_modules import fuse_model, fuse_steps
 from moray.runtime.model.norm_modules import fuse_norms
-from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear, unpack_wide
+from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear, unpack_wide, warm_up
 from moray.runtime.model.router_modules import fuse_routers
 from moray.runtime.store.manifest import Manifest
 from moray.runtime.store.store import Store
@@ -43,6 +43,7 @@ def load_model(store: Store, numerics: Numerics, device: torch.device) -> PreTra
     if device.type != "cpu":
         unpack_wide(model, dtype, device)
         nn.Module.to(model, device)
+        warm_up(model, dtype)
     else:
         fuse_norms(model)
         fuse_routers(model)
@@ -89,7 +90,7 @@ def bind_experts(
         binding = ExpertsBinding(module, index, store.manifest.layers[index].layout, source, numerics)
         binding.meter = meter
         if tier is not None:
-            binding.use_device(tier)
+            binding.use_device(tier).warm_up(module, compute_dtype(tier.device))
         module.moray = binding  # type: ignore[assignment]
         module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
     if model.device.type == "cpu":

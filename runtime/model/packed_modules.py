@@ -1,23 +1,20 @@
 """Linear and embedding modules whose weights stay in the packed layout.
 
-On the CPU they use the same kernels as the experts, in float32 activations; elsewhere they dequantize with torch.
+They use the same kernels as the experts: on the CPU in float32 activations, elsewhere those of runtime/device.
 Unquantized weights are packed too (16 bits as published), so a float32 trunk needs no float32 copy of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
+from moray.runtime.device import kernels
 from moray.runtime.kernels import ops
-from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
+from moray.runtime.kernels.dequantize import dequantize_rows
 from moray.runtime.kernels.lookup import lookup
 from moray.runtime.kernels.ops import MatrixKernel
-from moray.runtime.layout.packed import ROWS, Numerics, PackedSpec
-
-_BLOCKS_AT_ONCE = 256  # 4096 rows
+from moray.runtime.layout.packed import Numerics, PackedSpec
 
 
 class PackedLinear(nn.Module):
@@ -36,11 +33,11 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dequantized matrix, made anew at each access: for model code that reads weights directly."""
-        return dequantize(self.packed, self.spec, torch.get_default_dtype())
+        return kernels.dequantize(self.packed, self.spec, torch.get_default_dtype())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
-            return nn.functional.linear(x, dequantize(self.packed, self.spec, x.dtype), self.bias)
+            return kernels.linear(x, self.packed, self.spec, self.bias)
         rows = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
         num_rows = rows.numel() // self.in_features
@@ -51,7 +48,7 @@ class PackedLinear(nn.Module):
 def is_unpacked(spec: PackedSpec) -> bool:
     """Whether a device multiplies by such a matrix in the type that it computes with, unpacked once at loading.
 
-    Wide codes save a device little memory, and it has no kernel for them: they would be dequantized at every call.
+    Wide codes save a device little memory, and prompts would dequantize them in every chunk.
     """
     return spec.bits >= 8
 
@@ -66,7 +63,7 @@ def unpack_wide(model: nn.Module, dtype: torch.dtype, device: torch.device) -> N
     for path, module in list(model.named_modules()):
         if not isinstance(module, PackedLinear) or not is_unpacked(module.spec):
             continue
-        weight = nn.Parameter(_unpacked(module.packed, module.spec, dtype, device), requires_grad=False)
+        weight = nn.Parameter(kernels.dequantize(module.packed.to(device), module.spec, dtype), requires_grad=False)
         usual = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         usual.weight, usual.bias = weight, module.bias  # type: ignore[assignment]
         model.set_submodule(path, usual)
@@ -78,13 +75,13 @@ def unpack_wide(model: nn.Module, dtype: torch.dtype, device: torch.device) -> N
             model.set_submodule(path, table)
 
 
-def _unpacked(packed: torch.Tensor, spec: PackedSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[R, C], a part at a time: dequantizing takes a multiple of the result in between."""
-    weight = torch.empty(spec.rows, spec.columns, dtype=dtype, device=device)
-    blocks = packed.view(spec.num_blocks, spec.block_bytes).split(_BLOCKS_AT_ONCE)
-    for part, rows in zip(blocks, weight.split(_BLOCKS_AT_ONCE * ROWS), strict=True):
-        rows.copy_(dequantize(part.reshape(-1).to(device), replace(spec, rows=len(rows)), dtype))
-    return weight
+@torch.inference_mode()
+def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compile what the packed matrices of a model on a device need, for one token, a few, and a prompt."""
+    matrices = {module.spec: module for module in model.modules() if isinstance(module, PackedLinear)}
+    for matrix in matrices.values():
+        for tokens in (1, 2, kernels.FEW + 1):
+            matrix(torch.zeros(tokens, matrix.in_features, dtype=dtype, device=matrix.packed.device))
 
 
 class PackedEmbedding(nn.Module):
@@ -101,7 +98,7 @@ class PackedEmbedding(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        return dequantize(self.packed, self.spec, self._dtype)
+        return kernels.dequantize(self.packed, self.spec, self._dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.device.type == "cpu":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,6 +26,13 @@ def trunk_bytes_read(model: PreTrainedModel, manifest: Manifest, device: str) ->
     """Of an input embedding one row is read, which is not counted; one that is the output head too is read whole."""
     rows_only = None if _is_tied(model) else model.get_input_embeddings().weight
     return sum(size for weight, size in _weights(model, manifest, device) if weight is not rows_only)
+
+
+def dequantized_bytes(manifest: Manifest, dtype: torch.dtype) -> int:
+    """The largest matrix that a device makes of a packed one for a moment, to multiply a prompt by it."""
+    specs = [tensor.spec for layer in manifest.layers for tensor in layer.layout.tensors]
+    specs += [spec for spec in manifest.packed_trunk.values() if not is_unpacked(spec)]
+    return dtype.itemsize * max(spec.rows * spec.columns for spec in specs if spec is not None)
 
 
 def _weights(model: PreTrainedModel, manifest: Manifest, device: str) -> Iterator[tuple[nn.Parameter, int]]:

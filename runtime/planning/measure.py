@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from moray.runtime.model.batch_cache import can_be_padded
 from moray.runtime.model.families import build_model, context_length, expert_modules, load_config
 from moray.runtime.model.kv_layer import new_cache
 from moray.runtime.model.loader import compute_dtype
-from moray.runtime.model.weights_read import trunk_bytes, trunk_bytes_read
+from moray.runtime.model.weights_read import dequantized_bytes, trunk_bytes, trunk_bytes_read
 from moray.runtime.planning.profile import CHUNKS, ModelProfile, SequenceMemory, Workspace
 from moray.runtime.store.manifest import ExpertsLayer
 from moray.runtime.store.store import Store
@@ -44,13 +45,16 @@ _CPU = torch.device("cpu")
 
 def measure_profile(store: Store, device: torch.device = _CPU) -> ModelProfile:
     """The profile of a store's model on a device. Raises what ``load_config`` and ``build_model`` raise."""
-    model = build_model(load_config(store.path), compute_dtype(device), "meta")
+    dtype = compute_dtype(device)
+    model = build_model(load_config(store.path), dtype, "meta")
     experts = [
         _Experts(layer, module) for layer, (_, module) in zip(store.manifest.layers, expert_modules(model), strict=True)
     ]
     trial = _Trial(model)
     sequence = _sequence_memory(trial)
     workspace = _workspace(trial, sequence, experts)
+    if device.type != "cpu":
+        workspace = replace(workspace, constant=workspace.constant + dequantized_bytes(store.manifest, dtype))
     config = model.config.get_text_config()
     return ModelProfile(
         trunk_bytes(model, store.manifest, device.type),

@@ -16,19 +16,21 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from moray.runtime.arrays import Bytes
+from moray.runtime.device import kernels
 from moray.runtime.experts.meter import ExpertsStats
 from moray.runtime.generation.request import GenerationRequest
 from moray.runtime.generation.runner import Runner
 from moray.runtime.kernels import reference
 from moray.runtime.kernels.dequantize import dequantize, dequantize_rows
 from moray.runtime.layout import second_level
-from moray.runtime.layout.packed import PackedSpec, Quantized, pack_plain, pack_quantized
+from moray.runtime.layout.packed import PackedSpec, Quantized, pack_fp4, pack_plain, pack_quantized
 from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear
 
 pytestmark = [
@@ -56,6 +58,8 @@ _SPECS = [
     PackedSpec(48, 128, "q4", 64, "u8"),
     PackedSpec(20, 96, "q3", 32, "u8"),
     PackedSpec(33, 320, "q2", 16, "u8"),  # two super-scales a row
+    PackedSpec(33, 4096, "q4", 64),  # many steps of a program
+    PackedSpec(33, 96, "fp4", 32, "e8m0"),
     PackedSpec(48, 128, "bf16"),
     PackedSpec(19, 37, "bf16"),  # an odd count of columns
     PackedSpec(48, 64, "f16"),
@@ -69,6 +73,8 @@ def make_packed(spec: PackedSpec, seed: int = 0) -> Bytes:
     if spec.is_quantized:
         codes = random.integers(0, 2**spec.bits, (spec.rows, spec.columns), dtype=np.uint8)
         grid = (spec.rows, spec.num_groups)
+        if spec.encoding == "fp4":
+            return pack_fp4(codes, random.integers(124, 130, grid, dtype=np.uint8), spec)
         if spec.meta == "u8":
             steps = random.integers(64, 256, (2, *grid), dtype=np.uint8)
             supers = random.uniform(200, 500, (spec.rows, second_level.num_supers(spec.num_groups))) / 2**spec.bits
@@ -93,9 +99,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("spec", _SPECS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dequantize_equals_the_reference_bit_for_bit(spec: PackedSpec, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by", [dequantize, kernels.dequantize], ids=["torch", "triton"])
+def test_dequantize_equals_the_reference_bit_for_bit(spec: PackedSpec, dtype: torch.dtype, by: Any) -> None:
     packed = make_packed(spec)
-    found = dequantize(torch.from_numpy(packed).to(_DEVICE), spec, dtype)
+    found = by(torch.from_numpy(packed).to(_DEVICE), spec, dtype)
     assert found.device.type == torch.device(_DEVICE).type
     assert torch.equal(found.cpu(), torch.from_numpy(reference.dequantize(packed, spec)).to(dtype))
 
@@ -106,6 +113,50 @@ def test_dequantize_rows_picks_rows(spec: PackedSpec) -> None:
     rows = torch.tensor([spec.rows - 1, 0, 5, 5, 16], device=_DEVICE)
     found = dequantize_rows(packed, spec, rows, torch.float32)
     assert torch.equal(found, dequantize(packed, spec, torch.float32)[rows])
+
+
+# ---------------------------------------------------------------------------------------- kernels
+
+
+def test_triton_kernels_run_here() -> None:
+    """Else everything below is computed by torch: right, and slow."""
+    assert kernels.why_not(torch.device(_DEVICE)) is None
+
+
+@pytest.mark.parametrize("spec", [spec for spec in _SPECS if spec.is_quantized], ids=str)
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1], [2, 1, 8, 3], [16, 5]], ids=str)
+def test_products_of_pairs_with_their_matrices(spec: PackedSpec, counts: list[int]) -> None:
+    """Float32 sums of exact products: a pair's bits are the same alone."""
+    triton = kernels.kernels_for(torch.device(_DEVICE))
+    assert triton is not None
+    matrices = [make_packed(spec, seed) for seed in range(len(counts))]
+    memory = torch.from_numpy(np.concatenate(matrices)).to(_DEVICE)
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((5, spec.columns), dtype=np.float32)).half()
+    first = 0
+    for matrix, count in zip(range(len(counts)), counts, strict=True):
+        rows = [(first + i) % 5 for i in range(count)]
+        weights = torch.from_numpy(reference.dequantize(matrices[matrix], spec))
+        alone = product(triton, memory, spec, [matrix * spec.num_bytes], [count], rows, x)
+        assert relative_error(alone, x[rows].float() @ weights.T) < 1e-5
+        first += count
+    offsets, all_rows = [m * spec.num_bytes for m in range(len(counts))], [i % 5 for i in range(first)]
+    together = product(triton, memory, spec, offsets, counts, all_rows, x)
+    assert torch.equal(together[first - counts[-1] :], alone)
+
+
+def product(
+    triton: kernels.TritonKernels,
+    memory: torch.Tensor,
+    spec: PackedSpec,
+    offsets: list[int],
+    counts: list[int],
+    rows: list[int],
+    x: torch.Tensor,
+) -> torch.Tensor:
+    pairs, (x_rows, y_rows) = kernels.Pairs.of(offsets, counts, torch.device(_DEVICE), rows, list(range(len(rows))))
+    y = torch.full((len(rows), spec.rows), torch.nan, device=_DEVICE)
+    triton.matmul(memory, spec, (0, None), pairs, x.to(_DEVICE), x_rows, y, y_rows)
+    return y
 
 
 # ---------------------------------------------------------------------------------------- modules

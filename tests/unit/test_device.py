@@ -88,6 +88,10 @@ class ManualMover:
         assert all(transfer.has_ended for transfer in self.started)
 
 
+def shard(cache: DeviceCache, expert: int) -> torch.Tensor:
+    return cache.memory[cache.offset(expert) :][:SLOT]
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Copies that end late, sources that change under them, held shards: a resident shard has its expert's bytes."""
 
@@ -162,7 +166,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.validate()
         for entry in self.cache._entries.values():
             if entry.transfer is None and entry.expert not in self.truth:
-                value = self.cache.shard(entry.expert)
+                value = shard(self.cache, entry.expert)
                 # Settled just now, with the generation that it was leased with: the present one.
                 assert bool((value == value[0]).all()) and int(value[0]) == int(self.arena[entry.expert * SLOT])
                 self.truth[entry.expert] = int(value[0])
@@ -170,7 +174,7 @@ class CacheMachine(RuleBasedStateMachine):
             if not self.cache.resident([expert])[0]:
                 del self.truth[expert]
             else:
-                assert bool((self.cache.shard(expert) == self.truth[expert]).all()), "overwritten while resident"
+                assert bool((shard(self.cache, expert) == self.truth[expert]).all()), "overwritten while resident"
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
@@ -488,7 +492,7 @@ def test_the_device_fails_and_the_next_call_works(
     inputs = layer.inputs(20, 1)
     lanes = 4 * [Lane.DEVICE_COPY, Lane.HOST_CPU]
     with monkeypatch.context() as patch:
-        patch.setattr("moray.runtime.device.experts.dequantize", lambda *args: 1 / 0)
+        patch.setattr("moray.runtime.device.compute.dequantize", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             layer.compute(inputs, lanes)
     assert error(layer.compute(inputs, lanes), layer.expected(*inputs)) < 2e-6

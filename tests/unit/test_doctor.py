@@ -213,11 +213,18 @@ def test_a_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (6 << 30, 8 << 30))
+    reason: str | None = None
+    monkeypatch.setattr("moray.runtime.device.kernels.why_not", lambda device: reason)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "ones", lambda *size, device: torch.zeros(*size))
-        assert only(machine.check_gpu()) == Check("gpu", "ok", "Some GPU, 6.0 GiB free of 8.0 GiB")
+        fine = only(machine.check_gpu())
+        reason = "RuntimeError: Failed to find C compiler"
+        slow = only(machine.check_gpu())
         patch.setattr(torch, "ones", no_kernel)
         broken = only(machine.check_gpu())
+    found = "Some GPU, 6.0 GiB free of 8.0 GiB; Triton kernels compile and compute right"
+    assert fine == Check("gpu", "ok", found)
+    assert slow.status == "warning" and "C compiler" in slow.found and "gcc" in slow.remedy
     assert broken.status == "problem" and "no kernel image" in broken.found and broken.remedy
 
 

@@ -13,8 +13,9 @@ from moray.runtime.kernels.dequantize import dequantize
 from moray.runtime.layout.packed import PackedSpec
 from moray.runtime.model.families import build_model, load_config
 from moray.runtime.model.loader import load_model
-from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear, unpack_wide
-from moray.runtime.model.weights_read import trunk_bytes, trunk_bytes_read
+from moray.runtime.model.packed_modules import PackedEmbedding, PackedLinear, unpack_wide, warm_up
+from moray.runtime.model.weights_read import dequantized_bytes, trunk_bytes, trunk_bytes_read
+from moray.runtime.planning.measure import measure_profile
 from moray.runtime.store.store import Store
 
 
@@ -76,3 +77,24 @@ def test_what_is_counted_for_a_device_is_what_lies_there(family: str, store: Cal
     looked_up = 0 if family == "granitemoe" else embedding.num_bytes
     buffers = sum(buffer.nbytes for buffer in counted.buffers())
     assert trunk_bytes_read(counted, manifest, "cuda") == sum(sizes.values()) - looked_up - buffers
+
+
+def test_plans_for_a_device_count_the_largest_matrix_that_is_dequantized_there(
+    store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open(store("mixtral", "hqq4")) as opened:
+        layer = opened.manifest.layers[0].layout
+        specs = [tensor.spec for tensor in layer.tensors if tensor.spec is not None]
+        largest = max(spec.rows * spec.columns for spec in specs)
+        assert dequantized_bytes(opened.manifest, torch.bfloat16) == 2 * largest
+        monkeypatch.setattr("moray.runtime.planning.measure.compute_dtype", lambda device: torch.float32)
+        on_cpu, on_device = (measure_profile(opened, torch.device(name)).workspace for name in ("cpu", "cuda"))
+    assert on_device.constant == pytest.approx(on_cpu.constant + 4 * largest)
+
+
+def test_warming_up_multiplies_by_one_matrix_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: seen.append((self.spec, len(x))))
+    layers = [PackedLinear(packed(spec), spec, None, "int8") for spec in (NARROW, NARROW, WIDE[0])]
+    warm_up(nn.ModuleList(layers), torch.float32)
+    assert seen == [(spec, count) for spec in (NARROW, WIDE[0]) for count in (1, 2, 17)]
