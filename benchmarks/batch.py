@@ -3,11 +3,12 @@
     python benchmarks/batch.py                                     # both geometries, uniformly random choices
     python benchmarks/batch.py --models qwen3 --rounds 9
     python benchmarks/batch.py --recipe experts=hqq4,attention=hqq4   # a head of 16 bits
+    python benchmarks/batch.py --models qwen3 --rounds 2 --context 2000
 
 Stores of random weights with planted choices (make_store.py): 2 layers of Mixtral-8x7B, 4 of Qwen3-30B-A3B (--layers:
 so many of each) and the whole output head, 8 bits unless ``--recipe`` says otherwise; each in this process, all
-experts in memory. B sequences at different places are prefilled, then decode greedily; after id t must come t + 1, for
-every sequence and B.
+experts in memory. B sequences at different places, of ``--context`` tokens and up, are prefilled, then decode greedily;
+after id t must come t + 1, for every sequence and B.
 
 *step*: median seconds of one forward pass over a new token of each of B sequences, without sampling. *in turn*: of B
 passes of one token each. *bytes*: what a step reads: the trunk (an embedding's rows are not counted), each expert that
@@ -54,7 +55,7 @@ MODELS = {
     "qwen3": replace(PRESETS["qwen3-30b-a3b"], layers=4),
 }
 _READ_BYTES = 512 << 20
-_PROMPT = 48  # tokens of the shortest
+_CONTEXT = 48
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class Steps:
         return max(self.reading_s, self.multiplying_s) / self.step_s
 
 
-def prefill(model: Any, size: int) -> tuple[list[int], list[DynamicCache]]:
+def prefill(model: Any, size: int, context: int = _CONTEXT) -> tuple[list[int], list[DynamicCache]]:
     """The next token of each of B sequences at different places, and their caches."""
     caches, tokens = [new_cache(model.config) for _ in range(size)], []
     for row, cache in enumerate(caches):
         first = 1000 * (row + 1)
-        ids = list(range(first, first + _PROMPT + 3 * row))
+        ids = list(range(first, first + context + 3 * row))
         logits = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         tokens += follow(ids[-1:], logits[0])
     return tokens, caches
@@ -120,13 +121,14 @@ def measure(
     runner: Runner,
     batch: BatchForward,
     size: int,
+    context: int,
     steps: int,
     trunk_bytes: int,
     products: int,
     measure_machine: Callable[[], Machine],
 ) -> tuple[Steps, Machine]:
     """B sequences, ``steps`` tokens each in one pass, then as many in turn."""
-    tokens, caches = prefill(runner.model, size)
+    tokens, caches = prefill(runner.model, size, context)
     machine = measure_machine()
     before, together, apart, kv_bytes = runner.stats(), [], [], 0
     for _ in range(steps):
@@ -150,9 +152,9 @@ def measure(
     return Steps(median(together), median(apart), num_bytes, reading_s, multiplying_s), machine
 
 
-def run(name: str, geometry: Geometry, root: Path, routing: str, recipe: Recipe, rounds: int, steps: int) -> None:
-    replay = replay_of(routing, geometry)
-    path = write_store(root / name, geometry, recipe, replay=replay)
+def run(name: str, geometry: Geometry, root: Path, options: argparse.Namespace) -> None:
+    replay, rounds = replay_of(options.routing, geometry), options.rounds
+    path = write_store(root / name, geometry, Recipe.parse(options.recipe), replay=replay)
     buffer, products = np.ones(_READ_BYTES, dtype=np.uint8), products_of_token(geometry)
     results: dict[int, list[Steps]] = {size: [] for size in BATCHES}
     machines = []
@@ -163,8 +165,9 @@ def run(name: str, geometry: Geometry, root: Path, routing: str, recipe: Recipe,
         assert batch is not None and batch.kind == "fused"
         for number in range(-1, rounds):
             for size in BATCHES:
+                measure_machine = partial(Machine.measure, buffer)
                 found, machine = measure(
-                    runner, batch, size, steps, trunk_bytes, products, partial(Machine.measure, buffer)
+                    runner, batch, size, options.context, options.steps, trunk_bytes, products, measure_machine
                 )
                 if number >= 0:
                     results[size].append(found)
@@ -207,6 +210,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of each model")
     parser.add_argument("--routing", default="random", help="as make_store.py's; must plant choices (random)")
     parser.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"as moray convert's ({DEFAULT_RECIPE})")
+    parser.add_argument("--context", type=int, default=_CONTEXT, help=f"tokens of the shortest sequence ({_CONTEXT})")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12, help="of a round, each B (12)")
     arguments = parser.parse_args()
@@ -215,8 +219,7 @@ def main() -> None:
         geometry = MODELS[name]
         geometry = replace(geometry, layers=arguments.layers or geometry.layers)
         with working_directory(5 << 29) as root:
-            recipe = Recipe.parse(arguments.recipe)
-            run(name, geometry, root, arguments.routing, recipe, arguments.rounds, arguments.steps)
+            run(name, geometry, root, arguments)
         gc.collect()
 
 

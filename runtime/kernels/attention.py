@@ -15,6 +15,7 @@ from moray.runtime.kernels.atomics import address_of, word
 from moray.runtime.kernels.attention_rows import (
     PADDING,
     copy_row,
+    divide_row,
     mix_values,
     rotate_row,
     score_keys,
@@ -22,7 +23,7 @@ from moray.runtime.kernels.attention_rows import (
     store_float,
 )
 from moray.runtime.kernels.matmul import ITEMS
-from moray.runtime.kernels.pool import PHASE_FIELDS
+from moray.runtime.kernels.pool import PHASE_FIELDS, num_threads
 from moray.runtime.kernels.programs import (
     F_ATTEND,
     F_PACK,
@@ -48,12 +49,14 @@ from moray.runtime.kernels.setup import entry
 HEADS, KV_HEADS, DIM, SCALE, EPSILON, Q_NORM, K_NORM, Q_BIAS, K_BIAS, V_BIAS, O_BIAS = range(11)
 NUM_FIELDS = 11
 # Words of the params of ``prepare_heads`` and ``attend``: these, then where this token's data are.
-(PROJECTED, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH, SCORES, ATTENDED) = range(11, 21)
-NUM_PARAMS = 21
+(PROJECTED, COSINES, SINES, ROTARY, KEYS, VALUES, HEAD_BYTES, LENGTH, SCORES, ATTENDED, AT_ONCE) = range(11, 22)
+NUM_PARAMS = 22
 # The norms around it, int64: addresses of their weights, and the bits of their epsilons.
 BEFORE, AFTER, BEFORE_EPSILON, AFTER_EPSILON = range(4)
 NUM_NORMS = 4
 
+_AT_ONCE = 8  # query heads in an item, at most
+_BLOCK = 32  # keys, or values, that stay in the nearest cache for all of them
 _PADDING_BITS = int(np.float32(PADDING).view(np.int32))
 
 
@@ -86,15 +89,53 @@ def prepare_head(params, kind, head, row, cosines, sines, rotary):
 
 
 @njit(nogil=True, cache=True)
-def attend_head(query, keys, values, scores, out, length, dim, scale):
-    """out [D] = softmax(scale * q . k) v of one query head; scores: scratch of ``score_bytes``. All by address."""
-    padded = (length + 15) // 16 * 16
-    total = scores + 4 * padded
-    score_keys(query, keys, scores, 0, length, dim, scale)
-    for j in range(length, padded):
-        store_float(_PADDING_BITS, scores + 4 * j)
-    softmax_row(scores, padded, total)
-    mix_values(scores, values, out, length, dim, total)
+def attend_heads(query, count, keys, values, scores, out, length, dim, scale):
+    """out [count, D] = softmax(scale * q . k) v of query heads that share keys and values; all by address.
+
+    scores: scratch of ``score_bytes`` for each. How many heads there are changes no head's bits.
+    """
+    padded, each = (length + 15) // 16 * 16, score_bytes(length)
+    for first in range(0, length, _BLOCK):
+        rows = min(_BLOCK, length - first)
+        score_keys(query, count, 4 * dim, keys + 4 * dim * first, scores + 4 * first, each, rows, dim, scale)
+    for head in range(count):
+        at = scores + head * each
+        for j in range(length, padded):
+            store_float(_PADDING_BITS, at + 4 * j)
+        softmax_row(at, padded, at + 4 * padded)
+        for i in range(dim):
+            store_float(0, out + 4 * (head * dim + i))
+    for first in range(0, length, _BLOCK):
+        rows = min(_BLOCK, length - first)
+        mix_values(scores + 4 * first, count, each, values + 4 * dim * first, out, 4 * dim, rows, dim)
+    for head in range(count):
+        divide_row(out + 4 * head * dim, dim, scores + head * each + 4 * padded)
+
+
+@njit(inline="always")
+def heads_at_once(pool, fields, num_rows):
+    """How many query heads an item has: 8 of those that share keys, or fewer where threads would have nothing to do."""
+    group = fields[HEADS] // fields[KV_HEADS]
+    wanted, at_once = 2 * num_threads(pool), min(_AT_ONCE, group)
+    while at_once > 1 and num_rows * fields[KV_HEADS] * ((group + at_once - 1) // at_once) < wanted:
+        at_once //= 2
+    return at_once
+
+
+@njit(inline="always")
+def head_items(fields, at_once):
+    """Items of a row: its heads, ``at_once`` of them."""
+    group = fields[HEADS] // fields[KV_HEADS]
+    return fields[KV_HEADS] * ((group + at_once - 1) // at_once)
+
+
+@njit(nogil=True, cache=True)
+def heads_of_item(params, item, at_once):
+    """The head of keys and values of an item, its first query head, and how many it has."""
+    group = word(params, HEADS) // word(params, KV_HEADS)
+    parts = (group + at_once - 1) // at_once
+    kv_head, first = item // parts, item % parts * at_once
+    return kv_head, kv_head * group + first, min(at_once, group - first)
 
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
@@ -115,15 +156,15 @@ def prepare_heads(params, first, last):
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
 def attend(params, first, last):
-    """``attend_head`` of each query head, into ATTENDED float32 [H, D]. Items: query heads."""
-    heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
-    length = word(params, LENGTH)
-    for head in range(first, last):
-        cached = head // (heads // kv_heads) * word(params, HEAD_BYTES)
+    """``attend_heads`` of a token, into ATTENDED float32 [H, D]. Items: AT_ONCE query heads."""
+    dim, length = word(params, DIM), word(params, LENGTH)
+    for item in range(first, last):
+        kv_head, head, count = heads_of_item(params, item, word(params, AT_ONCE))
+        cached = kv_head * word(params, HEAD_BYTES)
         scores = word(params, SCORES) + head * score_bytes(length)
         query, out = word(params, PROJECTED) + 4 * head * dim, word(params, ATTENDED) + 4 * head * dim
         keys, values = word(params, KEYS) + cached, word(params, VALUES) + cached
-        attend_head(query, keys, values, scores, out, length, dim, word(params, SCALE))
+        attend_heads(query, count, keys, values, scores, out, length, dim, word(params, SCALE))
 
 
 @entry("functions fields qkv weights output norms")
@@ -173,9 +214,9 @@ def attention_step(
         params[2, field] = fields[field]
     params[2, PROJECTED], params[2, COSINES], params[2, SINES], params[2, ROTARY] = projected, cosines, sines, rotary
     params[2, KEYS], params[2, VALUES], params[2, HEAD_BYTES], params[2, LENGTH] = keys, values, head_bytes, length
-    params[2, SCORES], params[2, ATTENDED] = scores, attended
+    params[2, SCORES], params[2, ATTENDED], params[2, AT_ONCE] = scores, attended, heads_at_once(pool, fields, 1)
     set_phase(phases, 2, functions[F_PREPARE_HEADS], address_of(params[2]), heads + 2 * kv_heads, 4)
-    set_phase(phases, 3, functions[F_ATTEND], address_of(params[2]), heads, 1)
+    set_phase(phases, 3, functions[F_ATTEND], address_of(params[2]), head_items(fields, params[2, AT_ONCE]), 1)
     items = set_rows(
         params[3], output, attended, np.int64(0), output[K_SOURCE_COLUMNS], output[K_SOURCE_COLUMNS], o_panels,
         one_row, address_of(starts), address_of(same_row),

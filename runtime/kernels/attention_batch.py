@@ -17,7 +17,10 @@ from moray.runtime.kernels.attention import (
     KV_HEADS,
     NUM_FIELDS,
     SCALE,
-    attend_head,
+    attend_heads,
+    head_items,
+    heads_at_once,
+    heads_of_item,
     kind_of_head,
     prepare_head,
     score_bytes,
@@ -47,7 +50,9 @@ ROW_KEYS, ROW_VALUES, ROW_HEAD_BYTES, ROW_LENGTH = range(4)
 NUM_ROW_FIELDS = 4
 # Words of the params of ``prepare_batch`` and ``attend_batch``: a layer's fields, those of attention_prompt.py up to
 # ATTENDED, then these. ROW_SCORES: address of the address of each row's scratch.
-BATCH_COSINES, BATCH_SINES, BATCH_ROTARY, ROWS, ROW_SCORES = range(NUM_FIELDS + 5, NUM_FIELDS + 10)
+(BATCH_COSINES, BATCH_SINES, BATCH_ROTARY, ROWS, ROW_SCORES, BATCH_AT_ONCE, BATCH_ITEMS) = range(
+    NUM_FIELDS + 5, NUM_FIELDS + 12
+)
 
 _PREPARED_AT_ONCE = 16  # heads in a chunk
 
@@ -76,17 +81,22 @@ def prepare_batch(params, first, last):
 
 @cfunc(ITEMS, nopython=True, cache=True, error_model="numpy")
 def attend_batch(params, first, last):
-    """``attend_head`` of each row's query heads, into ATTENDED float32 [T, H, D]. Items: (row, query head)."""
-    heads, kv_heads, dim = word(params, HEADS), word(params, KV_HEADS), word(params, DIM)
+    """``attend_heads`` of each row, into ATTENDED float32 [T, H, D]. Items: (row, BATCH_AT_ONCE query heads)."""
+    heads, dim, at_once = word(params, HEADS), word(params, DIM), word(params, BATCH_AT_ONCE)
+    items = word(params, BATCH_ITEMS)
     for item in range(first, last):
-        row, head = item // heads, item % heads
+        row = item // items
+        kv_head, head, count = heads_of_item(params, item % items, at_once)
         cache = word(params, ROWS) + 8 * NUM_ROW_FIELDS * row
         length = word(cache, ROW_LENGTH)
-        cached = head // (heads // kv_heads) * word(cache, ROW_HEAD_BYTES)
+        cached = kv_head * word(cache, ROW_HEAD_BYTES)
         scores = word(word(params, ROW_SCORES), row) + head * score_bytes(length)
-        query, out = word(params, QUERIES) + 4 * dim * item, word(params, ATTENDED) + 4 * dim * item
+        place = 4 * dim * (row * heads + head)
         keys, values = word(cache, ROW_KEYS) + cached, word(cache, ROW_VALUES) + cached
-        attend_head(query, keys, values, scores, out, length, dim, word(params, SCALE))
+        attend_heads(
+            word(params, QUERIES) + place, count, keys, values, scores, word(params, ATTENDED) + place, length, dim,
+            word(params, SCALE),
+        )  # fmt: skip
 
 
 @entry("functions fields query part weights output norms", rows=TABLE)
@@ -118,9 +128,11 @@ def attention_batch(
     middle = params[5]
     middle[BATCH_COSINES], middle[BATCH_SINES], middle[BATCH_ROTARY] = cosines, sines, rotary
     middle[ROWS], middle[ROW_SCORES] = address_of(rows), address_of(scores)
+    middle[BATCH_AT_ONCE] = heads_at_once(pool, fields, num_rows)
+    middle[BATCH_ITEMS] = head_items(fields, middle[BATCH_AT_ONCE])
     items = num_rows * (heads + 2 * kv_heads)
     set_phase(phases, 5, functions[F_PREPARE_BATCH], address_of(middle), items, _PREPARED_AT_ONCE)
-    set_phase(phases, 6, functions[F_ATTEND_BATCH], address_of(middle), num_rows * heads, 1)
+    set_phase(phases, 6, functions[F_ATTEND_BATCH], address_of(middle), num_rows * middle[BATCH_ITEMS], 1)
     num_bytes += 8 * kv_heads * num_keys * dim
     products = num_rows * (heads + 2 * kv_heads) * dim * query[K_SOURCE_COLUMNS] + 2 * heads * dim * num_keys
     carry_out(pool, phases[0 if norms[BEFORE] else 1 :], num_bytes, products)

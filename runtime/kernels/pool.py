@@ -54,6 +54,12 @@ def _phase_at(state, phase):
 
 
 @njit(inline="always")
+def num_threads(state):
+    """Of the pool at this address."""
+    return load_int64(state + _THREADS)
+
+
+@njit(inline="always")
 def _range_start(items, thread, threads):
     return items * thread // threads
 

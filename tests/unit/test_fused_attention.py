@@ -21,7 +21,7 @@ from moray.runtime.model import attention_modules
 from moray.runtime.model.kv_layer import new_cache
 
 Tensor = torch.Tensor
-SHAPES = [(1, 1, 16), (8, 2, 32), (6, 3, 80), (4, 4, 128)]
+SHAPES = [(1, 1, 16), (8, 2, 32), (6, 3, 80), (4, 4, 128), (14, 2, 64), (20, 2, 48)]
 
 
 @contextmanager
@@ -112,10 +112,14 @@ def test_scores_softmax_and_mixing_are_exact_to_float32(
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-def test_attention_has_the_same_bits_with_any_number_of_threads(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, x, cache = Attention(8, 2, 64, 512), torch.randn(tokens, 512), torch.randn(2, 2, 700, 64)
+@pytest.mark.parametrize("heads", [8, 14, 20])
+def test_attention_has_the_same_bits_with_any_number_of_threads(
+    tokens: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one token, threads also decide how many heads that share keys are computed together."""
+    made, x, cache = Attention(heads, 2, 64, 512), torch.randn(tokens, 512), torch.randn(2, 2, 700, 64)
     results = []
-    for count in (1, 2, 5, 2):
+    for count in (1, 2, 5, 9, 2):
         with threads(count, monkeypatch):
             results.append(torch.cat(made.fused(x, *cache, is_layer=True), dim=1))
     assert all(torch.equal(result, results[0]) for result in results)
