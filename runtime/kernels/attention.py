@@ -42,7 +42,7 @@ from moray.runtime.kernels.programs import (
     set_product,
     set_rows,
 )
-from moray.runtime.kernels.rows import add_row, rms_row
+from moray.runtime.kernels.rows import add_row, rms_row, store_zero
 from moray.runtime.kernels.setup import entry
 
 # What a layer's attention is, int64: ops_fused.AttentionKernel.
@@ -104,7 +104,7 @@ def attend_heads(query, count, keys, values, scores, out, length, dim, scale):
             store_float(_PADDING_BITS, at + 4 * j)
         softmax_row(at, padded, at + 4 * padded)
         for i in range(dim):
-            store_float(0, out + 4 * (head * dim + i))
+            store_zero(out + 4 * (head * dim + i))
     for first in range(0, length, _BLOCK):
         rows = min(_BLOCK, length - first)
         mix_values(scores + 4 * first, count, each, values + 4 * dim * first, out, 4 * dim, rows, dim)

@@ -104,7 +104,7 @@ def score_keys(
                     rows = _rows(builder, key, key_bytes, num_keys)
                     dots = _dots(builder, _rows(builder, query, query_bytes, heads), rows, dim)
                     for values, head_at in zip(dots, _rows(builder, at, score_bytes, heads), strict=True):
-                        store(builder, builder.fmul(values, _splat(builder, scale, num_keys)), head_at)
+                        store(builder, builder.fmul(values, splat(builder, scale, num_keys)), head_at)
 
         def step(first: ir.Value, heads: int, width: int, _: int) -> None:
             query = builder.add(queries, builder.mul(first, query_bytes))
@@ -127,12 +127,6 @@ def _by_heads(builder: ir.IRBuilder, count: ir.Value, step: Callable[[ir.Value, 
 
 def _rows(builder: ir.IRBuilder, first: ir.Value, num_bytes: ir.Value, count: int) -> list[ir.Value]:
     return [builder.add(first, builder.mul(num_bytes, I64(i))) for i in range(count)]
-
-
-def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
-    kind = ir.VectorType(F32, lanes)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def _dots(builder: ir.IRBuilder, queries: list[ir.Value], keys: list[ir.Value], dim: ir.Value) -> list[ir.Value]:
