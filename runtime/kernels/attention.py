@@ -113,20 +113,20 @@ def attend_heads(query, count, keys, values, scores, out, length, dim, scale):
 
 
 @njit(inline="always")
-def heads_at_once(pool, fields, num_rows):
-    """How many query heads an item has: 8 of those that share keys, or fewer where threads would have nothing to do."""
-    group = fields[HEADS] // fields[KV_HEADS]
-    wanted, at_once = 2 * num_threads(pool), min(_AT_ONCE, group)
-    while at_once > 1 and num_rows * fields[KV_HEADS] * ((group + at_once - 1) // at_once) < wanted:
-        at_once //= 2
-    return at_once
-
-
-@njit(inline="always")
 def head_items(fields, at_once):
     """Items of a row: its heads, ``at_once`` of them."""
     group = fields[HEADS] // fields[KV_HEADS]
     return fields[KV_HEADS] * ((group + at_once - 1) // at_once)
+
+
+@njit(inline="always")
+def heads_at_once(pool, fields, num_rows):
+    """How many query heads an item has: 8 of those that share keys, or fewer where threads would have nothing to do."""
+    group = fields[HEADS] // fields[KV_HEADS]
+    wanted, at_once = 2 * num_threads(pool), min(_AT_ONCE, group)
+    while at_once > 1 and num_rows * head_items(fields, at_once) < wanted:
+        at_once //= 2
+    return at_once
 
 
 @njit(nogil=True, cache=True)

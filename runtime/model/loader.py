@@ -17,6 +17,7 @@ from moray.runtime.experts.function import IMPLEMENTATION, ExpertsBinding
 from moray.runtime.experts.meter import ExpertsMeter
 from moray.runtime.experts.source import BlankSource, ExpertSource
 from moray.runtime.layout.packed import Numerics
+from moray.runtime.layout.shard import ShardLayout
 from moray.runtime.model.attention_modules import fuse_attention
 from moray.runtime.model.families import build_model, expert_modules, load_config
 from moray.runtime.model.layer_modules import fuse_layers
@@ -81,6 +82,7 @@ def bind_experts(
     modules = expert_modules(model)
     names = [name for name, _ in modules]
     expected = [layer.module for layer in store.manifest.layers]
+    warm: set[ShardLayout] = set()
     if names != expected:
         raise StoreError(
             f"{store.path} holds experts for {', '.join(expected[:3])}..., the model built from its config.json has "
@@ -90,7 +92,10 @@ def bind_experts(
         binding = ExpertsBinding(module, index, store.manifest.layers[index].layout, source, numerics)
         binding.meter = meter
         if tier is not None:
-            binding.use_device(tier).warm_up(module, compute_dtype(tier.device))
+            experts, layout = binding.use_device(tier), store.manifest.layers[index].layout
+            if layout not in warm:  # what is compiled for one layer serves all that are like it
+                experts.warm_up(module, compute_dtype(tier.device))
+                warm.add(layout)
         module.moray = binding  # type: ignore[assignment]
         module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
     if model.device.type == "cpu":

@@ -521,6 +521,17 @@ def demo_float() -> Iterator[Runner]:
         yield made
 
 
+def test_layers_that_are_alike_are_warmed_up_once(demo: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[DeviceExperts] = []
+    monkeypatch.setattr(DeviceExperts, "warm_up", lambda self, module, dtype: warmed.append(self))
+    model, source = load_model(demo, "float", CPU), InProcessSource(demo)
+    tier = DeviceTier.of(demo.manifest, CPU, demo.manifest.slot_bytes)
+    bind_experts(model, demo, source, "float", tier)
+    assert len(expert_modules(model)) == 6 and len(warmed) == 1
+    tier.close()
+    source.close()
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
 def test_families_with_biases_and_their_own_gates_in_mixed_lanes(family: str, store: Callable[..., Path]) -> None:
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]

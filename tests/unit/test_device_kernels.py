@@ -172,6 +172,8 @@ def test_a_layers_experts_are_as_torch_computes_them(
             found, expected = (d.compute(module, x, weights, grouping, lease) for d in (packed, plain))
             assert relative_error(found.float(), expected.float()) < 5e-3
         assert packed._tier.stats().uses_by_lane["device-hit"] == 4
+        # Of the first two calls the second dequantized: rates do not learn from it what decoding takes.
+        assert [made._tier.stats().rates["device"].num_observations for made in (plain, packed)] == [2, 1]
         for tier in tiers:
             tier.close()
 

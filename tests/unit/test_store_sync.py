@@ -50,7 +50,7 @@ if int(file_bytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_bytes), -1))
 class Told:
     def start(self, total_bytes, what):
-        self.num_parts = 0 if what == "bringing" else -1000
+        self.num_parts = 0 if what == "bringing" else float("-inf")
         print("start", what, flush=True)
     def advance(self, num_bytes, what):
         print(what, flush=True)
